@@ -1,0 +1,305 @@
+"""The frozen results that flow along the one path of Diffusion Lens.
+
+Every type carries what is needed to make it again. Arrays are numpy, so that a
+result can be kept, compared and plotted without torch. The ordered tuple
+``Attribute.classes`` is the only source of label order in the whole project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Mode = Literal["scale", "add", "suppress"]
+Sampler = Literal["asymmetric", "symmetric"]
+GuidanceBranch = Literal["conditional", "both"]
+
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 20_000
+MAX_STEPS = 1_000
+MAX_BETA = 100.0
+
+
+class LensError(ValueError):
+    """A mistake a person can mend; its message is one clear sentence that says how."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A perceived attribute and its ordered classes, e.g. ``gender: (female, male)``."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def index(self, label: str) -> int:
+        """Position of ``label`` in ``classes``; raises ``LensError`` naming the known ones."""
+        if label not in self.classes:
+            raise LensError(f"'{label}' is no class of {self.name}; choose one of {', '.join(self.classes)}.")
+        return self.classes.index(label)
+
+    def opposite(self, label: str) -> str | None:
+        """The other class of a two-class attribute; ``None`` where there are more than two."""
+        self.index(label)
+        return next(c for c in self.classes if c != label) if len(self.classes) == 2 else None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to draw: one image per seed. ``prompt`` is ``None`` for unconditional models."""
+
+    prompt: str | None
+    seeds: tuple[int, ...]
+    n_steps: int
+    guidance_scale: float
+    model_id: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.seeds) <= MAX_IMAGES:
+            raise LensError(f"Ask for 1 to {MAX_IMAGES:,} images; this request has {len(self.seeds):,}.")
+        if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s <= MAX_SEED for s in self.seeds):
+            raise LensError("Seeds are whole numbers from 0 to 2^63 - 1.")
+        if not 1 <= self.n_steps <= MAX_STEPS:
+            raise LensError(f"n_steps must lie between 1 and {MAX_STEPS}; it is {self.n_steps}.")
+        if not (np.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 50):
+            raise LensError(f"guidance_scale must lie between 0 and 50; it is {self.guidance_scale}.")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bottleneck activations.
+
+    Attributes:
+        h: float array ``[n, step, d_in, y, x]``.
+        timesteps: the scheduler's timestep of every step, ``[step]``.
+        seeds: one per image, ``[n]``.
+        hook_name: the module read, relative to the U-Net, e.g. ``mid_block``.
+        guidance_branch: which half of a guided batch was read.
+    """
+
+    h: np.ndarray
+    timesteps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    hook_name: str
+    guidance_branch: GuidanceBranch = "conditional"
+
+
+@dataclass(frozen=True)
+class FeatureActs:
+    """Sparse SAE codes: ``values, indices [n, step, y, x, k]`` into a dictionary of ``d_sae``."""
+
+    values: np.ndarray
+    indices: np.ndarray
+    d_sae: int
+    sae_id: str
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """SAE features chosen for one class; refused by any SAE but the one of ``sae_id``."""
+
+    ids: tuple[int, ...]
+    scores: tuple[float, ...]
+    attribute: str
+    target: str
+    sae_id: str
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.scores):
+            raise LensError(f"A feature set needs one score per feature; got {len(self.ids)} ids and {len(self.scores)} scores.")
+        if len(set(self.ids)) != len(self.ids):
+            raise LensError("A feature set must not name a feature twice.")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Features' attribution to every class of an attribute.
+
+    Attributes:
+        scores: ``[class, step, d_sae]``, mean over images, summed over positions.
+        completeness_gap: largest ``|sum S - (F(s) - F(s'))|`` over images and classes (probability units).
+        method: how it was computed, e.g. ``integrated_gradients``.
+        baseline: the path's start, e.g. ``zero``.
+        n_images: images averaged over.
+    """
+
+    scores: np.ndarray
+    completeness_gap: float
+    attribute: Attribute
+    method: str
+    baseline: str
+    sae_id: str
+    n_images: int
+
+    def top_k(self, k: int, *, target: str, window: tuple[int, int] | None = None) -> FeatureSet:
+        """The ``k`` features whose summed score for class ``target`` is largest (positive scores only).
+
+        ``window`` is a half-open range of step indices; the default sums over all steps.
+        """
+        total = self.total(target, window=window)
+        if not 1 <= k <= total.size:
+            raise LensError(f"Choose between 1 and {total.size} features; you asked for {k}.")
+        order = np.argsort(-total, kind="stable")[:k]
+        order = order[total[order] > 0]
+        return FeatureSet(
+            tuple(int(i) for i in order),
+            tuple(float(total[i]) for i in order),
+            self.attribute.name,
+            target,
+            self.sae_id,
+        )
+
+    def total(self, target: str, *, window: tuple[int, int] | None = None) -> np.ndarray:
+        """Scores for ``target`` summed over steps, ``[d_sae]``."""
+        first, stop = window or (0, self.scores.shape[1])
+        return self.scores[self.attribute.index(target), first:stop].sum(axis=0)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One turn of SAE features: which, how, how far, when. Mode and β have no default.
+
+    ``scale``: ``s_i <- beta * s_i`` (identity at 1); ``add``: ``s_i <- s_i + beta`` (identity at 0);
+    ``suppress``: ``s_i <- (1 - beta) * s_i`` (identity at 0, off at 1). DiffLens, eq. for Intervene(s).
+
+    Attributes:
+        opposite: features of the mirror pole, turned the other way (scale ``2 - beta``, add ``-beta``,
+            suppress ``-beta``). Our working form; ``None`` turns one pole alone.
+        overrides: ``(feature id, beta)`` pairs that replace the master β for single features.
+        window: half-open range of step indices that are edited; ``None`` is every step.
+        sampler: ``asymmetric`` lets the edit move the predicted x0 alone (as in Asyrp), ``symmetric`` both terms.
+        only_seeds: turn the features in these images alone; ``None`` is every image.
+    """
+
+    features: FeatureSet
+    mode: Mode
+    beta: float
+    opposite: FeatureSet | None = None
+    overrides: tuple[tuple[int, float], ...] = ()
+    window: tuple[int, int] | None = None
+    sampler: Sampler = "asymmetric"
+    only_seeds: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        for beta in (self.beta, *(b for _, b in self.overrides)):
+            if not (np.isfinite(beta) and abs(beta) <= MAX_BETA):
+                raise LensError(f"beta must be a finite number between -{MAX_BETA:g} and {MAX_BETA:g}; it is {beta}.")
+        if self.mode not in ("scale", "add", "suppress"):
+            raise LensError(f"mode must be scale, add or suppress; it is '{self.mode}'.")
+        if not self.features.ids:
+            raise LensError("The feature set is empty; choose at least one feature.")
+        if self.opposite is not None and set(self.opposite.ids) & set(self.features.ids):
+            raise LensError("A feature stands in both poles of this intervention; give it to one of them.")
+        if self.window is not None and not 0 <= self.window[0] < self.window[1]:
+            raise LensError(f"The step window {self.window} is empty; it runs from a first step to a later one.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Images ``uint8[n, H, W, 3]`` with everything needed to make them again."""
+
+    images: np.ndarray
+    request: GenerationRequest
+    edit: str | None = None
+    activations: Activations | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """An image classifier's reading: ``probs [n, class]``, ``certain [n]`` (False counts as "uncertain")."""
+
+    probs: np.ndarray
+    certain: np.ndarray
+    attribute: Attribute
+    classifier_id: str
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Most probable class index per image, ``[n]`` (uncertain images included)."""
+        return self.probs.argmax(axis=1)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Certain images per class, ``[class]``."""
+        return np.bincount(self.labels[self.certain], minlength=self.probs.shape[1])
+
+    @property
+    def n_uncertain(self) -> int:
+        """Images the classifier would not decide."""
+        return int((~self.certain).sum())
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share with its uncertainty: raw and classifier-error-corrected, with 95 % intervals."""
+
+    label: str
+    count: int
+    n: int
+    n_uncertain: int
+    raw: float
+    raw_interval: tuple[float, float]
+    corrected: float
+    corrected_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """``ln(share a / share b)`` with a 95 % interval; ``haldane`` marks the ½ added to zero counts."""
+
+    value: float
+    interval: tuple[float, float]
+    numerator: str
+    denominator: str
+    haldane: bool
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One strength of a sweep, on the same seeds as every other.
+
+    Attributes:
+        shares: one per class of the steered attribute, in class order.
+        log_ratio: raw; ``log_ratio_corrected``: after correction for the classifier's error.
+            ``None`` for attributes with more than two classes.
+        fd: fairness discrepancy from the target distribution; ``fd_floor`` the 95 % point of its null.
+        spillover: other attribute → class shares at this point ``[class]``.
+        agreement: nuisance attribute → share of images that kept their class against the unedited ones.
+        activation_ratio: mean ``|h'| / |h|`` over edited steps (a flag for leaving the data's range).
+        fid: "FID, portraits features" against the unedited images; ``None`` where n is too small.
+        examples: a few images ``uint8[m, H, W, 3]`` of the first seeds.
+    """
+
+    beta: float
+    shares: tuple[Share, ...]
+    log_ratio: LogRatio | None
+    log_ratio_corrected: LogRatio | None
+    fd: float
+    fd_floor: float
+    spillover: dict[str, tuple[float, ...]]
+    agreement: dict[str, float]
+    activation_ratio: float
+    fid: float | None
+    examples: np.ndarray
+    labels: np.ndarray
+    certain: np.ndarray
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Strength × seeds: one ``SweepPoint`` per β in rising order, plus what made them."""
+
+    points: tuple[SweepPoint, ...]
+    attribute: Attribute
+    target: str
+    request: GenerationRequest
+    setting: str
+    classifier_id: str
+    is_control: bool = False
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        """The strengths measured, rising."""
+        return tuple(p.beta for p in self.points)
