@@ -107,7 +107,9 @@ class FeatureSet:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.scores):
-            raise LensError(f"A feature set needs one score per feature; got {len(self.ids)} ids and {len(self.scores)} scores.")
+            raise LensError(
+                f"A feature set needs one score per feature; got {len(self.ids)} ids and {len(self.scores)} scores."
+            )
         if len(set(self.ids)) != len(self.ids):
             raise LensError("A feature set must not name a feature twice.")
 
@@ -256,6 +258,24 @@ class LogRatio:
 
 
 @dataclass(frozen=True)
+class Change:
+    """How one class's share moved between unedited and edited images of the same seeds.
+
+    Attributes:
+        before, after: shares among the ``n`` images that were decided both times.
+        difference: ``after - before``; ``interval`` its paired 95 % interval.
+    """
+
+    attribute: str
+    label: str
+    before: float
+    after: float
+    difference: float
+    interval: tuple[float, float]
+    n: int
+
+
+@dataclass(frozen=True)
 class SweepPoint:
     """One strength of a sweep, on the same seeds as every other.
 
@@ -269,6 +289,8 @@ class SweepPoint:
         activation_ratio: mean ``|h'| / |h|`` over edited steps (a flag for leaving the data's range).
         fid: "FID, portraits features" against the unedited images; ``None`` where n is too small.
         examples: a few images ``uint8[m, H, W, 3]`` of the first seeds.
+        labels: class index of the steered attribute per seed, ``int64[n]``; ``certain [n]`` says which count.
+        changes: classes of the other attributes against the unedited images, with paired intervals.
     """
 
     beta: float
@@ -284,6 +306,7 @@ class SweepPoint:
     examples: np.ndarray
     labels: np.ndarray
     certain: np.ndarray
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -303,3 +326,102 @@ class SweepResult:
     def betas(self) -> tuple[float, ...]:
         """The strengths measured, rising."""
         return tuple(p.beta for p in self.points)
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What every SAE feature looks like, read on one pool of images.
+
+    Attributes:
+        xy: place of each decoder direction on the map, float32 ``[d_sae, 2]``.
+        density: share of samples (image × step × position) on which the feature fires, ``[d_sae]``.
+        step_profile: mean activation at each step read, ``[d_sae, step]``; ``steps``: those steps' indices.
+        top_images: images that excite the feature most, indices into the pool, ``[d_sae, m]`` (-1: none).
+        heatmaps: mean activation over steps at each position of those images, float16 ``[d_sae, m, y, x]``.
+        random_images: images drawn at random among all on which it fires, ``[d_sae, r]`` (-1: none).
+        random_heatmaps: as ``heatmaps``, ``[d_sae, r, y, x]``.
+        near_images: images on which it nearly fired: never among the k, highest before the cut ``[d_sae, r]``.
+        labels: one short text per feature (``""``: none), made as ``label_source`` says.
+        layout: how ``xy`` was made, e.g. ``umap``.
+        effects: attribute → change of its class shares when this feature alone is turned, ``[d_sae, class]``,
+            NaN where not measured.
+    """
+
+    xy: np.ndarray
+    density: np.ndarray
+    step_profile: np.ndarray
+    steps: tuple[int, ...]
+    top_images: np.ndarray
+    heatmaps: np.ndarray
+    random_images: np.ndarray
+    random_heatmaps: np.ndarray
+    near_images: np.ndarray
+    labels: tuple[str, ...]
+    label_source: str
+    layout: str
+    sae_id: str
+    effects: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """Features that never fire on the pool, bool ``[d_sae]``."""
+        return self.density == 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images of one kind on an evidence card: ``images uint8 [m, H, W, 3]``, ``heatmaps [m, y, x]``, pool rows."""
+
+    images: np.ndarray
+    heatmaps: np.ndarray
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """Everything a lens knows of one feature.
+
+    Attributes:
+        attribution: attribute → class → score summed over steps; ``rank``: attribute → class → place (1 is first).
+        effects: attribute → class → change of share when this feature alone is turned (empty: not measured).
+    """
+
+    id: int
+    density: float
+    dead: bool
+    step_profile: np.ndarray
+    steps: tuple[int, ...]
+    attribution: dict[str, dict[str, float]]
+    rank: dict[str, dict[str, int]]
+    effects: dict[str, dict[str, float]]
+    top: Examples
+    random: Examples
+    near: Examples
+    label: str
+    label_source: str
+    sae_id: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a classifier reads in one generation, with its uncertainty.
+
+    Attributes:
+        shares: one per class, raw and corrected for the classifier's error.
+        log_ratio, log_ratio_corrected: two-class attributes only.
+        fd: fairness discrepancy from the uniform distribution; ``fd_floor`` the 95 % point of its null at this n.
+        agreement: attribute → share of images that kept their class against the reference (empty without one).
+    """
+
+    attribute: Attribute
+    shares: tuple[Share, ...]
+    log_ratio: LogRatio | None
+    log_ratio_corrected: LogRatio | None
+    fd: float
+    fd_floor: float
+    n: int
+    n_uncertain: int
+    agreement: dict[str, float]
+    request: GenerationRequest
+    edit: str | None
+    classifier_id: str

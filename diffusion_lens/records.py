@@ -1,0 +1,154 @@
+"""Results on disk: sweeps, attributions and the atlas, as JSON, WebP and safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from diffusion_lens.artifacts import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.sheets import load_sheets, save_sheets
+from diffusion_lens.types import (
+    Atlas,
+    Attribute,
+    Attribution,
+    GenerationRequest,
+    LensError,
+    LogRatio,
+    Share,
+    SweepPoint,
+    SweepResult,
+)
+
+T = TypeVar("T")
+
+
+def save_sweep(result: SweepResult, folder: Path, stem: str) -> None:
+    """Write ``<stem>.json`` and, where it has examples, ``<stem>-examples…``."""
+    values = to_plain(dataclasses.replace(result, points=()))
+    values["points"] = []
+    for point in result.points:
+        plain = to_plain(dataclasses.replace(point, examples=np.zeros(0)))
+        plain["examples"] = len(point.examples)
+        values["points"].append(plain)
+    strips = [point.examples for point in result.points if len(point.examples)]
+    if strips:
+        save_sheets(np.concatenate(strips), folder, f"{stem}-examples", columns=max(map(len, strips)))
+    write_json(folder / f"{stem}.json", values)
+
+
+def load_sweep(folder: Path, stem: str) -> SweepResult:
+    """Read what ``save_sweep`` wrote (examples lossy); raises ``LensError`` that names a bad file."""
+    path = folder / f"{stem}.json"
+    values = read_json(path)
+    try:
+        return _read_sweep(values, folder, stem)
+    except (KeyError, TypeError, AttributeError, ValidationError, ValueError) as error:
+        if isinstance(error, LensError):
+            raise
+        raise LensError(
+            f"{path} is not a stored sweep ({type(error).__name__}: {error}); fit the lens again."
+        ) from None
+
+
+def _read_sweep(values: dict[str, Any], folder: Path, stem: str) -> SweepResult:
+    counts = [int(point["examples"]) for point in values["points"]]
+    images = load_sheets(folder, f"{stem}-examples") if sum(counts) else np.zeros((0, 1, 1, 3), np.uint8)
+    if len(images) != sum(counts):
+        raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {sum(counts)}.")
+    strips = np.split(images, np.cumsum(counts)[:-1]) if counts else []
+    points = tuple(_read_point(point, strip) for point, strip in zip(values["points"], strips, strict=True))
+    rest = {k: v for k, v in values.items() if k not in ("points", "attribute", "request")}
+    return SweepResult(
+        points=points,
+        attribute=_parse(Attribute, values["attribute"]),
+        request=_parse(GenerationRequest, values["request"]),
+        **rest,
+    )
+
+
+def _read_point(values: dict[str, Any], examples: np.ndarray) -> SweepPoint:
+    nested: dict[str, Any] = {
+        "shares": tuple(_parse(Share, share) for share in values["shares"]),
+        "log_ratio": _parse(LogRatio, values["log_ratio"]) if values["log_ratio"] else None,
+        "log_ratio_corrected": _parse(LogRatio, values["log_ratio_corrected"])
+        if values["log_ratio_corrected"]
+        else None,
+        "spillover": {name: tuple(map(float, shares)) for name, shares in values["spillover"].items()},
+        "agreement": {name: float(share) for name, share in values["agreement"].items()},
+        "labels": np.asarray(values["labels"], dtype=np.int64),
+        "certain": np.asarray(values["certain"], dtype=bool),
+        "examples": examples,
+    }
+    rest: dict[str, Any] = {name: None if v is None else float(v) for name, v in values.items() if name not in nested}
+    return SweepPoint(**nested, **rest)
+
+
+def _parse(kind: type[T], values: Any) -> T:
+    return TypeAdapter(kind).validate_python(values)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, arrays and numbers as plain JSON values; non-finite numbers become text (``"inf"``)."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray | np.generic):
+        return to_plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def save_attributions(path: Path, attributions: dict[str, Attribution]) -> None:
+    """Write one ``[class, step, d_sae]`` array per attribute, float32, with its provenance in the header."""
+    metadata = {
+        name: json.dumps(to_plain(dataclasses.replace(a, scores=np.zeros(0)))) for name, a in attributions.items()
+    }
+    save_tensors(path, {name: a.scores.astype(np.float32) for name, a in attributions.items()}, metadata)
+
+
+def load_attributions(path: Path) -> dict[str, Attribution]:
+    """Read what ``save_attributions`` wrote, by attribute name."""
+    arrays, metadata = load_tensors(path), load_metadata(path)
+    found = {}
+    for name, scores in arrays.items():
+        values = json.loads(metadata[name])
+        values.update(scores=scores, attribute=_parse(Attribute, values["attribute"]))
+        values["completeness_gap"] = float(values["completeness_gap"])
+        found[name] = Attribution(**values)
+    return found
+
+
+ATLAS_ARRAYS = (
+    "xy", "density", "step_profile", "top_images", "heatmaps", "random_images", "random_heatmaps", "near_images",
+)  # fmt: skip
+
+
+def save_atlas(path: Path, atlas: Atlas) -> None:
+    """Write the atlas's arrays and effects; texts go to the header."""
+    arrays = {name: getattr(atlas, name) for name in ATLAS_ARRAYS}
+    arrays.update({f"effects.{name}": effect for name, effect in atlas.effects.items()})
+    texts = ("steps", "labels", "label_source", "layout", "sae_id")
+    save_tensors(path, arrays, {"atlas": json.dumps({name: getattr(atlas, name) for name in texts})})
+
+
+def load_atlas(path: Path) -> Atlas:
+    """Read what ``save_atlas`` wrote; raises ``LensError`` that names a file of another kind."""
+    arrays, metadata = load_tensors(path), load_metadata(path)
+    missing = [name for name in ATLAS_ARRAYS if name not in arrays]
+    if missing or "atlas" not in metadata:
+        raise LensError(f"{path.name} is not an atlas ({', '.join(missing) or 'no header'}); fit the lens again.")
+    texts = json.loads(metadata["atlas"])
+    texts.update(steps=tuple(texts["steps"]), labels=tuple(texts["labels"]))
+    effects = {name.split(".", 1)[1]: array for name, array in arrays.items() if name.startswith("effects.")}
+    fields: dict[str, Any] = {name: arrays[name] for name in ATLAS_ARRAYS}
+    return Atlas(**fields, **texts, effects=effects)
