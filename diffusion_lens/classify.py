@@ -1,0 +1,360 @@
+"""Image → perceived attribute, with a known error and an "uncertain" answer.
+
+``Classifier`` is what the rest of the project sees. ``HeadsClassifier`` is the bundled one: a small residual
+network for drawn portraits, one softmax head per attribute. A classifier reads how a picture *looks*; it
+says nothing about who anybody is, and its confusion matrix travels with it so that counts can be corrected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffusion_lens.calibration import UNKNOWN, choose_threshold, confusion_counts, fit_temperature, softmax
+from diffusion_lens.config import StrictConfig
+from diffusion_lens.types import Attribute, LensError, Predictions
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Classifier(Protocol):
+    """Anything that reads perceived attributes from images and states how often it errs."""
+
+    @property
+    def classifier_id(self) -> str:
+        """Names the weights and decision rule; equal ids read every image alike."""
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """All attributes it reads, nuisances included."""
+
+    @property
+    def confusion(self) -> Mapping[str, np.ndarray]:
+        """Attribute → counts ``[true class, predicted class]`` of certain, labelled, held-out images."""
+
+    def predict(self, images: np.ndarray) -> dict[str, Predictions]:
+        """Read ``uint8[n, H, W, 3]``."""
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Float features ``[n, d]`` of ``uint8[n, H, W, 3]``, for Fréchet distances."""
+
+
+class HeadsConfig(StrictConfig):
+    """Everything about a ``HeadsClassifier`` that is not a weight.
+
+    Attributes:
+        attributes: what is read; their order is the order of label columns.
+        image_size: side the images are brought to before they are read.
+        widths: channels of the stem and of the three residual blocks; the last is the feature size.
+        temperatures: attribute → divisor of the logits (1 before calibration).
+        thresholds: attribute → least calibrated probability that counts as certain (0 before calibration).
+        confusion: attribute → counts ``[true][predicted]`` of certain held-out images.
+        uncertain: attribute → held-out images left undecided, per true class.
+    """
+
+    attributes: tuple[Attribute, ...]
+    image_size: int = Field(64, ge=16, le=512)
+    widths: tuple[int, int, int, int] = (32, 64, 80, 112)
+    temperatures: dict[str, float] = Field(default_factory=dict)
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    confusion: dict[str, tuple[tuple[int, ...], ...]] = Field(default_factory=dict)
+    uncertain: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with GroupNorm and a 1×1 shortcut; ``[n, c, s, s] → [n, d, s/stride, s/stride]``."""
+
+    def __init__(self, c: int, d: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, d, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, d)
+        self.conv2 = nn.Conv2d(d, d, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, d)
+        self.shortcut = nn.Conv2d(c, d, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class HeadsNetwork(nn.Module):
+    """Stem at half size, three residual blocks, mean over positions, one linear layer shared by all heads."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        stem = config.widths[0]
+        self.stem = nn.Sequential(nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.GroupNorm(8, stem), nn.ReLU())
+        self.blocks = nn.Sequential(*(ResidualBlock(c, d, 2) for c, d in pairwise(config.widths)))
+        self.heads = nn.Linear(config.widths[-1], sum(len(a.classes) for a in config.attributes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[n, 3, s, s]`` in [-1, 1] → features ``[n, d]`` and the logits of all heads ``[n, classes]``."""
+        features = self.blocks(self.stem(x)).mean(dim=(2, 3))
+        return features, self.heads(features)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsClassifier:
+    """The bundled image classifier: ``network`` plus the decision rule and known error in ``config``."""
+
+    config: HeadsConfig
+    network: HeadsNetwork
+    classifier_id: str
+    batch_size: int = 64
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """All attributes it reads, in head order."""
+        return self.config.attributes
+
+    @property
+    def confusion(self) -> dict[str, np.ndarray]:
+        """Attribute → counts ``[true, predicted]`` of certain held-out images; empty before ``calibrate``."""
+        return {name: np.array(rows, dtype=np.int64) for name, rows in self.config.confusion.items()}
+
+    @property
+    def uncertain(self) -> dict[str, np.ndarray]:
+        """Attribute → held-out images left undecided, per true class ``[class]``."""
+        return {name: np.array(row, dtype=np.int64) for name, row in self.config.uncertain.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return self.network.heads.weight.device
+
+    def to(self, device: str | torch.device) -> HeadsClassifier:
+        """The same classifier on ``device`` (the network itself moves)."""
+        self.network.to(device)
+        return self
+
+    def read(self, images: np.ndarray) -> tuple[dict[str, Predictions], np.ndarray]:
+        """Predictions and features ``[n, d]`` of ``uint8[n, H, W, 3]`` in one pass."""
+        features, logits = self.logits(images)
+        return {a.name: self._decide(a, logits[a.name]) for a in self.attributes}, features
+
+    def predict(self, images: np.ndarray) -> dict[str, Predictions]:
+        """Attribute → predictions for ``uint8[n, H, W, 3]``; other sizes are resized to ``image_size``."""
+        return self.read(images)[0]
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """The penultimate layer, float32 ``[n, d]``: the features of "FID, portraits features"."""
+        return self.logits(images)[0]
+
+    @torch.inference_mode()
+    def logits(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Features ``[n, d]`` and, per attribute, uncalibrated logits ``[n, class]``, both float32."""
+        pixels = check_images(images)
+        rows: list[tuple[Tensor, Tensor]] = []
+        for chunk in pixels.split(self.batch_size):
+            rows.append(tuple(t.cpu() for t in self.network(_prepare(chunk.to(self.device), self.config.image_size))))
+        n_classes = [len(a.classes) for a in self.attributes]
+        if not rows:
+            empty = torch.zeros(0, sum(n_classes))
+            rows = [(torch.zeros(0, self.config.widths[-1]), empty)]
+        features = torch.cat([f for f, _ in rows]).numpy()
+        parts = torch.cat([z for _, z in rows]).split(n_classes, dim=1)
+        return features, {a.name: z.numpy() for a, z in zip(self.attributes, parts, strict=True)}
+
+    def _decide(self, attribute: Attribute, logits: np.ndarray) -> Predictions:
+        probs = softmax(logits, self.config.temperatures.get(attribute.name, 1.0))
+        certain = probs.max(axis=1) >= self.config.thresholds.get(attribute.name, 0.0)
+        return Predictions(probs, certain, attribute, self.classifier_id)
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
+        self.config.save(folder / "config.json")
+        save_file({k: v.contiguous().cpu() for k, v in self.network.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: str | torch.device = "cpu") -> HeadsClassifier:
+        """Read a saved classifier; raises ``LensError`` that names a missing, broken or foreign file."""
+        folder = Path(folder)
+        config = HeadsConfig.load(folder / "config.json")
+        path = folder / "model.safetensors"
+        if not path.is_file():
+            raise LensError(f"model.safetensors is missing from {folder}; copy the classifier's folder again.")
+        network = _build(config)
+        try:
+            network.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError):
+            raise LensError(f"{path} does not fit its config.json; copy the classifier's folder again.") from None
+        return _finish(config, network, device)
+
+
+def train_heads(
+    images: Tensor,
+    labels: Tensor,
+    attributes: Sequence[Attribute],
+    *,
+    n_steps: int,
+    batch_size: int = 256,
+    lr: float = 3e-3,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    augment: Augmentation | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    widths: tuple[int, int, int, int] = (32, 64, 80, 112),
+) -> HeadsClassifier:
+    """Train a ``HeadsClassifier`` on ``images uint8[N, S, S, 3]``, ``labels int64[N, attribute]`` (−1 = unknown).
+
+    AdamW with a one-cycle learning rate, summed cross entropies of all heads. ``augment`` defaults to
+    ``mild_augmentation``, which keeps the reading right on generated images that are softer or noisier than
+    drawn ones. ``on_step(done, n_steps)`` may raise to stop. Call ``calibrate`` on held-out images next.
+    """
+    pixels = check_images(images)
+    _check_labels(labels, attributes, len(pixels))
+    config = HeadsConfig(attributes=tuple(attributes), image_size=pixels.shape[1], widths=widths)
+    network = _build(config, seed).to(device)
+    pixels, labels = pixels.to(device), labels.to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=lr, total_steps=n_steps, pct_start=0.2)
+    change = mild_augmentation if augment is None else augment
+    for step in range(n_steps):
+        rows = torch.randint(len(pixels), (batch_size,), generator=generator, device=device)
+        batch = change(_prepare(pixels[rows], config.image_size), generator)
+        loss = heads_loss(network(batch)[1], labels[rows], attributes)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step + 1, n_steps)
+    return _finish(config, network, device)
+
+
+def heads_loss(logits: Tensor, labels: Tensor, attributes: Sequence[Attribute]) -> Tensor:
+    """Sum over attributes of the mean cross entropy of known labels; ``logits [n, classes], labels [n, attribute]``."""
+    parts = logits.split([len(a.classes) for a in attributes], dim=1)
+    terms = [F.cross_entropy(z, y, ignore_index=UNKNOWN, reduction="sum") for z, y in zip(parts, labels.T, strict=True)]
+    return (torch.stack(terms) / (labels != UNKNOWN).sum(dim=0).clamp(min=1)).sum()
+
+
+def mild_augmentation(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random blur, noise, brightness, contrast, shift (±3 px of 64) and scale (±5 %), each image on its own.
+
+    ``images [n, 3, s, s]`` in [-1, 1]. Colour is kept: hue tells skin tone and hair colour apart.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(len(images), *shape, generator=generator, device=images.device)
+
+    scale, shift = uniform(0.95, 1.05), uniform(-0.1, 0.1, 2)
+    affine = torch.stack([scale, 0 * scale, shift[:, 0], 0 * scale, scale, shift[:, 1]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device) / 16
+    kernel = torch.outer(taps, taps).expand(3, 1, 5, 5)
+    soft = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+    images = torch.lerp(images, soft, uniform(-0.3, 1.0, 1, 1, 1).clamp(min=0))
+    images = images * uniform(0.92, 1.08, 1, 1, 1) + uniform(-0.08, 0.08, 1, 1, 1)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    return (images + noise * uniform(-0.04, 0.08, 1, 1, 1).clamp(min=0)).clamp(-1, 1)
+
+
+def calibrate(
+    classifier: HeadsClassifier,
+    images: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    *,
+    max_uncertain: float = 0.03,
+    ceiling: float = 0.9,
+    fit_share: float = 0.3,
+    seed: int = 0,
+) -> HeadsClassifier:
+    """Fit temperatures and certainty thresholds, then measure the confusion on other images.
+
+    ``labels int [n, attribute]`` (−1 = unknown) of held-out ``images uint8[n, H, W, 3]``. A random ``fit_share``
+    of them sets temperature and threshold, the rest fill ``confusion`` and ``uncertain``. See ``choose_threshold``.
+    """
+    known = torch.as_tensor(labels, dtype=torch.int64)
+    _check_labels(known, classifier.attributes, len(images))
+    _, logits = classifier.logits(images)
+    order = np.random.default_rng(seed).permutation(len(images))
+    n_fit = max(1, int(fit_share * len(images)))
+    fit, rest = order[:n_fit], order[n_fit:]
+    temperatures: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
+    for column, attribute in enumerate(classifier.attributes):
+        truth = known[:, column].numpy()
+        rows = fit[truth[fit] != UNKNOWN]
+        if not len(rows) or not (truth[rest] != UNKNOWN).any():
+            raise LensError(f"Too few images are labelled for {attribute.name}; label more held-out images.")
+        z = logits[attribute.name][rows]
+        temperatures[attribute.name] = fit_temperature(z, truth[rows])
+        probs = softmax(z, temperatures[attribute.name])
+        thresholds[attribute.name] = choose_threshold(probs, max_uncertain=max_uncertain, ceiling=ceiling)
+    settings = {"temperatures": temperatures, "thresholds": thresholds}
+    config = classifier.config.model_copy(update=settings)
+    decided = replace(classifier, config=config, classifier_id=_identity(config, classifier.network))
+    confusion: dict[str, tuple[tuple[int, ...], ...]] = {}
+    uncertain: dict[str, tuple[int, ...]] = {}
+    for column, attribute in enumerate(classifier.attributes):
+        predictions = decided._decide(attribute, logits[attribute.name][rest])
+        table, undecided = confusion_counts(known[rest, column].numpy(), predictions)
+        confusion[attribute.name] = tuple(tuple(int(c) for c in row) for row in table)
+        uncertain[attribute.name] = tuple(int(c) for c in undecided)
+    return replace(decided, config=config.model_copy(update={"confusion": confusion, "uncertain": uncertain}))
+
+
+def check_images(images: np.ndarray | Tensor) -> Tensor:
+    """``images`` as a uint8 tensor ``[n, H, W, 3]``; raises ``LensError`` for any other type or shape."""
+    pixels = torch.as_tensor(images)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise LensError(f"Images must be uint8 [n, height, width, 3]; got {pixels.dtype} {tuple(pixels.shape)}.")
+    return pixels
+
+
+def _check_labels(labels: Tensor, attributes: Sequence[Attribute], n: int) -> None:
+    if labels.shape != (n, len(attributes)):
+        raise LensError(f"Labels must be [{n}, {len(attributes)}], one per attribute; they are {tuple(labels.shape)}.")
+    for column, attribute in zip(labels.T, attributes, strict=True):
+        if n and not (column.min() >= UNKNOWN and column.max() < len(attribute.classes)):
+            raise LensError(f"Labels of {attribute.name} must lie from -1 to {len(attribute.classes) - 1}.")
+
+
+def _prepare(pixels: Tensor, size: int) -> Tensor:
+    """uint8 ``[n, H, W, 3]`` → float ``[n, 3, size, size]`` in [-1, 1], channels last."""
+    x = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    if x.shape[2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _build(config: HeadsConfig, seed: int = 0) -> HeadsNetwork:
+    """A freshly initialised network; built on "meta" so that torch's global generator is never drawn from."""
+    with torch.device("meta"):
+        network = HeadsNetwork(config)
+    network.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in network.named_parameters():
+        if p.ndim > 1:
+            nn.init.kaiming_normal_(p, nonlinearity="relu" if p.ndim == 4 else "linear", generator=generator)
+        else:
+            nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+    return network
+
+
+def _identity(config: HeadsConfig, network: nn.Module) -> str:
+    digest = hashlib.sha256(config.model_dump_json(exclude={"confusion", "uncertain"}).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _finish(config: HeadsConfig, network: HeadsNetwork, device: str | torch.device) -> HeadsClassifier:
+    network.eval().requires_grad_(False).to(device)
+    return HeadsClassifier(config, network, _identity(config, network))
