@@ -199,12 +199,16 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Generation:
-    """Images ``uint8[n, H, W, 3]`` with everything needed to make them again."""
+    """Images ``uint8[n, H, W, 3]`` with everything needed to make them again.
+
+    ``activation_ratio`` is the mean ``|h'| / |h|`` over edited images and steps; ``None`` where nothing was edited.
+    """
 
     images: np.ndarray
     request: GenerationRequest
     edit: str | None = None
     activations: Activations | None = None
+    activation_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,33 @@ class SweepResult:
     def betas(self) -> tuple[float, ...]:
         """The strengths measured, rising."""
         return tuple(p.beta for p in self.points)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The strength that meets a target share, read off a measured sweep.
+
+    Attributes:
+        beta: where the monotone curve meets the target; the nearest measured strength if it never does.
+        interval: 95 % interval of ``beta``, cut to the measured range; ``open_below``/``open_above`` say that
+            it runs past that end.
+        reached: whether the target lies within the measured range.
+        share: corrected share of ``label`` on the curve at ``beta``, with its interval.
+        off_curve: largest distance of a measured share from the monotone curve (over-steering shows here).
+        note: one sentence that says all this.
+    """
+
+    beta: float
+    interval: tuple[float, float]
+    reached: bool
+    open_below: bool
+    open_above: bool
+    label: str
+    target_share: float
+    share: float
+    share_interval: tuple[float, float]
+    off_curve: float
+    note: str
 
 
 @dataclass(frozen=True)
