@@ -1,0 +1,92 @@
+"""From attributions to a turn: the feature sets of a ``Setting``, and the interventions that they make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffusion_lens.config import Setting
+from diffusion_lens.types import Attribution, FeatureSet, Intervention, LensError, Mode
+
+
+def identity_beta(mode: Mode) -> float:
+    """The β that changes nothing: 1 for ``scale``, 0 for ``add`` and ``suppress``."""
+    return 1.0 if mode == "scale" else 0.0
+
+
+def feature_sets(
+    attribution: Attribution, setting: Setting, target: str, n_features: int | None = None
+) -> tuple[FeatureSet, FeatureSet | None]:
+    """The features that ``setting`` turns for class ``target``, and those of the opposite pole (``None``: one pole).
+
+    Features are ranked by attribution summed over the setting's step window. The opposite pole of a two-class
+    attribute holds the other class's features; with more classes, those that speak most against ``target``
+    (our working form: for two classes both are the same).
+    """
+    n = setting.n_features if n_features is None else n_features
+    features = attribution.top_k(n, target=target, window=setting.window)
+    if not features.ids:
+        raise LensError(f"No feature speaks for {attribution.attribute.name} = {target}; fit with more images.")
+    return features, opposite_set(attribution, features, n, setting.window) if setting.poles == "both" else None
+
+
+def opposite_set(
+    attribution: Attribution, features: FeatureSet, n: int, window: tuple[int, int] | None = None
+) -> FeatureSet | None:
+    """Up to ``n`` features of the pole opposite to ``features`` (scores ≥ 0, rising against the target); or ``None``."""
+    other = attribution.attribute.opposite(features.target)
+    scores = -attribution.total(features.target, window=window) if other is None else attribution.total(
+        other, window=window
+    )  # fmt: skip
+    scores = scores.copy()
+    scores[list(features.ids)] = 0
+    order = np.argsort(-scores, kind="stable")[:n]
+    ids = tuple(int(i) for i in order if scores[i] > 0)
+    if not ids:
+        return None
+    name = other or f"other than {features.target}"
+    return FeatureSet(ids, tuple(float(scores[i]) for i in ids), features.attribute, name, features.sae_id)
+
+
+def make_intervention(
+    attribution: Attribution,
+    setting: Setting,
+    target: str,
+    beta: float,
+    *,
+    n_features: int | None = None,
+    **changes: Any,
+) -> Intervention:
+    """The intervention of ``setting`` towards ``target`` at strength ``beta``.
+
+    ``changes`` replace any other field of ``Intervention`` (``overrides``, ``only_seeds``, ``window``, …).
+    """
+    features, opposite = feature_sets(attribution, setting, target, n_features)
+    values: dict[str, Any] = {
+        "opposite": opposite,
+        "mode": setting.mode,
+        "window": setting.window,
+        "sampler": setting.sampler,
+    }
+    unknown = set(changes) - {*values, "overrides", "only_seeds"}
+    if unknown:
+        raise LensError(f"An intervention has no field '{min(unknown)}'.")
+    return Intervention(features=features, beta=beta, **{**values, **changes})
+
+
+def random_set(features: FeatureSet, density: np.ndarray, *, seed: int, avoid: tuple[int, ...] = ()) -> FeatureSet:
+    """A control: as many live features drawn at random, none of them in ``features`` or ``avoid``.
+
+    ``density [d_sae]``: the share of samples on which each fires; dead features are never drawn.
+    """
+    taken = {*features.ids, *avoid}
+    live = np.array([i for i in np.flatnonzero(density > 0) if int(i) not in taken])
+    if len(live) < len(features.ids):
+        raise LensError(
+            f"Only {len(live)} other live features exist; a random control of {len(features.ids)} needs more."
+        )
+    ids = np.random.default_rng(seed).choice(live, len(features.ids), replace=False)
+    return FeatureSet(
+        tuple(int(i) for i in ids), (0.0,) * len(ids), features.attribute, f"random ({seed})", features.sae_id
+    )
