@@ -1,0 +1,397 @@
+"""Strength × seeds: one ``SweepPoint`` per β on the same seeds, and the β that meets a target share.
+
+The unedited images are drawn and read once. Edited runs restart from them where the first edited step allows
+(bit-identical). Images are read batch by batch and dropped, but for a few examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from diffusion_lens import metrics, stats
+from diffusion_lens.classify import Classifier
+from diffusion_lens.generate import Edit, OnStep, Trajectory, generate_batches, record_trajectory
+from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.types import (
+    Attribute,
+    Balance,
+    Change,
+    Generation,
+    GenerationRequest,
+    LensError,
+    Predictions,
+    SweepPoint,
+    SweepResult,
+)
+
+MakeEdit = Callable[[float], Edit | None]
+
+
+class Draw(Protocol):
+    """How images are made: ``generate.generate_batches``, or anything that answers like it."""
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        request: GenerationRequest,
+        *,
+        edit: Edit | None = None,
+        batch_size: int = 16,
+        on_step: OnStep | None = None,
+        start: Trajectory | None = None,
+    ) -> Iterator[Generation]:
+        """One ``Generation`` per batch, in the order of the request's seeds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the classifier read in one run: predictions by attribute, features ``[n, d]``, a few images."""
+
+    predictions: dict[str, Predictions]
+    features: np.ndarray
+    examples: np.ndarray
+    activation_ratio: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unedited run of a request, to be shared by sweeps of one prompt and the same seeds."""
+
+    request: GenerationRequest
+    reading: Reading
+    classifier_id: str
+    start: Trajectory | None = None
+
+
+def measure_baseline(
+    model: DiffusionModel,
+    request: GenerationRequest,
+    classifier: Classifier,
+    *,
+    restart_steps: Sequence[int] = (),
+    batch_size: int = 16,
+    n_examples: int = 8,
+    on_step: OnStep | None = None,
+    draw: Draw = generate_batches,
+) -> Baseline:
+    """Draw and read the unedited images; keep the latents before ``restart_steps`` for edited runs."""
+    steps = sorted({step for step in restart_steps if step > 0})
+    if not steps:
+        parts = draw(model, request, batch_size=batch_size, on_step=on_step)
+        return Baseline(request, read_images(parts, classifier, n_examples), classifier.classifier_id)
+    start = record_trajectory(model, request, steps=steps, batch_size=batch_size, on_step=on_step)
+    reading = read_images([start.generation], classifier, n_examples)
+    return Baseline(request, reading, classifier.classifier_id, start)
+
+
+def read_images(parts: Iterable[Generation], classifier: Classifier, n_examples: int = 8) -> Reading:
+    """Classify batch by batch; keeps the first ``n_examples`` images alone."""
+    predictions: list[dict[str, Predictions]] = []
+    features: list[np.ndarray] = []
+    examples: list[np.ndarray] = []
+    ratios: list[tuple[float, int]] = []
+    wanted = n_examples
+    for part in parts:
+        predictions.append(classifier.predict(part.images))
+        features.append(classifier.features(part.images))
+        examples.append(part.images[: max(0, wanted)])
+        wanted -= len(part.images)
+        ratios.append((1.0 if part.activation_ratio is None else part.activation_ratio, len(part.images)))
+    joined = {
+        name: replace(
+            first,
+            probs=np.concatenate([p[name].probs for p in predictions]),
+            certain=np.concatenate([p[name].certain for p in predictions]),
+        )
+        for name, first in predictions[0].items()
+    }
+    ratio = sum(r * n for r, n in ratios) / sum(n for _, n in ratios)
+    return Reading(joined, np.concatenate(features), np.concatenate(examples), ratio)
+
+
+def sweep_points(
+    model: DiffusionModel,
+    request: GenerationRequest,
+    make_edit: MakeEdit,
+    betas: Sequence[float],
+    classifier: Classifier,
+    attribute: Attribute,
+    target: str,
+    *,
+    baseline: Baseline | None = None,
+    target_shares: Mapping[str, float] | None = None,
+    batch_size: int = 16,
+    n_examples: int = 8,
+    on_step: OnStep | None = None,
+    draw: Draw = generate_batches,
+) -> Iterator[SweepPoint]:
+    """Measure every β in rising order, each as soon as it is drawn.
+
+    Args:
+        make_edit: the edit at a β; ``None`` stands for "no edit" and reuses the unedited images.
+        attribute: the steered attribute as the classifier knows it; ``target`` one of its classes.
+        baseline: an unedited run of the same request to share; drawn first where missing.
+        target_shares: label → share that FD is measured from; ``None`` is uniform.
+        on_step: called with (steps done, steps in total) over the whole sweep; may raise ``Cancelled``.
+
+    Raises:
+        LensError: before anything is drawn, for repeated or missing β, an attribute the classifier does not
+            read, or a classifier whose error cannot be corrected for.
+    """
+    grid = _check_grid(betas)
+    attribute.index(target)
+    _check_classifier(classifier, attribute)
+    if baseline is not None and (baseline.request, baseline.classifier_id) != (request, classifier.classifier_id):
+        raise LensError("This baseline was drawn for another request or classifier; measure one for this sweep.")
+    goal = _target_vector(attribute, target_shares)
+    edits = [make_edit(beta) for beta in grid]
+    n_runs = sum(edit is not None for edit in edits) + (baseline is None)
+    progress = _Progress(on_step, n_runs, request.n_steps * -(-len(request.seeds) // batch_size))
+
+    def points() -> Iterator[SweepPoint]:
+        base = baseline or measure_baseline(
+            model,
+            request,
+            classifier,
+            restart_steps=[e.window[0] for e in edits if e is not None and e.window is not None],
+            batch_size=batch_size,
+            n_examples=n_examples,
+            on_step=progress.next_run(),
+            draw=draw,
+        )
+        for beta, edit in zip(grid, edits, strict=True):
+            reading = base.reading
+            if edit is not None:
+                parts = draw(
+                    model, request, edit=edit, batch_size=batch_size, on_step=progress.next_run(), start=base.start
+                )
+                reading = read_images(parts, classifier, n_examples)
+            yield measure_point(beta, reading, base.reading, attribute, classifier.confusion[attribute.name], goal)
+
+    return points()
+
+
+def measure_point(
+    beta: float,
+    reading: Reading,
+    base: Reading,
+    attribute: Attribute,
+    confusion: np.ndarray,
+    target_shares: np.ndarray | None = None,
+) -> SweepPoint:
+    """The numbers of one strength: shares, log ratios, FD, and what else moved against the unedited images.
+
+    FD is taken from the counts of decided images, like its floor. ``fid`` is ``None`` below ``MIN_FRECHET`` images.
+    """
+    own = reading.predictions[attribute.name]
+    n = int(own.counts.sum())
+    shares = stats.shares(own.counts, own.n_uncertain, attribute, confusion)
+    raw, corrected = stats.log_ratios(shares)
+    others = {name: p for name, p in reading.predictions.items() if name != attribute.name}
+    moved: list[Change] = []
+    for name, predictions in others.items():
+        moved.extend(metrics.changes(base.predictions[name], predictions))
+    enough = len(reading.features) >= metrics.MIN_FRECHET
+    goal = np.full(len(shares), 1 / len(shares)) if target_shares is None else target_shares
+    return SweepPoint(
+        beta=beta,
+        shares=shares,
+        log_ratio=raw,
+        log_ratio_corrected=corrected,
+        fd=metrics.fairness_discrepancy(np.array([s.raw for s in shares]), goal),
+        fd_floor=metrics.fd_null_floor(n, goal),
+        spillover={name: _decided_shares(p) for name, p in others.items()},
+        agreement={name: metrics.agreement(base.predictions[name], p) for name, p in others.items()},
+        activation_ratio=reading.activation_ratio,
+        fid=metrics.frechet_distance(base.features, reading.features) if enough else None,
+        examples=reading.examples,
+        labels=own.labels.astype(np.int64),
+        certain=own.certain,
+        changes=tuple(moved),
+    )
+
+
+def collect(
+    points: Iterable[SweepPoint],
+    *,
+    attribute: Attribute,
+    target: str,
+    request: GenerationRequest,
+    setting: str,
+    classifier_id: str,
+    is_control: bool = False,
+    provenance: Mapping[str, str] | None = None,
+) -> SweepResult:
+    """All points as one result, in rising β; a cancelled sweep's points may be collected too."""
+    rising = tuple(sorted(points, key=lambda p: p.beta))
+    if not rising:
+        raise LensError("This sweep has no points; let it measure at least one beta.")
+    return SweepResult(
+        rising, attribute, target, request, setting, classifier_id, is_control, dict(provenance or {})
+    )
+
+
+def balance(
+    result: SweepResult,
+    confusion: np.ndarray,
+    *,
+    target_share: float = 0.5,
+    label: str | None = None,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Balance:
+    """The β at which the corrected share of ``label`` (default: the sweep's target) meets ``target_share``.
+
+    Our working form: isotonic regression of the corrected shares over the measured β, linear between them. The
+    interval redraws seeds, the same ones at every β, and the confusion's rows. Points with fewer than
+    ``stats.MIN_PAIRS`` decided images are left out.
+    """
+    label = label or result.target
+    column = result.attribute.index(label)
+    if not 0 < target_share < 1:
+        raise LensError(f"A target share lies between 0 and 1, both excluded; it is {target_share}.")
+    usable = [p for p in result.points if int(p.certain.sum()) >= stats.MIN_PAIRS]
+    if len(usable) < 2:
+        raise LensError(f"Finding a balance needs >= 2 betas with >= {stats.MIN_PAIRS} decided images each.")
+    betas = np.array([p.beta for p in usable])
+    curves = _corrected_curves(usable, len(result.attribute.classes), confusion, n_boot, seed)[..., column]
+    rising = bool(_misfit(curves[0], True) <= _misfit(curves[0], False))
+    fits = np.stack([isotonic_regression(c, increasing=rising).x for c in curves])
+    draws = np.array([crossing(betas, fit, target_share, rising=rising) for fit in fits])
+    reached = bool(np.isfinite(draws[0]))
+    beta = float(np.clip(draws[0], betas[0], betas[-1]))
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    # An actual draw at each end: between a finite β and an infinite one there is nothing to interpolate.
+    low, high = (float(q) for q in np.quantile(draws[1:], tails, method="inverted_cdf"))
+    at_beta = np.array([np.interp(beta, betas, fit) for fit in fits])
+    share_low, share_high = (float(q) for q in np.quantile(at_beta[1:], tails))
+    found = Balance(
+        beta=beta,
+        interval=(min(beta, max(low, float(betas[0]))), max(beta, min(high, float(betas[-1])))),
+        reached=reached,
+        open_below=bool(low < betas[0]),
+        open_above=bool(high > betas[-1]),
+        label=label,
+        target_share=target_share,
+        share=float(at_beta[0]),
+        share_interval=(min(share_low, float(at_beta[0])), max(share_high, float(at_beta[0]))),
+        off_curve=float(np.abs(curves[0] - fits[0]).max()),
+        note="",
+    )
+    return replace(found, note=_say(found, betas))
+
+
+def crossing(betas: np.ndarray, fit: np.ndarray, target: float, *, rising: bool) -> float:
+    """Where the monotone, piecewise linear ``fit`` over rising ``betas`` meets ``target``.
+
+    The middle of a plateau that lies at the target; ``-inf`` or ``inf`` where the curve would meet it below or
+    above the measured range.
+    """
+    y, goal = (fit, target) if rising else (-fit, -target)
+    if goal < y[0]:
+        return float("-inf")
+    if goal > y[-1]:
+        return float("inf")
+    first = int(np.searchsorted(y, goal, side="left"))
+    last = int(np.searchsorted(y, goal, side="right")) - 1
+    return (_meet(betas, y, goal, first - 1) + _meet(betas, y, goal, last)) / 2
+
+
+def _meet(betas: np.ndarray, y: np.ndarray, goal: float, left: int) -> float:
+    """β at which the segment right of point ``left`` meets ``goal``; the curve's end where there is none."""
+    if left < 0 or left + 1 == len(betas):
+        return float(betas[max(left, 0)])
+    share = (goal - y[left]) / (y[left + 1] - y[left])
+    return float(betas[left] + share * (betas[left + 1] - betas[left]))
+
+
+def _corrected_curves(
+    points: Sequence[SweepPoint], n_classes: int, confusion: np.ndarray, n_boot: int, seed: int
+) -> np.ndarray:
+    """Corrected shares ``[1 + n_boot, β, class]``: the measured ones, then bootstrap rounds."""
+    rates = stats.error_rates(confusion)
+    if len({len(p.labels) for p in points}) != 1:
+        raise LensError("The points of this sweep have different seeds; measure them on the same ones.")
+    answers = np.stack([np.eye(n_classes)[p.labels] * p.certain[:, None] for p in points], axis=1)  # [seed, β, class]
+    rng = np.random.default_rng(seed)
+    n = len(answers)
+    weights = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=n_boot)])
+    counts = np.tensordot(weights, answers, axes=1)
+    shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    drawn = np.concatenate([rates[None], stats.draw_shares(np.asarray(confusion), n_boot, rng)])
+    spread = np.broadcast_to(drawn[:, None], (*shares.shape, n_classes)).reshape(-1, n_classes, n_classes)
+    return stats.invert_errors(spread, shares.reshape(-1, n_classes)).reshape(shares.shape)
+
+
+def _misfit(curve: np.ndarray, rising: bool) -> float:
+    return float(((curve - isotonic_regression(curve, increasing=rising).x) ** 2).sum())
+
+
+def _say(found: Balance, betas: np.ndarray) -> str:
+    goal = f"{found.target_share:.0%} {found.label}"
+    if not found.reached:
+        return (
+            f"A share of {goal} is not reached between β = {betas[0]:g} and {betas[-1]:g}; "
+            f"the nearest is {found.share:.0%} at β = {found.beta:g}."
+        )
+    low, high = found.interval
+    span = f"{'below ' if found.open_below else ''}{low:.2f} to {'above ' if found.open_above else ''}{high:.2f}"
+    return f"A share of {goal} is met at β = {found.beta:.2f} (95 % interval {span})."
+
+
+@dataclass
+class _Progress:
+    """Counts the steps of all runs of a sweep as one."""
+
+    on_step: OnStep | None
+    n_runs: int
+    steps_per_run: int
+    begun: int = 0
+
+    def next_run(self) -> OnStep | None:
+        """The callback for the run that begins now; a run that restarts late counts its fewer steps in full."""
+        if self.on_step is None:
+            return None
+        report, before = self.on_step, self.begun * self.steps_per_run
+        self.begun += 1
+
+        def step(done: int, total: int) -> None:
+            report(before + round(done / total * self.steps_per_run), self.n_runs * self.steps_per_run)
+
+        return step
+
+
+def _decided_shares(predictions: Predictions) -> tuple[float, ...]:
+    counts = predictions.counts
+    return tuple(float(c) for c in counts / counts.sum()) if counts.sum() else (float("nan"),) * len(counts)
+
+
+def _check_grid(betas: Sequence[float]) -> list[float]:
+    grid = sorted(float(b) for b in betas)
+    if not grid or len(set(grid)) != len(grid) or not np.isfinite(grid).all():
+        raise LensError("A sweep needs one or more different, finite betas.")
+    return grid
+
+
+def _check_classifier(classifier: Classifier, attribute: Attribute) -> None:
+    if attribute not in classifier.attributes:
+        known = ", ".join(a.name for a in classifier.attributes)
+        raise LensError(f"The classifier does not read {attribute.name} with these classes; it reads {known}.")
+    if attribute.name not in classifier.confusion:
+        raise LensError(f"The classifier's error on {attribute.name} is not known; calibrate it on labelled images.")
+    stats.error_rates(classifier.confusion[attribute.name])
+
+
+def _target_vector(attribute: Attribute, shares: Mapping[str, float] | None) -> np.ndarray:
+    if shares is None:
+        return np.full(len(attribute.classes), 1 / len(attribute.classes))
+    if set(shares) != set(attribute.classes):
+        raise LensError(f"Give a target share for each of {', '.join(attribute.classes)}.")
+    return np.array([shares[label] for label in attribute.classes])
