@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from diffusion_lens.types import LensError, Predictions
+from diffusion_lens.types import Attribute, LensError, Predictions
 
 UNKNOWN = -1
 """Label of an image whose class is not known; such images are left out of losses and confusion counts."""
@@ -55,3 +57,50 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     z = logits.astype(np.float64) / temperature
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def fit_rules(
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    attributes: Sequence[Attribute],
+    *,
+    max_uncertain: float,
+    ceiling: float = 0.9,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Temperature and certainty threshold of every attribute from ``logits[name] [n, class], labels [n, attribute]``.
+
+    Raises:
+        LensError: an attribute has no labelled image.
+    """
+    temperatures: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
+    for column, attribute in enumerate(attributes):
+        known = labels[:, column] != UNKNOWN
+        if not known.any():
+            raise LensError(f"Too few images are labelled for {attribute.name}; label more held-out images.")
+        z = logits[attribute.name][known]
+        temperatures[attribute.name] = fit_temperature(z, labels[known, column])
+        probs = softmax(z, temperatures[attribute.name])
+        thresholds[attribute.name] = choose_threshold(probs, max_uncertain=max_uncertain, ceiling=ceiling)
+    return temperatures, thresholds
+
+
+Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+"""Attribute → confusion ``[true, predicted]``, and attribute → undecided images per true class ``[class]``."""
+
+
+def measure(predictions: Mapping[str, Predictions], labels: np.ndarray, attributes: Sequence[Attribute]) -> Measured:
+    """Confusion and undecided counts of every attribute against ``labels [n, attribute]`` (−1 = unknown).
+
+    Raises:
+        LensError: an attribute has no labelled image.
+    """
+    confusion: dict[str, np.ndarray] = {}
+    uncertain: dict[str, np.ndarray] = {}
+    for column, attribute in enumerate(attributes):
+        if not (labels[:, column] != UNKNOWN).any():
+            raise LensError(f"Too few images are labelled for {attribute.name}; label more held-out images.")
+        confusion[attribute.name], uncertain[attribute.name] = confusion_counts(
+            labels[:, column], predictions[attribute.name]
+        )
+    return confusion, uncertain

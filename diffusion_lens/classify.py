@@ -7,7 +7,6 @@ says nothing about who anybody is, and its confusion matrix travels with it so t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion_lens.calibration import UNKNOWN, choose_threshold, confusion_counts, fit_temperature, softmax
+from diffusion_lens.calibration import UNKNOWN, fit_rules, measure, softmax
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.weights import weights_digest
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -173,6 +173,16 @@ class HeadsClassifier:
         certain = probs.max(axis=1) >= self.config.thresholds.get(attribute.name, 0.0)
         return Predictions(probs, certain, attribute, self.classifier_id)
 
+    def with_confusion(
+        self, confusion: Mapping[str, np.ndarray], uncertain: Mapping[str, np.ndarray]
+    ) -> HeadsClassifier:
+        """The same classifier with its error measured anew: see ``calibration.measure``."""
+        counts = {
+            "confusion": {k: tuple(tuple(int(c) for c in row) for row in table) for k, table in confusion.items()},
+            "uncertain": {k: tuple(int(c) for c in row) for k, row in uncertain.items()},
+        }
+        return replace(self, config=self.config.model_copy(update=counts))
+
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
         self.config.save(folder / "config.json")
@@ -282,32 +292,21 @@ def calibrate(
     """
     known = torch.as_tensor(labels, dtype=torch.int64)
     _check_labels(known, classifier.attributes, len(images))
+    truth = known.numpy()
     _, logits = classifier.logits(images)
     order = np.random.default_rng(seed).permutation(len(images))
-    n_fit = max(1, int(fit_share * len(images)))
-    fit, rest = order[:n_fit], order[n_fit:]
-    temperatures: dict[str, float] = {}
-    thresholds: dict[str, float] = {}
-    for column, attribute in enumerate(classifier.attributes):
-        truth = known[:, column].numpy()
-        rows = fit[truth[fit] != UNKNOWN]
-        if not len(rows) or not (truth[rest] != UNKNOWN).any():
-            raise LensError(f"Too few images are labelled for {attribute.name}; label more held-out images.")
-        z = logits[attribute.name][rows]
-        temperatures[attribute.name] = fit_temperature(z, truth[rows])
-        probs = softmax(z, temperatures[attribute.name])
-        thresholds[attribute.name] = choose_threshold(probs, max_uncertain=max_uncertain, ceiling=ceiling)
-    settings = {"temperatures": temperatures, "thresholds": thresholds}
-    config = classifier.config.model_copy(update=settings)
+    fit, rest = np.split(order, [max(1, int(fit_share * len(images)))])
+    temperatures, thresholds = fit_rules(
+        {name: z[fit] for name, z in logits.items()},
+        truth[fit],
+        classifier.attributes,
+        max_uncertain=max_uncertain,
+        ceiling=ceiling,
+    )
+    config = classifier.config.model_copy(update={"temperatures": temperatures, "thresholds": thresholds})
     decided = replace(classifier, config=config, classifier_id=_identity(config, classifier.network))
-    confusion: dict[str, tuple[tuple[int, ...], ...]] = {}
-    uncertain: dict[str, tuple[int, ...]] = {}
-    for column, attribute in enumerate(classifier.attributes):
-        predictions = decided._decide(attribute, logits[attribute.name][rest])
-        table, undecided = confusion_counts(known[rest, column].numpy(), predictions)
-        confusion[attribute.name] = tuple(tuple(int(c) for c in row) for row in table)
-        uncertain[attribute.name] = tuple(int(c) for c in undecided)
-    return replace(decided, config=config.model_copy(update={"confusion": confusion, "uncertain": uncertain}))
+    predictions = {a.name: decided._decide(a, logits[a.name][rest]) for a in classifier.attributes}
+    return decided.with_confusion(*measure(predictions, truth[rest], classifier.attributes))
 
 
 def check_images(images: np.ndarray | Tensor) -> Tensor:
@@ -349,10 +348,7 @@ def _build(config: HeadsConfig, seed: int = 0) -> HeadsNetwork:
 
 
 def _identity(config: HeadsConfig, network: nn.Module) -> str:
-    digest = hashlib.sha256(config.model_dump_json(exclude={"confusion", "uncertain"}).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(network, config.model_dump_json(exclude={"confusion", "uncertain"}))
 
 
 def _finish(config: HeadsConfig, network: HeadsNetwork, device: str | torch.device) -> HeadsClassifier:
