@@ -103,7 +103,7 @@ def _encode(sae: SparseAutoencoder, image: np.ndarray) -> tuple[np.ndarray, np.n
 
 def choose_images(responses: Responses, config: AtlasConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Top, random and near-miss images per feature, int32 ``[d_sae, m]``; -1 where there are too few."""
-    n, d_sae = responses.score.shape
+    d_sae = responses.score.shape[1]
     rng = np.random.default_rng(config.seed)
     top = _best(responses.score, config.n_top)
     near = _best(np.where(np.isfinite(responses.near), responses.near, -np.inf), config.n_random, floor=-np.inf)
@@ -125,7 +125,7 @@ def _best(score: np.ndarray, m: int, floor: float = 0.0) -> np.ndarray:
 
 
 def heatmaps(sae: SparseAutoencoder, batches: Batches, images: np.ndarray) -> np.ndarray:
-    """Mean activation over steps at each position of the chosen images ``[d_sae, m]`` → float16 ``[d_sae, m, y, x]``."""
+    """Mean activation over steps by position of chosen images ``[d_sae, m]`` → float16 ``[d_sae, m, y, x]``."""
     maps: np.ndarray | None = None
     row = 0
     for h in batches():

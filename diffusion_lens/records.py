@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +26,9 @@ from diffusion_lens.types import (
     SweepPoint,
     SweepResult,
 )
+
+if TYPE_CHECKING:
+    from diffusion_lens.probes import Probe
 
 T = TypeVar("T")
 
@@ -154,3 +158,33 @@ def load_atlas(path: Path) -> Atlas:
     effects = {name.split(".", 1)[1]: array for name, array in arrays.items() if name.startswith("effects.")}
     fields: dict[str, Any] = {name: arrays[name] for name in ATLAS_ARRAYS}
     return Atlas(**fields, **texts, effects=effects)
+
+
+def load_sweeps(folder: Path) -> tuple[SweepResult, ...]:
+    """Every sweep of a lens folder's ``sweeps/``, by file name."""
+    stems = sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("-examples"))
+    return tuple(load_sweep(folder, stem) for stem in stems)
+
+
+def save_probes(path: Path, probes: Mapping[str, Probe]) -> None:
+    """Write the probes of several attributes as ``<attribute>.<tensor>``."""
+    tensors = {f"{name}.{part}": value for name, probe in probes.items() for part, value in probe.tensors().items()}
+    save_tensors(path, tensors, {name: json.dumps(to_plain(probe.attribute)) for name, probe in probes.items()})
+
+
+def load_probes(path: Path, device: str = "cpu") -> dict[str, Probe]:
+    """Read what ``save_probes`` wrote, by attribute name."""
+    import torch
+
+    from diffusion_lens.probes import Probe
+
+    arrays = load_tensors(path)
+    found = {}
+    for name, attribute in load_metadata(path).items():
+        parts = {
+            key.removeprefix(f"{name}."): torch.from_numpy(value)
+            for key, value in arrays.items()
+            if key.startswith(f"{name}.")
+        }
+        found[name] = Probe.from_tensors(_parse(Attribute, json.loads(attribute)), parts).to(device)
+    return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 
 from diffusion_lens.config import Setting
 from diffusion_lens.types import Attribution, FeatureSet, Intervention, LensError, Mode
+
+Control = Literal["random", "flip"]
 
 
 def identity_beta(mode: Mode) -> float:
@@ -34,7 +37,7 @@ def feature_sets(
 def opposite_set(
     attribution: Attribution, features: FeatureSet, n: int, window: tuple[int, int] | None = None
 ) -> FeatureSet | None:
-    """Up to ``n`` features of the pole opposite to ``features`` (scores ≥ 0, rising against the target); or ``None``."""
+    """Up to ``n`` features of the pole opposite to ``features`` (scores above 0); ``None`` where there are none."""
     other = attribution.attribute.opposite(features.target)
     scores = -attribution.total(features.target, window=window) if other is None else attribution.total(
         other, window=window
@@ -90,3 +93,30 @@ def random_set(features: FeatureSet, density: np.ndarray, *, seed: int, avoid: t
     return FeatureSet(
         tuple(int(i) for i in ids), (0.0,) * len(ids), features.attribute, f"random ({seed})", features.sae_id
     )
+
+
+def control_turn(turn: Intervention, control: Control, density: np.ndarray, seed: int) -> Intervention:
+    """The same turn of features that should not carry the attribute (``random``), or of exchanged poles (``flip``).
+
+    ``flip`` needs a turn of both poles; ``density [d_sae]`` tells which features are alive.
+    """
+    if control == "flip":
+        if turn.opposite is None:
+            raise LensError("This turn has one pole only; exchange of poles is no control for it.")
+        return replace(turn, features=turn.opposite, opposite=turn.features)
+    avoid = turn.opposite.ids if turn.opposite else ()
+    features = random_set(turn.features, density, seed=seed, avoid=avoid)
+    if turn.opposite is None:
+        return replace(turn, features=features)
+    opposite = random_set(turn.opposite, density, seed=seed + 1, avoid=(*features.ids, *turn.features.ids))
+    return replace(turn, features=features, opposite=opposite)
+
+
+def describe_setting(setting: Setting, control: Control | None = None, seed: int = 0) -> str:
+    """A setting in one line of stable text; a control says so."""
+    steps = "all steps" if setting.window is None else f"steps {setting.window[0]} to {setting.window[1] - 1}"
+    poles = "both poles" if setting.poles == "both" else "one pole"
+    text = f"{setting.n_features} features, {poles}, {setting.mode}, {setting.sampler}, {steps}"
+    if control is None:
+        return text
+    return f"{text}; control: {f'random features (seed {seed})' if control == 'random' else 'poles exchanged'}"

@@ -442,6 +442,7 @@ class Evaluation:
         log_ratio, log_ratio_corrected: two-class attributes only.
         fd: fairness discrepancy from the uniform distribution; ``fd_floor`` the 95 % point of its null at this n.
         agreement: attribute → share of images that kept their class against the reference (empty without one).
+        changes: classes of every attribute against the reference, with paired intervals.
     """
 
     attribute: Attribute
@@ -453,6 +454,7 @@ class Evaluation:
     n: int
     n_uncertain: int
     agreement: dict[str, float]
+    changes: tuple[Change, ...]
     request: GenerationRequest
     edit: str | None
     classifier_id: str

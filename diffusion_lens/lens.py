@@ -1,0 +1,312 @@
+"""``DiffusionLens``: one object in front of everything; no maths of its own.
+
+Heavy modules are imported inside methods, so that a lens opens and shows precomputed results before torch
+and diffusers are imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_lens.atlas import feature_card
+from diffusion_lens.config import Setting
+from diffusion_lens.lens_folder import LensFolder
+from diffusion_lens.settings import (
+    Control,
+    control_turn,
+    describe_setting,
+    feature_sets,
+    identity_beta,
+    make_intervention,
+)
+from diffusion_lens.types import (
+    Attribute,
+    Attribution,
+    Balance,
+    Evaluation,
+    FeatureCard,
+    FeatureSet,
+    Generation,
+    GenerationRequest,
+    Intervention,
+    LensError,
+    Predictions,
+    SweepPoint,
+    SweepResult,
+)
+
+if TYPE_CHECKING:
+    from diffusion_lens.generate import Edit, OnStep, Trajectory
+
+WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionLens(LensFolder):
+    """A diffusion model opened at its bottleneck: the model, its SAE features, and what they do.
+
+    Made by ``from_pretrained`` (a folder or a hub id) or by ``fit.fit`` (any diffusers model).
+    """
+
+    def attribute_named(self, name: str) -> Attribute:
+        """The steerable attribute of that name; raises ``LensError`` that lists them."""
+        for attribute in self.attributes:
+            if attribute.name == name:
+                return attribute
+        known = ", ".join(a.name for a in self.attributes)
+        raise LensError(f"This lens does not steer '{name}'; it steers {known}.")
+
+    def unknown_words(self, prompt: str) -> tuple[str, ...]:
+        """Words of the prompt that the model never saw, in order; always empty for an open vocabulary."""
+        known = self.manifest.vocabulary
+        return () if known is None else tuple(w for w in WORD.findall(prompt.lower()) if w not in known)
+
+    def request(
+        self,
+        prompt: str | None,
+        seeds: Sequence[int],
+        *,
+        n_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> GenerationRequest:
+        """What to draw, with the lens's own steps and guidance unless told otherwise."""
+        return GenerationRequest(
+            prompt,
+            tuple(int(seed) for seed in seeds),
+            self.manifest.n_steps if n_steps is None else n_steps,
+            self.manifest.guidance_scale if guidance_scale is None else guidance_scale,
+            self.manifest.base_model.id,
+        )
+
+    def generate(
+        self,
+        prompt: str | GenerationRequest | None,
+        *edits: Intervention | Edit,
+        seeds: Sequence[int] | None = None,
+        capture: bool = False,
+        batch_size: int = 16,
+        on_step: OnStep | None = None,
+        start: Trajectory | None = None,
+    ) -> Generation:
+        """Draw one image per seed, with interventions (several act at once) or one edit of another method.
+
+        ``prompt`` is a text with ``seeds``, or a finished request. ``capture`` keeps the bottleneck of every step
+        (float16). ``on_step(done, total)`` may raise ``generate.Cancelled``; ``start`` is a recorded trajectory.
+        """
+        from diffusion_lens.generate import Capture, generate
+
+        return generate(
+            self.model,
+            self._request(prompt, seeds),
+            edit=self._one_edit(edits),
+            capture=Capture() if capture else None,
+            batch_size=batch_size,
+            on_step=on_step,
+            start=start,
+        )
+
+    def _request(self, prompt: str | GenerationRequest | None, seeds: Sequence[int] | None) -> GenerationRequest:
+        if isinstance(prompt, GenerationRequest):
+            if seeds is not None:
+                raise LensError("Give seeds with a prompt, or a finished request; not both.")
+            return prompt
+        if seeds is None:
+            raise LensError("Say which seeds to draw, e.g. seeds=range(16).")
+        return self.request(prompt, seeds)
+
+    def _one_edit(self, edits: Sequence[Intervention | Edit]) -> Edit | None:
+        interventions = [edit for edit in edits if isinstance(edit, Intervention)]
+        others = [edit for edit in edits if not isinstance(edit, Intervention)]
+        if len(others) + bool(interventions) > 1:
+            raise LensError("Give either interventions, which act together, or one edit of another method.")
+        return others[0] if others else self.edit(*interventions) if interventions else None
+
+    def edit(self, *interventions: Intervention) -> Edit:
+        """One edit of the bottleneck from one or several interventions; refuses features of another SAE."""
+        from diffusion_lens.intervene import compile
+
+        return compile(interventions, self.sae)
+
+    def attribute(
+        self, generation: Generation, attribute_name: str, *, method: str = "integrated_gradients"
+    ) -> Attribution:
+        """Which features carry an attribute in these images; the generation must have captured every step.
+
+        ``method``: ``integrated_gradients`` or ``gradient_x_activation`` (both through the probe), or
+        ``activation_difference`` (by the classifier's reading of the images).
+        """
+        from diffusion_lens import attribute
+
+        if generation.activations is None:
+            raise LensError("This generation has no activations; draw it again with capture=True.")
+        h = generation.activations.h
+        known = {
+            "integrated_gradients": attribute.integrated_gradients,
+            "gradient_x_activation": attribute.gradient_x_activation,
+        }
+        if method == "activation_difference":
+            predictions = self.classify(generation.images)[attribute_name]
+            sure = predictions.certain
+            return attribute.activation_difference(self.sae, h[sure], predictions.labels[sure], predictions.attribute)
+        if method not in known:
+            raise LensError(f"'{method}' is no attribution method; choose {', '.join(known)} or activation_difference.")
+        return known[method](self.sae, self.probes[self.attribute_named(attribute_name).name], h)
+
+    def setting(self, attribute_name: str) -> Setting:
+        """The shipped turn of an attribute."""
+        self.attribute_named(attribute_name)
+        if attribute_name not in self.settings:
+            raise LensError(f"This lens ships no setting for {attribute_name}; make an Intervention by hand.")
+        return self.settings[attribute_name]
+
+    def feature_set(self, attribute_name: str, target: str, n: int | None = None) -> FeatureSet:
+        """The shipped features for one class, best first; ``n`` replaces their number."""
+        setting = self.setting(attribute_name)
+        return feature_sets(self.attributions[attribute_name], setting, target, n)[0]
+
+    def intervention(
+        self, attribute_name: str, target: str, beta: float, *, n_features: int | None = None, **changes: Any
+    ) -> Intervention:
+        """The shipped turn towards ``target`` at strength ``beta``; ``changes`` replace fields of ``Intervention``."""
+        setting = self.setting(attribute_name)
+        attribution = self.attributions[attribute_name]
+        return make_intervention(attribution, setting, target, beta, n_features=n_features, **changes)
+
+    def classify(self, images: np.ndarray) -> dict[str, Predictions]:
+        """Attribute → the classifier's reading of ``uint8 [n, H, W, 3]``, nuisances included."""
+        return self.classifier.predict(images)
+
+    def evaluate(
+        self, generation: Generation, attribute_name: str, *, reference: Generation | None = None
+    ) -> Evaluation:
+        """Shares, log ratio and FD of one attribute in these images; ``reference``: same seeds, unedited."""
+        from diffusion_lens.evaluate import evaluate
+
+        before = None
+        if reference is not None:
+            if reference.request.seeds != generation.request.seeds:
+                raise LensError("The reference has other seeds; draw it with the same ones.")
+            before = self.classify(reference.images)
+        readings = self.classify(generation.images)
+        if attribute_name not in readings:
+            raise LensError(f"The classifier does not read '{attribute_name}'; it reads {', '.join(readings)}.")
+        confusion = self.classifier.confusion
+        return evaluate(readings, attribute_name, confusion, generation.request, generation.edit, reference=before)
+
+    def sweep_points(
+        self,
+        prompt: str | GenerationRequest | None,
+        attribute: str | FeatureSet,
+        target: str | None = None,
+        betas: Sequence[float] | None = None,
+        *,
+        n: int = 100,
+        seeds: Sequence[int] | None = None,
+        control: Control | None = None,
+        control_seed: int = 0,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Iterator[SweepPoint]:
+        """Measure each strength on the same seeds, one point as soon as it is drawn.
+
+        Args:
+            attribute: a steerable attribute (its shipped turn) or a ``FeatureSet`` (turned in the shipped mode).
+            betas: the shipped grid by default; ``seeds``: ``range(n)`` by default.
+            control: ``random`` turns as many live features drawn at random, ``flip`` the two poles exchanged.
+            options: passed on to ``sweep.sweep_points`` (``batch_size``, ``baseline``, ``draw``, …).
+        """
+        from diffusion_lens.sweep import sweep_points
+
+        name, target = self._goal(attribute, target)
+        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
+        chosen = self.setting(name).betas if betas is None else betas
+
+        def make_edit(beta: float) -> Edit | None:
+            if beta == identity_beta(self.setting(name).mode):
+                return None
+            return self.edit(self._turn(attribute, target, beta, control, control_seed))
+
+        read = {a.name: a for a in self.classifier.attributes}
+        return sweep_points(
+            self.model, request, make_edit, chosen, self.classifier, read[name], target, on_step=on_step, **options
+        )
+
+    def sweep(
+        self,
+        prompt: str | GenerationRequest | None,
+        attribute: str | FeatureSet,
+        target: str | None = None,
+        betas: Sequence[float] | None = None,
+        *,
+        n: int = 100,
+        seeds: Sequence[int] | None = None,
+        control: Control | None = None,
+        control_seed: int = 0,
+        **options: Any,
+    ) -> SweepResult:
+        """All of ``sweep_points`` as one result."""
+        from diffusion_lens.sweep import collect
+
+        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
+        name, target = self._goal(attribute, target)
+        points = self.sweep_points(
+            request, attribute, target, betas, control=control, control_seed=control_seed, **options
+        )
+        return collect(
+            points,
+            attribute=self.attribute_named(name),
+            target=target,
+            request=request,
+            setting=self._describe(attribute, name, control, control_seed),
+            classifier_id=self.classifier.classifier_id,
+            is_control=control is not None,
+            provenance={"lens": self.manifest.lens_id, "sae": self.manifest.sae_id, "control": control or ""},
+        )
+
+    def balance(
+        self,
+        prompt: str | GenerationRequest | None,
+        attribute_name: str,
+        *,
+        target: str | None = None,
+        target_share: float = 0.5,
+        betas: Sequence[float] | None = None,
+        n: int = 100,
+        seeds: Sequence[int] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Balance:
+        """The strength (and its interval) at which the corrected share of ``target`` meets ``target_share``."""
+        from diffusion_lens.sweep import balance
+
+        result = self.sweep(prompt, attribute_name, target, betas, n=n, seeds=seeds, on_step=on_step)
+        return balance(result, self.classifier.confusion[attribute_name], target_share=target_share)
+
+    def _goal(self, attribute: str | FeatureSet, target: str | None) -> tuple[str, str]:
+        if isinstance(attribute, FeatureSet):
+            return attribute.attribute, target or attribute.target
+        return attribute, target or self.setting(attribute).target
+
+    def _turn(
+        self, attribute: str | FeatureSet, target: str, beta: float, control: Control | None, seed: int
+    ) -> Intervention:
+        if isinstance(attribute, FeatureSet):
+            setting = self.setting(attribute.attribute)
+            turn = Intervention(attribute, setting.mode, beta, window=setting.window, sampler=setting.sampler)
+        else:
+            turn = self.intervention(attribute, target, beta)
+        return turn if control is None else control_turn(turn, control, self.atlas.density, seed)
+
+    def _describe(self, attribute: str | FeatureSet, name: str, control: Control | None, seed: int) -> str:
+        setting = self.setting(name)
+        if isinstance(attribute, FeatureSet):
+            setting = setting.model_copy(update={"n_features": len(attribute.ids), "poles": "one"})
+        return describe_setting(setting, control, seed)
+
+    def card(self, feature_id: int) -> FeatureCard:
+        """Everything known of one feature."""
+        return feature_card(self.atlas, self.attributions, self.pool, feature_id)

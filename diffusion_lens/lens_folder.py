@@ -1,0 +1,239 @@
+"""The parts of a lens folder, loaded when they are first needed.
+
+Precomputed results show before torch and diffusers are even imported; that is why the heavy modules are
+imported inside methods here.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from diffusion_lens.artifacts import MANIFEST, Manifest, verify
+from diffusion_lens.config import Setting
+from diffusion_lens.records import load_atlas, load_attributions, load_probes, load_sweeps
+from diffusion_lens.sheets import load_sheets
+from diffusion_lens.types import Atlas, Attribute, Attribution, LensError, SweepResult
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from diffusion_lens.classify import Classifier
+    from diffusion_lens.pipelines import DiffusionModel
+    from diffusion_lens.probes import Probe
+    from diffusion_lens.sae import SparseAutoencoder
+
+T = TypeVar("T")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Parts:
+    """Values made once, each under its own lock: one part may load in the background while others are used."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[str, threading.RLock] = {}
+        self._values: dict[str, Any] = {}
+
+    def get(self, name: str, make: Callable[[], T]) -> T:
+        """The value under ``name``; ``make`` runs at most once at a time, and again only if it raised."""
+        with self._guard:
+            lock = self._locks.setdefault(name, threading.RLock())
+        with lock:
+            if name not in self._values:
+                self._values[name] = make()
+            return self._values[name]
+
+    def put(self, name: str, value: Any) -> None:
+        """Set a value that is already made."""
+        self._values[name] = value
+
+    def has(self, name: str) -> bool:
+        """Whether the value is there without waiting."""
+        return name in self._values
+
+
+@dataclass(frozen=True, eq=False)
+class LensFolder:
+    """A checked lens folder and its parts, each read on first use.
+
+    ``manifest`` says how images are made; ``device`` and ``dtype`` are the diffusion model's.
+    """
+
+    folder: Path
+    manifest: Manifest
+    device: str = "cpu"
+    dtype: Any = None
+    offline: bool = False
+    _parts: Parts = field(default_factory=Parts, repr=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Any = None,
+        revision: str | None = None,
+        offline: bool = False,
+        classifier: Classifier | None = None,
+    ) -> Self:
+        """Open a lens folder or a hub repository after checking every file against its sha256.
+
+        Args:
+            dtype: a torch dtype for the diffusion model; ``None`` is float32.
+            classifier: judge images by this one instead of the lens's own.
+
+        Raises:
+            LensError: names the file that is missing, truncated, altered or foreign.
+        """
+        folder = _find(source, revision, offline)
+        lens = cls(folder, verify(folder), device, dtype, offline)
+        if classifier is not None:
+            lens._parts.put("classifier", classifier)
+        return lens
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the lens into a new or empty folder and check the copy; raises ``LensError`` if it is not empty."""
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise LensError(f"{target} is not empty; choose a new folder.")
+        for name in (*self.manifest.files, MANIFEST):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, target / name)
+        verify(target)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the lens to the Hugging Face hub with the logged-in account; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        allowed = [MANIFEST, *self.manifest.files]
+        info = api.upload_folder(repo_id=repo_id, folder_path=str(self.folder), allow_patterns=allowed)
+        return str(info.commit_url)
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """The attributes that this lens steers."""
+        return tuple(a.attribute() for a in self.manifest.attributes)
+
+    @property
+    def prompts(self) -> tuple[str | None, ...]:
+        """Suggested prompts; ``(None,)`` for unconditional models."""
+        return self.manifest.prompts or (None,)
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """Attribute → the shipped turn."""
+        return self.manifest.settings
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The diffusion model (seconds on first use; see ``warm_up``)."""
+        return self._parts.get("model", self._load_model)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the diffusion model is loaded."""
+        return self._parts.has("model")
+
+    def warm_up(self) -> threading.Thread:
+        """Load model, SAE and classifier in a background thread; whoever needs them meanwhile waits for it."""
+
+        def load() -> None:
+            _ = (self.model, self.sae, self.classifier)
+
+        thread = threading.Thread(target=load, name="lens warm-up", daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def sae(self) -> SparseAutoencoder:
+        """The sparse autoencoder of the bottleneck, on ``device``."""
+        return self._parts.get("sae", self._load_sae)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The image classifier that judges."""
+        return self._parts.get("classifier", self._load_classifier)
+
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """Attribute → its per-step probe on the bottleneck."""
+        return self._parts.get("probes", partial(load_probes, self.folder / "probes.safetensors", self.device))
+
+    @property
+    def attributions(self) -> dict[str, Attribution]:
+        """Attribute → the shipped attribution, by integrated gradients."""
+        path = self.folder / "attribution.safetensors"
+        return self._parts.get("attributions", partial(load_attributions, path))
+
+    @property
+    def atlas(self) -> Atlas:
+        """The map and examples of all features."""
+        return self._parts.get("atlas", partial(load_atlas, self.folder / "atlas.safetensors"))
+
+    @property
+    def pool(self) -> np.ndarray:
+        """Images of the atlas, ``uint8 [n, H, W, 3]``."""
+        return self._parts.get("pool", partial(load_sheets, self.folder / "examples", "pool"))
+
+    @property
+    def sweeps(self) -> tuple[SweepResult, ...]:
+        """Sweeps computed when the lens was made."""
+        return self._parts.get("sweeps", partial(load_sweeps, self.folder / "sweeps"))
+
+    def _load_model(self) -> DiffusionModel:
+        import torch
+
+        from diffusion_lens.pipelines import load_model
+
+        base = self.manifest.base_model
+        return load_model(
+            self.folder / "pipeline" if base.bundled else base.source,
+            device=self.device,
+            dtype=self.dtype or torch.float32,
+            hook_name=self.manifest.hook_name,
+            revision=base.revision,
+            offline=self.offline,
+            model_id=base.id,
+        )
+
+    def _load_sae(self) -> SparseAutoencoder:
+        from diffusion_lens.sae import SparseAutoencoder
+
+        sae = SparseAutoencoder.load(self.folder / "sae", device=self.device)
+        if sae.sae_id != self.manifest.sae_id or sae.cfg.model_id != self.manifest.base_model.id:
+            raise LensError(f"sae/ in {self.folder} belongs to another lens; restore it from the original.")
+        return sae
+
+    def _load_classifier(self) -> Classifier:
+        from diffusion_lens.classify import HeadsClassifier
+
+        classifier = HeadsClassifier.load(self.folder / "classifier", device=self.device)
+        if classifier.classifier_id != self.manifest.classifier_id:
+            raise LensError(f"classifier/ in {self.folder} belongs to another lens; restore it from the original.")
+        return classifier
+
+
+def _find(source: str | Path, revision: str | None, offline: bool) -> Path:
+    path = Path(source)
+    if path.is_dir() or isinstance(source, Path) or not HUB_NAME.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, local_files_only=offline))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise LensError(f"There is no folder {source}, and the hub did not give it: {reason[0]}") from None
