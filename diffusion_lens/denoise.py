@@ -1,0 +1,324 @@
+"""One batch, from noise (or from a recorded step) to images, with one module read and edited on the way.
+
+This is the inside of ``generate``; its types (``Edit``, ``StepContext``, ``Capture``, ``Trajectory``) are what the
+other modules speak. Under classifier-free guidance only the conditional half is read and edited.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_lens.hooks import UpPath, intercept
+from diffusion_lens.pipelines import Conditioning, DiffusionModel, seed_generators
+from diffusion_lens.types import Activations, Generation, GenerationRequest, LensError, Sampler
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where an edit stands: step ``index`` of ``n_steps`` and everything known there.
+
+    Attributes:
+        timestep: the scheduler's timestep; ``alpha_bar`` its cumulative signal share.
+        seeds: one per row of ``h``.
+        h_in: the hooked module's input ``[n, c, y, x]``, ``None`` where that is no map.
+        latents: the noisy latents ``[n, c, y, x]`` at this step.
+    """
+
+    index: int
+    n_steps: int
+    timestep: int
+    seeds: tuple[int, ...]
+    h_in: Tensor | None
+    alpha_bar: float
+    latents: Tensor
+
+
+class Edit(Protocol):
+    """A change of the bottleneck. ``description`` is stable text: provenance and cache key.
+
+    An edit may also have ``model_context``, a callable ``DiffusionModel -> context manager`` for edits of weights;
+    it is entered once per batch. Runs happen in inference mode: an edit that needs gradients opens
+    ``torch.inference_mode(False)`` and ``torch.enable_grad()`` and clones ``h`` there.
+    """
+
+    @property
+    def sampler(self) -> Sampler:
+        """``symmetric`` edits the whole prediction, ``asymmetric`` the predicted x0 alone."""
+        ...
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Half-open range of edited step indices; ``None`` is every step."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Stable text that says what the edit does."""
+        ...
+
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """The edited ``h [n, c, y, x]``; pure, and row ``i`` depends on row ``i`` alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Which steps' activations to keep (``None``: all), as ``float16`` or ``float32``. Read before any edit."""
+
+    steps: tuple[int, ...] | None = None
+    dtype: Any = np.float16
+
+    def indices(self, n_steps: int) -> tuple[int, ...]:
+        """The steps kept, rising; raises ``LensError`` for one outside the run."""
+        steps = tuple(range(n_steps)) if self.steps is None else tuple(sorted(set(self.steps)))
+        if not steps or steps[0] < 0 or steps[-1] >= n_steps:
+            raise LensError(f"Captured steps must lie between 0 and {n_steps - 1}; got {list(steps)}.")
+        return steps
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """An unedited run that edited ones restart from.
+
+    Attributes:
+        generation: the unedited images, and activations where they were captured.
+        latents: step index → latents ``[n, c, y, x]`` before that step, on the CPU.
+        generator_states: step index → the noise generators' states, for samplers that draw noise at every step.
+    """
+
+    generation: Generation
+    latents: dict[int, Tensor]
+    generator_states: dict[int, tuple[Tensor, ...]]
+
+    def before(self, step: int) -> int | None:
+        """The latest recorded step that is not after ``step``; ``None`` where there is none."""
+        return max((s for s in self.latents if s <= step), default=None)
+
+    def rows(self, request: GenerationRequest) -> list[int]:
+        """This trajectory's rows for the request's seeds; raises ``LensError`` where it is another run's."""
+        mine = self.generation.request
+        row = {seed: i for i, seed in enumerate(mine.seeds)}
+        if replace(mine, seeds=request.seeds) != request or not set(request.seeds) <= row.keys():
+            raise LensError("This trajectory belongs to another request; record one for this prompt, model and seeds.")
+        return [row[seed] for seed in request.seeds]
+
+
+@dataclass
+class _Stats:
+    """Sums over edited rows of ``|h'| / |h|``, kept on the device so that no step waits for it."""
+
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+
+    def add(self, h: Tensor, edited: Tensor) -> None:
+        changed = (edited != h).flatten(1).any(1)
+        ratio = edited.flatten(1).float().norm(dim=1) / h.flatten(1).float().norm(dim=1).clamp_min(1e-12)
+        self.total = self.total + (ratio * changed).sum()
+        self.count = self.count + changed.sum()
+
+    @property
+    def mean(self) -> float | None:
+        return float(self.total) / float(self.count) if float(self.count) else None
+
+
+@dataclass
+class BatchRun:
+    """One batch from noise (or from a recorded step) to images."""
+
+    model: DiffusionModel
+    request: GenerationRequest
+    edit: Edit | None
+    capture: Capture | None
+    start: Trajectory | None
+    first: int
+    stats: _Stats = field(default_factory=_Stats)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def draw(
+        self,
+        on_step: Callable[[int], None],
+        keep: Callable[[int, Tensor, list[torch.Generator]], None] | None = None,
+    ) -> Generation:
+        """Run all steps and decode. ``keep`` sees the latents before every step."""
+        model, request = self.model, self.request
+        context = getattr(self.edit, "model_context", None)
+        with ExitStack() as stack:
+            if context is not None:
+                stack.enter_context(model.lock)
+                model.forget_prompts()
+                stack.callback(model.forget_prompts)
+                stack.enter_context(context(model))
+            scheduler = model.scheduler(request.n_steps)
+            conditioning = model.condition(request.prompt, len(request.seeds), request.guidance_scale)
+            latents, generators = self._begin(scheduler)
+            with torch.inference_mode():
+                for index in range(self.first, request.n_steps):
+                    if keep is not None:
+                        keep(index, latents, generators)
+                    latents = self._step(index, latents, scheduler, conditioning, generators)
+                    on_step(index - self.first + 1)
+            images = model.decode(latents, len(request.seeds))
+        description = self.edit.description if self.edit is not None else None
+        return Generation(images, request, description, self._activations(scheduler), self.stats.mean)
+
+    def _begin(self, scheduler: Any) -> tuple[Tensor, list[torch.Generator]]:
+        generators = seed_generators(self.request.seeds)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(self.first)
+        if self.start is None:
+            return self.model.noise(self.request.seeds, generators) * scheduler.init_noise_sigma, generators
+        rows = self.start.rows(self.request)
+        states = self.start.generator_states.get(self.first)
+        if states is not None:
+            for generator, row in zip(generators, rows, strict=True):
+                generator.set_state(states[row])
+        return self.start.latents[self.first][rows].to(self.model.device), generators
+
+    def _step(
+        self, index: int, latents: Tensor, scheduler: Any, conditioning: Conditioning, generators: list[torch.Generator]
+    ) -> Tensor:
+        t = scheduler.timesteps[index]
+        scaled = scheduler.scale_model_input(latents, t)
+        window = None if self.edit is None else self.edit.window or (0, self.request.n_steps)
+        editing = window is not None and window[0] <= index < window[1]
+        keeping = self.capture is not None and index in self.capture.indices(self.request.n_steps)
+        edited: tuple[Tensor, Tensor] | None = None
+        if not (editing or keeping):
+            prediction = self.model.predict(scaled, t, conditioning)
+        else:
+            tap = _Reader(self, index, float(scheduler.alphas_cumprod[int(t)]), latents, int(t), keeping, editing)
+            prediction, edited = _hooked_predict(tap, scaled, t, conditioning)
+        scale = self.request.guidance_scale
+        kwargs = _step_kwargs(scheduler, generators)
+        previous = scheduler.step(_guide(prediction, conditioning, scale), t, latents, **kwargs)
+        if edited is None:
+            return previous.prev_sample
+        return _asymmetric(previous, edited, prediction, latents, scheduler, t, conditioning, scale)
+
+    def _activations(self, scheduler: Any) -> Activations | None:
+        if self.capture is None:
+            return None
+        steps = self.capture.indices(self.request.n_steps)
+        h = torch.stack(self.kept, dim=1).cpu().numpy().astype(self.capture.dtype, copy=False)
+        times = tuple(int(scheduler.timesteps[i]) for i in steps)
+        return Activations(h, times, self.request.seeds, self.model.hook_name)
+
+
+@dataclass
+class _Reader:
+    """Sees the hooked module once in a step: keeps ``h``, edits it now (symmetric) or for later (asymmetric)."""
+
+    run: BatchRun
+    index: int
+    alpha_bar: float
+    latents: Tensor
+    timestep: int
+    keeping: bool
+    editing: bool
+    h: Tensor | None = None
+    edited: Tensor | None = None
+
+    @property
+    def later(self) -> bool:
+        """Whether the edit needs a second pass beside the unedited one."""
+        return self.editing and self.run.edit is not None and self.run.edit.sampler == "asymmetric"
+
+    def __call__(self, h: Tensor, h_in: Tensor | None) -> Tensor | None:
+        n = len(self.run.request.seeds)
+        half, half_in = h[-n:], None if h_in is None else h_in[-n:]
+        if self.keeping and self.run.capture is not None:
+            dtype = torch.float16 if np.dtype(self.run.capture.dtype) == np.float16 else torch.float32
+            self.run.kept.append(half.to(dtype, copy=True))
+        if not self.editing or self.run.edit is None:
+            return None
+        request = self.run.request
+        context = StepContext(
+            self.index, request.n_steps, self.timestep, request.seeds, half_in, self.alpha_bar, self.latents
+        )
+        edited = self.run.edit.apply(half, context).to(half.dtype)
+        if edited.shape != half.shape:
+            raise LensError(f"An edit must keep the shape {tuple(half.shape)}; it returned {tuple(edited.shape)}.")
+        self.run.stats.add(half, edited)
+        if self.later:
+            self.h, self.edited = half, edited
+            return None
+        return torch.cat([h[:-n], edited]) if h.shape[0] > n else edited
+
+
+def _hooked_predict(
+    reader: _Reader, scaled: Tensor, t: Tensor, conditioning: Conditioning
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The model's prediction with the hook in place and, for an asymmetric edit that changed something, the edited
+    conditional prediction as (row numbers, rows).
+
+    Rows that the edit left as they were are not run again: they stay bit-identical and cost nothing.
+    """
+    model = reader.run.model
+    path = UpPath(model.unet) if reader.later and UpPath.supports(model.unet, model.hook_name) else None
+    with model.lock:
+        with path.record() if path else nullcontext(), intercept(model.hook_module, reader):
+            prediction = model.predict(scaled, t, conditioning)
+        if reader.h is None or reader.edited is None:
+            return prediction, None
+        rows = (reader.edited != reader.h).flatten(1).any(1).nonzero().squeeze(1)
+        if not len(rows):
+            return prediction, None
+        h = reader.edited[rows]
+        if path is not None:
+            n = conditioning.n
+            shifted = rows + n if conditioning.guided else rows
+            everyone = slice(n, None) if conditioning.guided else slice(None)
+            output = path.replay(h, everyone if len(rows) == n else shifted)
+        else:
+            with intercept(model.hook_module, lambda *_: h):
+                output = model.unet(scaled[rows], t, return_dict=False, **conditioning.conditional(rows))[0]
+    return prediction, (rows, model.prediction_channels(output))
+
+
+def _asymmetric(
+    previous: Any,
+    edited: tuple[Tensor, Tensor],
+    prediction: Tensor,
+    latents: Tensor,
+    scheduler: Any,
+    t: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+) -> Tensor:
+    """Asyrp's reverse step (Kwon et al., eq. 5), by difference: the edit moves the predicted x0 alone,
+
+    ``x_prev = step(eps) + sqrt(alpha_bar_prev) * (x0(eps_edited) - x0(eps))``,
+
+    which holds for every prediction type and leaves unedited rows bit-identical.
+    """
+    rows, output = edited
+    if conditioning.guided:
+        unconditional = prediction[: conditioning.n][rows]
+        output = unconditional + guidance_scale * (output - unconditional)
+    x0 = scheduler.step(output, t, latents[rows], eta=0.0).pred_original_sample
+    before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_bar = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
+    shift = alpha_bar**0.5 * (x0 - previous.pred_original_sample[rows])
+    return previous.prev_sample.index_add(0, rows, shift.to(previous.prev_sample.dtype))
+
+
+def _guide(prediction: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    """Classifier-free guidance, in the stock pipelines' own order of operations."""
+    if not conditioning.guided:
+        return prediction
+    unconditional, conditional = prediction.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _step_kwargs(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    accepted = inspect.signature(scheduler.step).parameters
+    given: dict[str, Any] = {"eta": 0.0, "generator": generators}
+    return {name: value for name, value in given.items() if name in accepted}

@@ -1,0 +1,164 @@
+"""Prompt and seeds to images, with the bottleneck read and edited on the way.
+
+Without an edit this equals the stock pipeline's own call. Under classifier-free guidance only the conditional
+half is read and edited; the unconditional half is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_lens.denoise import BatchRun, Capture, Edit, StepContext, Trajectory
+from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.types import Generation, GenerationRequest, LensError
+
+__all__ = [
+    "Cancelled", "Capture", "Edit", "StepContext", "Trajectory",
+    "generate", "generate_batches", "join", "record_trajectory", "request",
+]  # fmt: skip
+
+OnStep = Callable[[int, int], None]
+TRAJECTORY_BYTES = 256 * 2**20
+
+
+class Cancelled(Exception):
+    """Raised by an ``on_step`` callback to stop a generation; hooks are removed on the way out."""
+
+
+def request(
+    model: DiffusionModel, prompt: str | None, seeds: Sequence[int], n_steps: int, guidance_scale: float = 1.0
+) -> GenerationRequest:
+    """A ``GenerationRequest`` for this model."""
+    return GenerationRequest(prompt, tuple(int(s) for s in seeds), n_steps, guidance_scale, model.model_id)
+
+
+def generate(
+    model: DiffusionModel,
+    request: GenerationRequest,
+    *,
+    edit: Edit | None = None,
+    capture: Capture | None = None,
+    batch_size: int = 16,
+    on_step: OnStep | None = None,
+    start: Trajectory | None = None,
+) -> Generation:
+    """One image per seed of ``request``; see ``generate_batches`` for the arguments and errors."""
+    parts = generate_batches(
+        model, request, edit=edit, capture=capture, batch_size=batch_size, on_step=on_step, start=start
+    )
+    return join(list(parts), request)
+
+
+def generate_batches(
+    model: DiffusionModel,
+    request: GenerationRequest,
+    *,
+    edit: Edit | None = None,
+    capture: Capture | None = None,
+    batch_size: int = 16,
+    on_step: OnStep | None = None,
+    start: Trajectory | None = None,
+) -> Iterator[Generation]:
+    """The same, one ``Generation`` per batch as soon as it is drawn.
+
+    Args:
+        on_step: called with (steps done, steps in total) over all batches; may raise ``Cancelled``.
+        start: an unedited run of the same request (or of more seeds): the edited run restarts at its latest recorded
+            step before the first edited one. Bit-identical to a run from noise in the same batches.
+
+    Raises:
+        LensError: a request for another model, a prompt where none is taken or none where one is needed, an
+            asymmetric edit without DDIM, a step window that lies outside the run.
+    """
+    _check(model, request, edit, batch_size)
+    if start is not None and edit is None and capture is None:
+        rows = start.rows(request)
+        yield Generation(start.generation.images[rows], request)
+        return
+    first = None if start is None or capture is not None else _restart_step(start, edit)
+    steps = request.n_steps - (first or 0)
+    total = steps * -(-len(request.seeds) // batch_size)
+    for offset in range(0, len(request.seeds), batch_size):
+        seeds = request.seeds[offset : offset + batch_size]
+        part = replace(request, seeds=seeds)
+        run = BatchRun(model, part, edit, capture, None if first is None else start, first or 0)
+        yield run.draw(_progress(on_step, offset // batch_size * steps, total))
+
+
+def record_trajectory(
+    model: DiffusionModel,
+    request: GenerationRequest,
+    *,
+    steps: Sequence[int] | None = None,
+    capture: Capture | None = None,
+    batch_size: int = 16,
+    on_step: OnStep | None = None,
+    max_bytes: int = TRAJECTORY_BYTES,
+) -> Trajectory:
+    """Draw without an edit and keep the latents before ``steps`` (default: all that fit ``max_bytes``, evenly)."""
+    _check(model, request, None, batch_size)
+    per_step = len(request.seeds) * int(np.prod(model.latent_shape)) * model.dtype.itemsize
+    fits = max(1, max_bytes // per_step)
+    wanted = list(range(request.n_steps)) if steps is None else sorted(set(steps))
+    kept = set(wanted[:: -(-len(wanted) // fits)])
+    parts: list[Generation] = []
+    latents: dict[int, list[Tensor]] = {}
+    states: dict[int, tuple[Tensor, ...]] = {}
+    total = request.n_steps * -(-len(request.seeds) // batch_size)
+    for offset in range(0, len(request.seeds), batch_size):
+        seeds = request.seeds[offset : offset + batch_size]
+        run = BatchRun(model, replace(request, seeds=seeds), None, capture, None, 0)
+
+        def keep(index: int, x: Tensor, generators: list[torch.Generator]) -> None:
+            if index in kept:
+                latents.setdefault(index, []).append(x.cpu())
+                if not model.is_ddim:
+                    states[index] = states.get(index, ()) + tuple(g.get_state() for g in generators)
+
+        parts.append(run.draw(_progress(on_step, offset // batch_size * request.n_steps, total), keep))
+    return Trajectory(join(parts, request), {i: torch.cat(x) for i, x in latents.items()}, states)
+
+
+def join(parts: Sequence[Generation], request: GenerationRequest) -> Generation:
+    """Batches of one request as one ``Generation``, in order."""
+    first = parts[0]
+    activations = first.activations
+    if activations is not None:
+        h = np.concatenate([p.activations.h for p in parts if p.activations is not None])
+        activations = replace(activations, h=h, seeds=request.seeds)
+    ratios = [(p.activation_ratio, len(p.images)) for p in parts if p.activation_ratio is not None]
+    ratio = sum(r * n for r, n in ratios) / sum(n for _, n in ratios) if ratios else None
+    return Generation(np.concatenate([p.images for p in parts]), request, first.edit, activations, ratio)
+
+
+def _progress(on_step: OnStep | None, done: int, total: int) -> Callable[[int], None]:
+    return lambda steps: on_step(done + steps, total) if on_step is not None else None
+
+
+def _check(model: DiffusionModel, request: GenerationRequest, edit: Edit | None, batch_size: int) -> None:
+    if request.model_id != model.model_id:
+        raise LensError(f"This request is for the model '{request.model_id}', but '{model.model_id}' is loaded.")
+    if model.is_text != (request.prompt is not None):
+        needs = "needs a prompt; give '' for the empty one" if model.is_text else "takes no prompt; leave it out"
+        raise LensError(f"This model {needs}.")
+    if batch_size < 1:
+        raise LensError(f"batch_size must be at least 1; it is {batch_size}.")
+    if edit is None:
+        return
+    if edit.sampler == "asymmetric" and not model.is_ddim:
+        name = type(model.pipeline.scheduler).__name__
+        raise LensError(f"The asymmetric sampler needs DDIM and this model samples with {name}; choose symmetric.")
+    if edit.window is not None and not 0 <= edit.window[0] < edit.window[1] <= request.n_steps:
+        raise LensError(f"The step window {edit.window} does not lie inside the {request.n_steps} steps of this run.")
+
+
+def _restart_step(start: Trajectory, edit: Edit | None) -> int | None:
+    # An edit of the weights acts at every step, so only the very beginning is shared.
+    if edit is None or getattr(edit, "model_context", None) is not None:
+        return None
+    return start.before(edit.window[0] if edit.window else 0)

@@ -1,0 +1,344 @@
+"""Stock diffusers pipelines, text-guided or unconditional, behind one small interface.
+
+Four kinds: ``text`` (Stable Diffusion 1/2, LCM), ``text-xl`` (SDXL), ``pixel`` (DDPM, DDIM) and ``latent``
+(unconditional LDM). Whatever is computed here equals what the stock pipeline's own call computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from diffusion_lens.codec import decode_pixels, encode_text, encode_xl
+from diffusion_lens.hooks import Rows, capture, select_rows
+from diffusion_lens.types import LensError
+
+Kind = Literal["text", "text-xl", "pixel", "latent"]
+
+PROMPTS_KEPT = 64
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+SUPPORTED_SCHEDULERS = (
+    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    *FEW_STEP_SCHEDULERS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Keyword arguments of ``unet.forward`` for ``n`` images.
+
+    ``guided`` means classifier-free guidance: every tensor holds ``2n`` rows, the unconditional half first.
+    """
+
+    kwargs: dict[str, Any]
+    guided: bool
+    n: int
+
+    def conditional(self, rows: Rows) -> dict[str, Any]:
+        """The same arguments for ``rows`` of the conditional half alone."""
+        if not self.guided:
+            return select_rows(self.kwargs, rows, self.n)
+        half = select_rows(self.kwargs, slice(self.n, None), 2 * self.n)
+        return select_rows(half, rows, self.n)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionModel:
+    """A diffusion model opened at one module of its U-Net.
+
+    Attributes:
+        pipeline: the stock pipeline; its scheduler is the one used here.
+        unet: the denoiser; ``hook_name`` names the module inside it that is read and edited.
+        lock: held while hooks are in place, so that two threads cannot read each other's activations.
+    """
+
+    model_id: str
+    pipeline: Any
+    unet: Any
+    kind: Kind
+    hook_name: str
+    device: torch.device
+    dtype: torch.dtype
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+    prompts: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model takes a prompt."""
+        return self.kind in ("text", "text-xl")
+
+    @property
+    def hook_module(self) -> nn.Module:
+        """The module that is read and edited."""
+        return self.unet.get_submodule(self.hook_name)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(c, y, x)`` of what the U-Net denoises."""
+        size = self.unet.config.sample_size
+        y, x = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, y, x
+
+    @cached_property
+    def hook_shape(self) -> tuple[int, int, int]:
+        """``(c, y, x)`` of the hooked module's output, measured by one dry forward."""
+        with torch.no_grad(), self.lock, capture(self.hook_module) as tap:
+            conditioning = self.condition("" if self.is_text else None, 1, 1.0)
+            t = self.scheduler(1).timesteps[0]
+            self.predict(torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.dtype), t, conditioning)
+        if tap.calls > 1:
+            raise LensError(
+                f"'{self.hook_name}' runs {tap.calls} times in a forward pass; choose a module that runs once."
+            )
+        _, c, y, x = tap.output().shape
+        return c, y, x
+
+    @property
+    def d_in(self) -> int:
+        """Channels at the hook."""
+        return self.hook_shape[0]
+
+    @property
+    def spatial(self) -> tuple[int, int]:
+        """``(y, x)`` at the hook; ``(tokens, 1)`` for a module that works on tokens."""
+        return self.hook_shape[1:]
+
+    @property
+    def is_ddim(self) -> bool:
+        """Whether the sampler is DDIM, which the asymmetric edit needs."""
+        return isinstance(self.pipeline.scheduler, DDIMScheduler)
+
+    def scheduler(self, n_steps: int) -> Any:
+        """A fresh scheduler whose ``timesteps`` are set (kept on the CPU: indexing its tables then never waits for
+        the device). Raises ``LensError`` where it cannot take ``n_steps``.
+        """
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        try:
+            scheduler.set_timesteps(n_steps)
+        except ValueError as error:
+            raise LensError(f"This model's {type(scheduler).__name__} cannot take {n_steps} steps: {error}") from None
+        if len(scheduler.timesteps) != n_steps:
+            raise LensError(
+                f"This model's {type(scheduler).__name__} makes {len(scheduler.timesteps)} steps of {n_steps}; "
+                "choose another number of steps."
+            )
+        return scheduler
+
+    def noise(self, seeds: Sequence[int], generators: list[torch.Generator] | None = None) -> Tensor:
+        """Starting noise ``[n, c, y, x]``, unit variance, image ``i`` from ``seeds[i]`` alone.
+
+        One CPU generator per seed, as the stock pipeline with ``generator=[...]``. ``generators`` (fresh, one per
+        seed) are advanced when given, for samplers that draw more noise later.
+        """
+        generators = generators or seed_generators(seeds)
+        # LDMPipeline draws in float32 whatever the U-Net's dtype; the others draw in the U-Net's.
+        dtype = torch.float32 if self.kind == "latent" else self.dtype
+        with torch.inference_mode(False):
+            noise = randn_tensor(
+                (len(seeds), *self.latent_shape), generator=generators, device=self.device, dtype=dtype
+            )
+            return noise.to(self.dtype)
+
+    def condition(self, prompt: str | None, n: int, guidance_scale: float) -> Conditioning:
+        """The U-Net's conditioning for ``n`` images of one prompt (``None`` for unconditional models).
+
+        Guidance as in diffusers: on where ``guidance_scale > 1``, with the empty prompt as the unconditional side;
+        models distilled with a guidance embedding take it as a number instead.
+        """
+        if not self.is_text:
+            if prompt is not None:
+                raise LensError("This model takes no prompt; leave the prompt out.")
+            return Conditioning({}, guided=False, n=n)
+        if prompt is None:
+            raise LensError("This model needs a prompt; give '' for the empty one.")
+        embedding_dim = self.unet.config.time_cond_proj_dim
+        guided = guidance_scale > 1 and embedding_dim is None
+        encoded = self._encode(prompt)
+
+        def rows(name: str) -> Tensor:
+            one = encoded[name].expand(n, *encoded[name].shape[1:])
+            return torch.cat([encoded[f"negative_{name}"].expand_as(one), one]) if guided else one.contiguous()
+
+        kwargs: dict[str, Any] = {"encoder_hidden_states": rows("embeds")}
+        if embedding_dim is not None:
+            w = torch.tensor(guidance_scale - 1).repeat(n)
+            cond = self.pipeline.get_guidance_scale_embedding(w, embedding_dim=embedding_dim)
+            kwargs["timestep_cond"] = cond.to(self.device, self.dtype)
+        if self.kind == "text-xl":
+            ids = encoded["time_ids"].repeat(2 * n if guided else n, 1)
+            kwargs["added_cond_kwargs"] = {"text_embeds": rows("pooled"), "time_ids": ids}
+        return Conditioning(kwargs, guided=guided, n=n)
+
+    def forget_prompts(self) -> None:
+        """Drop cached prompt embeddings; needed when the text encoder's weights change."""
+        with self.lock:
+            self.prompts.clear()
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """Embeddings of one prompt and of the empty one, from a small cache."""
+        with self.lock:
+            if prompt in self.prompts:
+                self.prompts.move_to_end(prompt)
+                return self.prompts[prompt]
+            # Outside inference mode, so that training code may use the cached tensors too.
+            with torch.inference_mode(False), torch.no_grad():
+                encode = encode_xl if self.kind == "text-xl" else encode_text
+                encoded = encode(self.pipeline, prompt)
+                encoded = {name: value.to(self.device, self.dtype) for name, value in encoded.items()}
+            self.prompts[prompt] = encoded
+            if len(self.prompts) > PROMPTS_KEPT:
+                self.prompts.popitem(last=False)
+            return encoded
+
+    def predict(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The U-Net's prediction for scaled latents ``[n, c, y, x]``: ``[n or 2n, c, y, x]``, unconditional first."""
+        sample = torch.cat([latents] * 2) if conditioning.guided else latents
+        return self.prediction_channels(self.unet(sample, t, return_dict=False, **conditioning.kwargs)[0])
+
+    def prediction_channels(self, output: Tensor) -> Tensor:
+        """The channels that predict noise, x0 or v; a learned variance beside them is dropped."""
+        channels = self.unet.config.in_channels
+        return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+    def decode(self, latents: Tensor, batch_size: int = 16) -> np.ndarray:
+        """Images ``uint8 [n, H, W, 3]`` of final latents, as the stock pipeline's ``output_type="pil"``."""
+        with torch.inference_mode():
+            return np.concatenate([decode_pixels(self.pipeline, part) for part in latents.split(batch_size)])
+
+
+def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per seed."""
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def wrap_pipeline(
+    pipe: Any,
+    model_id: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    hook_name: str = "mid_block",
+    keep_scheduler: bool = False,
+) -> DiffusionModel:
+    """Open a diffusers pipeline that is already in memory; it is moved to ``device`` and ``dtype``.
+
+    The sampler becomes DDIM, made from the pipeline's own scheduler configuration. Samplers of few-step models
+    (LCM, TCD, Euler with trailing steps) stay, and so does any supported one where ``keep_scheduler``.
+    Raises ``LensError`` for pipelines without a known U-Net and for unknown hook names, naming some that exist.
+    """
+    kind = _kind(pipe)
+    pipe = copy.copy(pipe)
+    pipe.register_modules(scheduler=_scheduler(pipe.scheduler, kind, keep_scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            # transformers loads "auto" dtypes, so each part is checked; diffusers' own .to() would warn needlessly.
+            nn.Module.to(module, device=torch.device(device), dtype=dtype).eval()
+    _check_hook(pipe.unet, hook_name)
+    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, torch.device(device), dtype)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    hook_name: str = "mid_block",
+    revision: str | None = None,
+    offline: bool = False,
+    keep_scheduler: bool = False,
+    safety_checker: bool = True,
+    model_id: str | None = None,
+) -> DiffusionModel:
+    """Load a diffusers folder or a hub repository; safetensors only, no code from the repository is run.
+
+    ``model_id`` defaults to the hub name, or to the folder's name. ``safety_checker=False`` leaves the model's own
+    checker out (it paints refused images black, which changes what is counted).
+    Raises ``LensError`` where files are missing, broken or of another kind of model.
+    """
+    folder = Path(source)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise LensError(f"{source} is no diffusers pipeline: it has no model_index.json.")
+    # Hub names never start like a path; without this a mistyped folder would be looked up on the network.
+    if not folder.exists() and (str(source).startswith((".", "/", "~")) or len(folder.parts) > 2):
+        raise LensError(f"There is no folder {source}; check the path.")
+    extra = (
+        {} if safety_checker or not _has_checker(folder) else {"safety_checker": None, "requires_safety_checker": False}
+    )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(source), dtype=dtype, revision=revision, local_files_only=offline, use_safetensors=True, **extra
+        )
+    except _LOAD_ERRORS as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise LensError(f"{source} could not be loaded as a diffusers pipeline: {reason[0]}") from error
+    name = model_id or (folder.resolve().name if folder.exists() else str(source))
+    return wrap_pipeline(pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler)
+
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+def _has_checker(folder: Path) -> bool:
+    """Whether a local pipeline names a safety checker; hub repositories of this kind are taken to."""
+    if not folder.exists():
+        return True
+    return "safety_checker" in (folder / "model_index.json").read_text(encoding="utf-8")
+
+
+def _kind(pipe: Any) -> Kind:
+    unet: Any = getattr(pipe, "unet", None)
+    denoiser = type(unet)
+    if denoiser is UNet2DConditionModel and hasattr(pipe, "encode_prompt"):
+        if unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise LensError(
+                "This U-Net takes extra input channels (in-painting or editing); choose a text-to-image model."
+            )
+        return "text-xl" if getattr(pipe, "text_encoder_2", None) is not None else "text"
+    if denoiser is UNet2DModel and unet.config.sample_size is not None and unet.class_embedding is None:
+        return "latent" if getattr(pipe, "vqvae", None) is not None else "pixel"
+    raise LensError(
+        f"{type(pipe).__name__} is not supported: choose a Stable Diffusion, SDXL, LCM, DDPM, DDIM or "
+        "unconditional LDM pipeline with a U-Net."
+    )
+
+
+def _scheduler(scheduler: Any, kind: Kind, keep: bool) -> Any:
+    name = type(scheduler).__name__
+    few_step = name in FEW_STEP_SCHEDULERS or (
+        name.startswith("Euler") and scheduler.config.get("timestep_spacing") == "trailing"
+    )
+    if name == "DDIMScheduler" or (name in SUPPORTED_SCHEDULERS and (keep or few_step)):
+        return scheduler
+    if keep:
+        raise LensError(f"{name} is not supported; leave keep_scheduler off to sample with DDIM.")
+    # DDIM would clip x0 to -1..1 by default, which is right for pixels and wrong for latents.
+    clip = {} if kind == "pixel" else {"clip_sample": False}
+    return DDIMScheduler.from_config(scheduler.config, **clip)
+
+
+def _check_hook(unet: nn.Module, hook_name: str) -> None:
+    names = [name for name, _ in unet.named_modules() if name]
+    if hook_name in names:
+        return
+    blocks = [
+        name
+        for name in names
+        if name.count(".") <= 1 and name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")
+    ]
+    known = difflib.get_close_matches(hook_name, names, n=5) or [name for name in blocks if not name.endswith("blocks")]
+    raise LensError(f"The U-Net has no module '{hook_name}'; try one of: {', '.join(known)}.")
