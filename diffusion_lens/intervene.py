@@ -1,0 +1,182 @@
+"""Interventions on SAE features, compiled into an edit that ``generate`` applies at the bottleneck."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_lens.sae import SparseAutoencoder
+from diffusion_lens.types import Attribute, Intervention, LensError, Sampler
+
+if TYPE_CHECKING:
+    from diffusion_lens.generate import StepContext
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureEdit:
+    """One or several interventions, applied by difference: ``h' = h + (s' − s) W_dec`` (DiffLens, corrected form).
+
+    Several interventions on one feature act one after the other, in the order given. Build it with ``compile``.
+
+    Attributes:
+        description: says in words what is done, and ends in a digest of every detail: equal text, equal edit.
+        sampler: one for all. window: the steps that any intervention touches; ``None`` is every step.
+    """
+
+    sae: SparseAutoencoder
+    interventions: tuple[Intervention, ...]
+    sampler: Sampler
+    window: tuple[int, int] | None
+    description: str
+
+    @torch.no_grad()
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """``h [n, c, y, x]`` of the images ``context.seeds`` at step ``context.index`` → the edited h.
+
+        Images and steps that nothing touches, and strengths that change nothing, return bit for bit as they came.
+        """
+        if len(context.seeds) != len(h):
+            raise LensError(f"An edit needs one seed per image; {len(h)} maps came with {len(context.seeds)} seeds.")
+        ids, scale, shift = self._coefficients(context.index, context.seeds)
+        moving = (scale != 1) | (shift != 0)
+        rows, columns = moving.any(1), moving.any(0)
+        if not rows.any():
+            return h
+        gain = torch.from_numpy(scale[np.ix_(rows, columns)])
+        add = torch.from_numpy(shift[np.ix_(rows, columns)])
+        if rows.all():
+            return h + self.sae.edit_delta(h, ids[columns].tolist(), gain, add)
+        chosen = torch.from_numpy(np.flatnonzero(rows)).to(h.device)
+        some = h[chosen]
+        return h.index_copy(0, chosen, some + self.sae.edit_delta(some, ids[columns].tolist(), gain, add))
+
+    def _coefficients(self, step: int, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``ids [m]``, ``scale, shift [n, m]`` (float64): in image i, feature ``ids[j]`` becomes scale·s + shift."""
+        active = [i for i in self.interventions if i.window is None or i.window[0] <= step < i.window[1]]
+        ids = sorted({feature for i in active for feature, _, _ in _turns(i)})
+        column = {feature: j for j, feature in enumerate(ids)}
+        scale, shift = np.ones((len(seeds), len(ids))), np.zeros((len(seeds), len(ids)))
+        for intervention in active:
+            chosen = intervention.only_seeds
+            rows = np.array([chosen is None or seed in chosen for seed in seeds])
+            for feature, gain, add in _turns(intervention):
+                j = column[feature]
+                scale[rows, j] *= gain
+                shift[rows, j] = shift[rows, j] * gain + add
+        return np.array(ids, dtype=np.int64), scale, shift
+
+
+def compile(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> FeatureEdit:
+    """An edit from interventions, checked against the SAE and each other.
+
+    Raises:
+        LensError: features of another SAE or outside its dictionary, overrides of features that are not
+            turned, two samplers, or no intervention at all.
+    """
+    if not interventions:
+        raise LensError("Give at least one intervention.")
+    for intervention in interventions:
+        _check(intervention, sae)
+    samplers = {i.sampler for i in interventions}
+    if len(samplers) > 1:
+        raise LensError("Interventions applied together need one sampler; choose asymmetric or symmetric for all.")
+    description = "; ".join(_words(i) for i in interventions) + f" · {_digest(interventions, sae)}"
+    return FeatureEdit(sae, tuple(interventions), samplers.pop(), _hull(interventions), description)
+
+
+def draw_classes(
+    attribute: Attribute, target: Mapping[str, float], seeds: Sequence[int], seed: int
+) -> dict[str, frozenset[int]]:
+    """Draw a class for every image from a stated target distribution (ours; the published code draws per batch).
+
+    Image i's class depends on ``seed`` and its own seed alone, never on the images drawn with it, so shares
+    meet the target up to chance. Every class is in the result, some perhaps with no image.
+
+    Raises:
+        LensError: an unknown class, a negative share, or shares that do not add up to 1.
+    """
+    for label in target:
+        attribute.index(label)
+    shares = np.array([target.get(label, 0.0) for label in attribute.classes], dtype=float)
+    if not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise LensError(f"The target shares of {attribute.name} must be 0 or more and add up to 1.")
+    # The last class that is wanted ends at exactly 1, whatever the rounding.
+    edges = np.cumsum(shares)
+    edges[np.flatnonzero(shares)[-1] :] = 1.0
+    drawn: dict[str, set[int]] = {label: set() for label in attribute.classes}
+    for image in seeds:
+        place = int(np.searchsorted(edges, np.random.default_rng([seed, image]).random(), side="right"))
+        drawn[attribute.classes[place]].add(image)
+    return {label: frozenset(images) for label, images in drawn.items()}
+
+
+def _turns(intervention: Intervention) -> Iterator[tuple[int, float, float]]:
+    """``(feature, scale, shift)`` for both poles. An override replaces β before the opposite pole mirrors it."""
+    own = dict(intervention.overrides)
+    for features, mirrored in ((intervention.features, False), (intervention.opposite, True)):
+        for feature in features.ids if features is not None else ():
+            beta = own.get(feature, intervention.beta)
+            if intervention.mode == "scale":
+                yield feature, 2 - beta if mirrored else beta, 0.0
+            elif intervention.mode == "add":
+                yield feature, 1.0, -beta if mirrored else beta
+            else:
+                yield feature, 1 + beta if mirrored else 1 - beta, 0.0
+
+
+def _check(intervention: Intervention, sae: SparseAutoencoder) -> None:
+    poles = [p for p in (intervention.features, intervention.opposite) if p is not None]
+    for pole in poles:
+        if pole.sae_id != sae.sae_id:
+            raise LensError(
+                f"These features belong to SAE {pole.sae_id}, this lens has {sae.sae_id}; attribute them again with it."
+            )
+    ids = {feature for pole in poles for feature in pole.ids}
+    outside = [feature for feature in ids if not 0 <= feature < sae.cfg.d_sae]
+    if outside:
+        raise LensError(f"Feature {outside[0]} does not exist; this SAE has features 0 to {sae.cfg.d_sae - 1}.")
+    named = [feature for feature, _ in intervention.overrides]
+    if len(set(named)) != len(named) or not set(named) <= ids:
+        raise LensError("An override must name a feature that is turned, and name it once.")
+
+
+def _hull(interventions: Sequence[Intervention]) -> tuple[int, int] | None:
+    windows = [i.window for i in interventions]
+    known = [w for w in windows if w is not None]
+    if len(known) < len(windows):
+        return None
+    return min(w[0] for w in known), max(w[1] for w in known)
+
+
+def _words(intervention: Intervention) -> str:
+    features = intervention.features
+    mirror = f" and {len(intervention.opposite.ids)} mirrored" if intervention.opposite is not None else ""
+    window = intervention.window
+    steps = "every step" if window is None else f"steps {window[0]}-{window[1] - 1}"
+    images = "" if intervention.only_seeds is None else f", {len(intervention.only_seeds)} chosen images"
+    own = f", {len(intervention.overrides)} set apart" if intervention.overrides else ""
+    return (
+        f"{intervention.mode} {len(features.ids)}{mirror} features for {features.attribute}={features.target}"
+        f" by beta {intervention.beta:g}{own}, {steps}, {intervention.sampler}{images}"
+    )
+
+
+def _digest(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> str:
+    """12 hex digits over everything that decides the edit."""
+    details = [
+        [
+            list(_turns(i)),
+            i.window,
+            i.sampler,
+            None if i.only_seeds is None else sorted(i.only_seeds),
+        ]
+        for i in interventions
+    ]
+    return hashlib.sha256(json.dumps([sae.sae_id, details]).encode()).hexdigest()[:12]

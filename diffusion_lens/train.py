@@ -1,0 +1,359 @@
+"""Training of the sparse autoencoder and of the per-step probe: plain functions that return what they made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusion_lens.config import StrictConfig
+from diffusion_lens.probes import Probe
+from diffusion_lens.sae import SAEConfig, SparseAutoencoder
+from diffusion_lens.types import Attribute, LensError
+
+HOLD_EVERY = 20  # every 20th sample of a chunk is never trained on
+HELD_OUT = 2**15  # samples the SAE is judged on, at most
+LIVENESS = 2**17  # samples looked at for features that never fire
+EVALUATION_BATCH = 4096
+AUX_WEIGHT = 1 / 32  # Gao et al. 2024
+DEAD_CHECK = 10  # optimiser steps between looks at who is dead, each a wait for the device
+PROBE_CHUNK_NUMBERS = 2**27  # numbers of one flattened chunk of steps: 512 MiB
+
+
+class SAETrainConfig(StrictConfig):
+    """How an SAE is trained.
+
+    Attributes:
+        d_sae, k, layout: as in ``SAEConfig``.
+        n_steps: optimiser steps of ``batch_size`` samples each.
+        lr: Adam's first learning rate; it falls linearly to 0 (DiffLens, published code).
+        aux_k: dead features that explain the residual in the auxiliary loss (Gao et al. 2024); 0 turns it off.
+        dead_after: optimiser steps without firing after which a feature counts as dead in training.
+        seed: of the dictionary's first directions and the order of samples.
+    """
+
+    d_sae: int = Field(gt=0)
+    k: int = Field(gt=0)
+    n_steps: int = Field(gt=0)
+    batch_size: int = Field(default=2048, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    aux_k: int = Field(default=64, ge=0)
+    dead_after: int = Field(default=50, gt=0)
+    seed: int = 0
+    layout: Literal["position", "map"] = "position"
+
+
+@dataclass(frozen=True)
+class SAELog:
+    """How training went.
+
+    Attributes:
+        fvu: fraction of variance unexplained on held-out samples. l0: mean active features there.
+        dead_share: features that fired on none of up to 131,072 samples.
+        steps, train_fvu, train_dead: the curves: at optimiser step, FVU of that batch, share counted as dead.
+    """
+
+    fvu: float
+    l0: float
+    dead_share: float
+    steps: tuple[int, ...]
+    train_fvu: tuple[float, ...]
+    train_dead: tuple[float, ...]
+
+
+def train_sae(
+    samples: Tensor | Iterable[Tensor],
+    config: SAETrainConfig,
+    *,
+    model_id: str,
+    hook_name: str,
+    spatial: tuple[int, int],
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[SparseAutoencoder, SAELog]:
+    """Train a TopK SAE on ``samples [N, d_in]``, or on chunks of them from an iterable.
+
+    Loss: fraction of variance unexplained plus AuxK on dead features (Gao et al. 2024). The decoder's rows
+    keep unit norm (gradient projected, rows renormalised), ``b_dec`` starts at the mean, ``W_enc`` at
+    ``W_decᵀ``; Adam, linear decay, gradient clipped at norm 1. The same seed gives the same SAE on the same
+    hardware. Chunks are shuffled within themselves and read again when they run out, where the iterable can
+    be. ``on_step(done, total)`` may raise. Raises ``LensError`` for samples that cannot be learned from.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    stream = _chunks(samples, torch.device(device))
+    first = next(stream)
+    sae = _initial_sae(first, config, _Place(model_id, hook_name, spatial), generator)
+    held_out = first[HOLD_EVERY - 1 :: HOLD_EVERY]
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)[:HELD_OUT].to(first.device)]
+    curves = _fit_sae(sae, _batches(chain([first], stream), config.batch_size, generator), config, on_step)
+    sae.requires_grad_(False)
+    fvu, l0 = evaluate_sae(sae, held_out)
+    return sae, SAELog(fvu, l0, _dead_share(sae, first), *curves)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an SAE's activations come from: model, module and the map's ``(y, x)``."""
+
+    model_id: str
+    hook_name: str
+    spatial: tuple[int, int]
+
+
+@torch.no_grad()
+def evaluate_sae(sae: SparseAutoencoder, samples: Tensor) -> tuple[float, float]:
+    """``(fvu, l0)`` on ``samples [N, d_in]``: ``Σ‖x − x̂‖² / Σ‖x − mean‖²``, and mean number of active features."""
+    mean = samples.to(sae.W_enc).mean(0)
+    error = spread = active = 0.0
+    for part in samples.split(EVALUATION_BATCH):
+        x = part.to(sae.W_enc)
+        values, indices = sae.encode_sparse(x)
+        error += float((x - sae.decode_sparse(values, indices)).square().sum())
+        spread += float((x - mean).square().sum())
+        active += float((values > 0).sum())
+    return error / spread, active / len(samples)
+
+
+@torch.no_grad()
+def _dead_share(sae: SparseAutoencoder, samples: Tensor) -> float:
+    """Share of features that fire on none of up to ``LIVENESS`` samples, spread evenly over ``samples``."""
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=samples.device)
+    for part in samples[:: max(1, len(samples) // LIVENESS)][:LIVENESS].split(EVALUATION_BATCH):
+        values, indices = sae.encode_sparse(part)
+        fired[indices[values > 0]] = True
+    return 1 - float(fired.float().mean())
+
+
+def _chunks(samples: Tensor | Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Chunks ``[m, d_in]`` on the device, over and over as far as the source can be read again."""
+    source = [samples.to(device)] if isinstance(samples, Tensor) else samples
+    while True:
+        chunk = None
+        for chunk in source:
+            if chunk.ndim != 2 or len(chunk) < HOLD_EVERY:
+                raise LensError(
+                    f"An SAE trains on at least {HOLD_EVERY} activations [N, d_in]; it was given {list(chunk.shape)}."
+                )
+            yield chunk.to(device)
+        if chunk is None:
+            raise LensError("The activations ran out before training was done; give more of them, or fewer steps.")
+
+
+def _batches(chunks: Iterator[Tensor], batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Shuffled float32 batches of at least ``batch_size`` where the chunk has as many, without held-out samples."""
+    for chunk in chunks:
+        rows = torch.arange(len(chunk))
+        rows = rows[rows % HOLD_EVERY != HOLD_EVERY - 1]
+        rows = rows[torch.randperm(len(rows), generator=generator)].to(chunk.device)
+        for part in rows.tensor_split(max(1, len(rows) // batch_size)):
+            yield chunk[part].float()
+
+
+def _initial_sae(
+    samples: Tensor, config: SAETrainConfig, place: _Place, generator: torch.Generator
+) -> SparseAutoencoder:
+    """Random unit decoder rows, ``W_enc = W_decᵀ``, ``b_dec`` at the mean of the scaled samples."""
+    x = samples[:: max(1, len(samples) // LIVENESS)][:LIVENESS].float()
+    power = float(x.square().sum(1).mean())
+    if not np.isfinite(power) or not bool((x != x[0]).any()):
+        raise LensError("These activations are not finite, or all the same; collect them again.")
+    cfg = SAEConfig(
+        d_in=x.shape[1],
+        d_sae=config.d_sae,
+        k=config.k,
+        layout=config.layout,
+        hook_name=place.hook_name,
+        model_id=place.model_id,
+        spatial=place.spatial,
+        normalise=(x.shape[1] / power) ** 0.5,
+    )
+    sae = SparseAutoencoder(cfg).to(samples.device)
+    rows = F.normalize(torch.randn(config.d_sae, cfg.d_in, generator=generator), dim=1)
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+        sae.W_enc.copy_(rows.T)
+        sae.b_dec.copy_(x.mean(0) * cfg.normalise)
+    return sae
+
+
+def _fit_sae(
+    sae: SparseAutoencoder,
+    batches: Iterator[Tensor],
+    config: SAETrainConfig,
+    on_step: Callable[[int, int], None] | None,
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Train in place; returns the curves ``(steps, train_fvu, train_dead)`` of ``SAELog``."""
+    optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr)
+    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=config.n_steps)
+    last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=sae.W_dec.device)
+    dead = last_fired[:0]
+    curves: list[tuple[int, float, float]] = []
+    for step, x in zip(range(config.n_steps), batches, strict=False):
+        fvu, aux, (values, indices) = _losses(sae, x, dead, config.aux_k)
+        optimiser.zero_grad(set_to_none=True)
+        (fvu + AUX_WEIGHT * aux).backward()
+        _project_decoder_gradient(sae)
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimiser.step()
+        decay.step()
+        with torch.no_grad():
+            sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+            last_fired.scatter_reduce_(0, indices.flatten(), ((values > 0).long() * (step + 1)).flatten(), "amax")
+        if step % DEAD_CHECK == 0 or step == config.n_steps - 1:
+            dead = (step - last_fired > config.dead_after).nonzero().flatten()
+            curves.append((step, float(fvu.detach()), len(dead) / config.d_sae))
+        if on_step is not None:
+            on_step(step + 1, config.n_steps)
+    steps, fvus, deads = zip(*curves, strict=True)
+    return steps, fvus, deads
+
+
+def _losses(
+    sae: SparseAutoencoder, x: Tensor, dead: Tensor, aux_k: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """``(fvu, aux, (values, indices))`` of a batch: the second is how badly dead features explain the residual."""
+    pre = sae.hidden_pre(x)
+    values, indices = pre.topk(sae.cfg.k, dim=1, sorted=False)
+    values = values.relu()
+    acts = torch.zeros_like(pre).scatter(1, indices, values)
+    target = x * sae.cfg.normalise
+    residual = target - (acts @ sae.W_dec + sae.b_dec)
+    fvu = residual.square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
+    aux = fvu.new_zeros(())
+    if aux_k and len(dead):
+        ranked, chosen = pre[:, dead].topk(min(aux_k, len(dead)), dim=1, sorted=False)
+        aux_acts = pre.new_zeros(len(x), len(dead)).scatter(1, chosen, ranked.relu())
+        missing = residual.detach()
+        aux = (missing - aux_acts @ sae.W_dec[dead]).square().sum() / missing.square().sum().clamp_min(1e-12)
+    return fvu, aux, (values.detach(), indices)
+
+
+@torch.no_grad()
+def _project_decoder_gradient(sae: SparseAutoencoder) -> None:
+    """Drop the part of the gradient that would only change the rows' norm."""
+    gradient = sae.W_dec.grad
+    if gradient is not None:
+        gradient -= (gradient * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+
+
+def train_probe(
+    h: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    attribute: Attribute,
+    *,
+    weight_decay: float = 0.01,
+    seed: int,
+    holdout: float = 0.2,
+    device: torch.device | str = "cpu",
+) -> Probe:
+    """One multinomial logistic regression per step on ``h [n, step, c, y, x]``, all steps in one batched fit.
+
+    Minimises, per step, the class-balanced cross entropy plus ``weight_decay / 2 · ‖W‖²`` on inputs centred
+    and scaled to mean ‖x‖² = 1 (folded back into the weights afterwards), by full-batch L-BFGS. The probe's
+    accuracy and its one temperature, which makes the probabilities calibrated, come from the held-out share
+    of the images (our working form; the published probe trains 3 epochs of Adam and fixes the temperature).
+
+    Args:
+        labels: class index per image ``[n]``; images with a negative label ("uncertain") are left out.
+
+    Raises:
+        LensError: a class has fewer than four images, or labels and activations do not match.
+    """
+    y = torch.as_tensor(labels).long()
+    if h.ndim != 5 or len(y) != len(h):
+        raise LensError(f"The probe needs activations [n, step, c, y, x] and n labels; got {h.shape} and {len(y)}.")
+    train, held = _stratified(y, attribute, holdout, seed)
+    n_steps, width = h.shape[1], int(np.prod(h.shape[2:]))
+    per_chunk = max(1, PROBE_CHUNK_NUMBERS // (len(y) * width))
+    weights, biases, held_logits = [], [], []
+    for first in range(0, n_steps, per_chunk):
+        part = torch.as_tensor(h[:, first : first + per_chunk]).flatten(2).transpose(0, 1)
+        weight, bias = _fit_logistic(part[:, train].to(device).float(), y[train].to(device), attribute, weight_decay)
+        held_part = part[:, held].to(device).float()
+        held_logits.append(torch.baddbmm(bias[:, None], held_part, weight.mT).double().cpu())
+        weights.append(weight.cpu())
+        biases.append(bias.cpu())
+    logits = torch.cat(held_logits)
+    return Probe(
+        attribute,
+        torch.cat(weights),
+        torch.cat(biases),
+        _balanced_accuracy(logits, y[held], len(attribute.classes)),
+        _calibrated_temperature(logits, y[held], len(attribute.classes)),
+    )
+
+
+def _stratified(labels: Tensor, attribute: Attribute, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Image rows to train on and to hold out, each class split alike."""
+    if not 0 < holdout < 1 or int(labels.max()) >= len(attribute.classes):
+        raise LensError(f"holdout must lie between 0 and 1, labels between 0 and {len(attribute.classes) - 1}.")
+    generator = torch.Generator().manual_seed(seed)
+    train, held = [], []
+    for index, name in enumerate(attribute.classes):
+        rows = (labels == index).nonzero().flatten()
+        if len(rows) < 4:
+            raise LensError(f"Only {len(rows)} images are labelled '{name}'; the probe needs at least 4 of each class.")
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        n_held = min(max(1, round(holdout * len(rows))), len(rows) - 2)
+        held.append(rows[:n_held])
+        train.append(rows[n_held:])
+    return torch.cat(train), torch.cat(held)
+
+
+def _fit_logistic(x: Tensor, labels: Tensor, attribute: Attribute, weight_decay: float) -> tuple[Tensor, Tensor]:
+    """``x [step, n, d]`` → ``weight [step, class, d], bias [step, class]`` for raw inputs; ``x`` is used up."""
+    n_steps, n, width = x.shape
+    n_classes = len(attribute.classes)
+    mean = x.mean(1, keepdim=True)
+    x -= mean
+    scale = (x.square().sum(2).mean(1)).sqrt().clamp_min(1e-12)[:, None, None]
+    x /= scale
+    balance = n / (n_classes * torch.bincount(labels, minlength=n_classes).to(x))
+    weight = torch.zeros(n_steps, n_classes, width, device=x.device, requires_grad=True)
+    bias = torch.zeros(n_steps, n_classes, device=x.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=60,
+        history_size=8,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+    target = labels.expand(n_steps, n)
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logits = torch.baddbmm(bias[:, None], x, weight.mT)
+        entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=balance, reduction="sum") / n
+        value = entropy + weight_decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    raw = (weight / scale).detach()
+    return raw, (bias - (raw @ mean.mT)[..., 0]).detach()
+
+
+def _balanced_accuracy(logits: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """``logits [step, n, class]`` → mean over classes of the share recognised, ``[step]``."""
+    right = (logits.argmax(2) == labels).float()
+    return torch.stack([right[:, labels == c].mean(1) for c in range(n_classes)]).mean(0)
+
+
+def _calibrated_temperature(logits: Tensor, labels: Tensor, n_classes: int) -> float:
+    """The temperature in [0.02, 50] with the least class-balanced cross entropy (Guo et al. 2017)."""
+    target = labels.expand(logits.shape[:2]).flatten()
+    balance = 1 / torch.bincount(labels, minlength=n_classes).to(logits)
+
+    def loss(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits.flatten(0, 1) / np.exp(log_temperature), target, weight=balance))
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.02), np.log(50)), method="bounded").x))
