@@ -53,7 +53,9 @@ class P2Config(StrictConfig):
     @field_validator("channel_mult", "attention_resolutions", mode="before")
     @classmethod
     def _comma_list(cls, value: Any) -> Any:
-        """guided-diffusion's scripts also write lists as ``"1,1,2,2,4,4"``."""
+        """guided-diffusion's settings also write lists as ``"1,1,2,2,4,4"``, and a list of one as a number."""
+        if isinstance(value, int):
+            return (value,)
         return tuple(part for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @property

@@ -327,6 +327,7 @@ def test_inference_inverts_construction(changes: dict[str, object]) -> None:
 def test_config_takes_comma_lists_and_refuses_unknown_keys() -> None:
     config = P2Config.parse({"channel_mult": "1,2", "attention_resolutions": "16,8"})
     assert config.channel_mult == (1, 2) and config.attention_resolutions == (16, 8)
+    assert P2Config.parse({"attention_resolutions": 16}) == P2Config()
     with pytest.raises(LensError, match="num_chanels"):
         P2Config.parse({"num_chanels": 128})
 
