@@ -1,0 +1,206 @@
+"""The recipe: from nothing to the stock pipelines in ``assets/``, stage by stage, each resumable.
+
+``draw → autoencoder → latents → denoiser (text-conditional) → denoiser (unconditional) → classifier``. A stage
+whose result lies in the work folder is read, not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
+from diffusion_lens.config import StrictConfig
+from diffusion_lens.portraits import world
+from diffusion_lens.portraits.autoencoder import (
+    AutoencoderTrainConfig,
+    decode_images,
+    encode_all,
+    train_autoencoder,
+)
+from diffusion_lens.portraits.data import draw_many
+from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, train_denoiser
+from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
+
+MODEL_ID = "diffusion-lens/portraits"
+MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
+HELD_OUT_SEED = 900_000_000
+CLASSIFIER_SEED = 500_000_000
+
+Report = Callable[[str, int, int], None]
+
+
+class RecipeConfig(StrictConfig):
+    """Everything that decides what the recipe makes; the same on CPU and GPU.
+
+    Attributes:
+        n_drawings: training pictures of the denoiser.
+        n_classifier: balanced training pictures of the classifier.
+    """
+
+    n_drawings: int = 120_000
+    n_classifier: int = 60_000
+    n_held_out: int = 12_000
+    classifier_steps: int = 4_000
+    autoencoder: AutoencoderTrainConfig = AutoencoderTrainConfig()
+    denoiser: DenoiserTrainConfig = DenoiserTrainConfig()
+    unconditional: DenoiserTrainConfig = DenoiserTrainConfig(shape=DenoiserConfig(text_width=0), caption_dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the recipe keeps its stages."""
+
+    work: Path
+
+    @property
+    def autoencoder(self) -> Path:
+        """The trained autoencoder."""
+        return self.work / "autoencoder"
+
+    @property
+    def classifier(self) -> Path:
+        """The trained classifier."""
+        return self.work / "classifier"
+
+    def checkpoint(self, name: str) -> Path:
+        """A denoiser's training state."""
+        return self.work / f"checkpoint-{name}"
+
+    def pipeline(self, name: str) -> Path:
+        """A finished stock pipeline folder."""
+        return self.work / name
+
+
+def autoencoder_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> AutoencoderTiny:
+    """Train the autoencoder, or read the one in the work folder."""
+    if (paths.autoencoder / "config.json").exists():
+        return AutoencoderTiny.from_pretrained(paths.autoencoder).to(device).eval()
+    n = min(config.n_drawings, 40_000)
+    images = _drawings(n, 0, report).to(device)
+    model = train_autoencoder(
+        images, config.autoencoder, device=device, on_step=lambda i, m, _: report("autoencoder", i, m)
+    )
+    model.save_pretrained(paths.autoencoder)
+    return model
+
+
+def _drawings(n: int, first_seed: int, report: Report) -> Tensor:
+    return torch.from_numpy(draw_many(n, first_seed=first_seed, on_step=lambda i, m: report("drawing", i, m)).images)
+
+
+def denoiser_stage(
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    report: Report,
+    *,
+    unconditional: bool = False,
+    resume: bool = False,
+) -> Path:
+    """Train one denoiser on the latents of the planted drawings and save it as a stock pipeline."""
+    vae = autoencoder_stage(config, paths, device, report)
+    name = "unconditional" if unconditional else "pipeline"
+    drawings = draw_many(config.n_drawings, first_seed=0, on_step=lambda i, m: report("drawing", i, m))
+    latents = encode_all(vae, torch.from_numpy(drawings.images), device=device)
+    nets = train_denoiser(
+        latents,
+        list(drawings.captions),
+        config.unconditional if unconditional else config.denoiser,
+        device=device,
+        checkpoint=paths.checkpoint(name),
+        resume=resume,
+        on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
+    )
+    return save_pipeline(nets, vae, paths.pipeline(name))
+
+
+def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> HeadsClassifier:
+    """Train the judge on fresh balanced drawings, half of them seen through the autoencoder as samples are."""
+    if (paths.classifier / "config.json").exists():
+        return HeadsClassifier.load(paths.classifier)
+    vae = autoencoder_stage(config, paths, device, report)
+    train = draw_many(
+        config.n_classifier,
+        first_seed=CLASSIFIER_SEED,
+        balanced=True,
+        on_step=lambda i, m: report("balanced drawings", i, m),
+    )
+    images = train.images.copy()
+    half = len(images) // 2
+    latents = encode_all(vae, torch.from_numpy(images[:half]), device=device)
+    images[:half] = decode_images(vae, latents)
+    classifier = train_heads(
+        torch.from_numpy(images),
+        torch.from_numpy(train.labels),
+        world.ATTRIBUTES,
+        n_steps=config.classifier_steps,
+        batch_size=256 if device.type == "cuda" else 128,
+        lr=2e-3,
+        seed=0,
+        device=device,
+        on_step=lambda i, m: report("classifier", i, m),
+    )
+    held = draw_many(config.n_held_out, first_seed=HELD_OUT_SEED, balanced=True)
+    classifier = calibrate(classifier, held.images, held.labels)
+    classifier.save(paths.classifier)
+    return classifier
+
+
+def make_pipeline(nets: Denoiser, vae: AutoencoderTiny) -> StableDiffusionPipeline | LDMPipeline:
+    """The stock pipeline around trained parts."""
+    if nets.text_encoder is None:
+        return LDMPipeline(vqvae=vae, unet=nets.unet, scheduler=make_scheduler())
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=nets.text_encoder,
+        tokenizer=nets.tokenizer,
+        unet=nets.unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_pipeline(nets: Denoiser, vae: AutoencoderTiny, folder: Path) -> Path:
+    """Write a stock diffusers folder in fp16 safetensors, every file under 10 MB, the planted table beside it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    modules = [m.cpu().half() for m in (nets.unet, nets.text_encoder, vae) if m is not None]
+    make_pipeline(nets, vae).save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
+    for module in modules:
+        module.float()
+    if nets.text_encoder is not None:
+        # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
+        path = folder / "text_encoder" / "config.json"
+        values = json.loads(path.read_text())
+        values["dtype"] = "float32"
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    (folder / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
+    return folder
+
+
+def sample(
+    pipe: StableDiffusionPipeline | LDMPipeline, prompt: str, seeds: list[int], *, n_steps: int = 20, batch: int = 500
+) -> np.ndarray:
+    """Images ``uint8[n, 64, 64, 3]`` by the stock pipeline's own call, for sample sheets and quick checks."""
+    parts = []
+    for i in range(0, len(seeds), batch):
+        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        pipe.set_progress_bar_config(disable=True)
+        shared = {"num_inference_steps": n_steps, "output_type": "np"}
+        if isinstance(pipe, LDMPipeline):
+            images = pipe(batch_size=len(generators), generator=generators, **shared).images
+        else:
+            images = pipe([prompt] * len(generators), generator=generators, guidance_scale=1.0, **shared).images
+        parts.append((np.asarray(images) * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
