@@ -76,12 +76,25 @@ class Capture:
     steps: tuple[int, ...] | None = None
     dtype: Any = np.float16
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch names it; raises ``LensError`` for any but float16 and float32."""
+        known = {"float16": torch.float16, "float32": torch.float32}
+        name = np.dtype(self.dtype).name
+        if name not in known:
+            raise LensError(f"Activations are kept as float16 or float32, not {name}.")
+        return known[name]
+
     def indices(self, n_steps: int) -> tuple[int, ...]:
         """The steps kept, rising; raises ``LensError`` for one outside the run."""
         steps = tuple(range(n_steps)) if self.steps is None else tuple(sorted(set(self.steps)))
         if not steps or steps[0] < 0 or steps[-1] >= n_steps:
             raise LensError(f"Captured steps must lie between 0 and {n_steps - 1}; got {list(steps)}.")
         return steps
+
+
+Keep = Callable[[int, Tensor, list[torch.Generator]], None]
+"""Called before every step with its index, the latents and the noise generators."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +131,7 @@ class _Stats:
     total: Tensor | float = 0.0
     count: Tensor | float = 0.0
 
-    def add(self, h: Tensor, edited: Tensor) -> None:
-        changed = (edited != h).flatten(1).any(1)
+    def add(self, h: Tensor, edited: Tensor, changed: Tensor) -> None:
         ratio = edited.flatten(1).float().norm(dim=1) / h.flatten(1).float().norm(dim=1).clamp_min(1e-12)
         self.total = self.total + (ratio * changed).sum()
         self.count = self.count + changed.sum()
@@ -131,43 +143,52 @@ class _Stats:
 
 @dataclass
 class BatchRun:
-    """One batch from noise (or from a recorded step) to images."""
+    """One batch, from noise or from the recorded step ``first`` of ``start``."""
 
     model: DiffusionModel
     request: GenerationRequest
-    edit: Edit | None
-    capture: Capture | None
-    start: Trajectory | None
-    first: int
+    edit: Edit | None = None
+    capture: Capture | None = None
+    start: Trajectory | None = None
+    first: int = 0
     stats: _Stats = field(default_factory=_Stats)
     kept: list[Tensor] = field(default_factory=list)
 
-    def draw(
-        self,
-        on_step: Callable[[int], None],
-        keep: Callable[[int, Tensor, list[torch.Generator]], None] | None = None,
-    ) -> Generation:
-        """Run all steps and decode. ``keep`` sees the latents before every step."""
-        model, request = self.model, self.request
-        context = getattr(self.edit, "model_context", None)
+    def draw(self, on_step: Callable[[int], None], keep: Keep | None = None) -> Generation:
+        """Run all steps and decode. ``on_step(done)`` may raise; ``keep`` sees the latents before every step."""
+        model, edit = self.model, self.edit
+        context = getattr(edit, "model_context", None)
         with ExitStack() as stack:
             if context is not None:
+                # Nobody else may use these weights meanwhile, nor the prompts they encode.
                 stack.enter_context(model.lock)
                 model.forget_prompts()
                 stack.callback(model.forget_prompts)
                 stack.enter_context(context(model))
-            scheduler = model.scheduler(request.n_steps)
-            conditioning = model.condition(request.prompt, len(request.seeds), request.guidance_scale)
-            latents, generators = self._begin(scheduler)
-            with torch.inference_mode():
-                for index in range(self.first, request.n_steps):
-                    if keep is not None:
-                        keep(index, latents, generators)
-                    latents = self._step(index, latents, scheduler, conditioning, generators)
-                    on_step(index - self.first + 1)
-            images = model.decode(latents, len(request.seeds))
-        description = self.edit.description if self.edit is not None else None
-        return Generation(images, request, description, self._activations(scheduler), self.stats.mean)
+            latents, scheduler = self._walk(self.request.n_steps, on_step, keep)
+            images = model.decode(latents, len(self.request.seeds))
+        activations = None if self.capture is None else self._activations(scheduler, self.capture)
+        return Generation(images, self.request, None if edit is None else edit.description, activations, self.stats.mean)
+
+    def read(self, on_step: Callable[[int], None]) -> Activations:
+        """Run to the last captured step and no further; nothing is decoded. Needs a ``capture``."""
+        capture = self.capture or Capture()
+        self.capture = capture
+        _, scheduler = self._walk(capture.indices(self.request.n_steps)[-1] + 1, on_step, None)
+        return self._activations(scheduler, capture)
+
+    def _walk(self, stop: int, on_step: Callable[[int], None], keep: Keep | None) -> tuple[Tensor, Any]:
+        model, request = self.model, self.request
+        scheduler = model.scheduler(request.n_steps)
+        conditioning = model.condition(request.prompt, len(request.seeds), request.guidance_scale)
+        latents, generators = self._begin(scheduler)
+        with torch.inference_mode():
+            for index in range(self.first, stop):
+                if keep is not None:
+                    keep(index, latents, generators)
+                latents = self._step(index, latents, scheduler, conditioning, generators)
+                on_step(index - self.first + 1)
+        return latents, scheduler
 
     def _begin(self, scheduler: Any) -> tuple[Tensor, list[torch.Generator]]:
         generators = seed_generators(self.request.seeds)
@@ -191,11 +212,13 @@ class BatchRun:
         editing = window is not None and window[0] <= index < window[1]
         keeping = self.capture is not None and index in self.capture.indices(self.request.n_steps)
         edited: tuple[Tensor, Tensor] | None = None
-        if not (editing or keeping):
-            prediction = self.model.predict(scaled, t, conditioning)
-        else:
-            tap = _Reader(self, index, float(scheduler.alphas_cumprod[int(t)]), latents, int(t), keeping, editing)
-            prediction, edited = _hooked_predict(tap, scaled, t, conditioning)
+        with self.model.lock:  # other threads' hooks must not see this forward, nor these hooks theirs
+            if editing or keeping:
+                alpha_bar = float(scheduler.alphas_cumprod[int(t)])
+                reader = _Reader(self, index, alpha_bar, latents, int(t), keeping, editing)
+                prediction, edited = _hooked_predict(reader, scaled, t, conditioning)
+            else:
+                prediction = self.model.predict(scaled, t, conditioning)
         scale = self.request.guidance_scale
         kwargs = _step_kwargs(scheduler, generators)
         previous = scheduler.step(_guide(prediction, conditioning, scale), t, latents, **kwargs)
@@ -203,12 +226,9 @@ class BatchRun:
             return previous.prev_sample
         return _asymmetric(previous, edited, prediction, latents, scheduler, t, conditioning, scale)
 
-    def _activations(self, scheduler: Any) -> Activations | None:
-        if self.capture is None:
-            return None
-        steps = self.capture.indices(self.request.n_steps)
-        h = torch.stack(self.kept, dim=1).cpu().numpy().astype(self.capture.dtype, copy=False)
-        times = tuple(int(scheduler.timesteps[i]) for i in steps)
+    def _activations(self, scheduler: Any, capture: Capture) -> Activations:
+        h = torch.stack(self.kept, dim=1).cpu().numpy()
+        times = tuple(int(scheduler.timesteps[i]) for i in capture.indices(self.request.n_steps))
         return Activations(h, times, self.request.seeds, self.model.hook_name)
 
 
@@ -223,8 +243,8 @@ class _Reader:
     timestep: int
     keeping: bool
     editing: bool
-    h: Tensor | None = None
     edited: Tensor | None = None
+    changed: Tensor | None = None
 
     @property
     def later(self) -> bool:
@@ -232,23 +252,23 @@ class _Reader:
         return self.editing and self.run.edit is not None and self.run.edit.sampler == "asymmetric"
 
     def __call__(self, h: Tensor, h_in: Tensor | None) -> Tensor | None:
-        n = len(self.run.request.seeds)
+        request, edit, capture = self.run.request, self.run.edit, self.run.capture
+        n = len(request.seeds)
         half, half_in = h[-n:], None if h_in is None else h_in[-n:]
-        if self.keeping and self.run.capture is not None:
-            dtype = torch.float16 if np.dtype(self.run.capture.dtype) == np.float16 else torch.float32
-            self.run.kept.append(half.to(dtype, copy=True))
-        if not self.editing or self.run.edit is None:
+        if self.keeping and capture is not None:
+            self.run.kept.append(half.to(capture.torch_dtype, copy=True))
+        if not self.editing or edit is None:
             return None
-        request = self.run.request
         context = StepContext(
             self.index, request.n_steps, self.timestep, request.seeds, half_in, self.alpha_bar, self.latents
         )
-        edited = self.run.edit.apply(half, context).to(half.dtype)
+        edited = edit.apply(half, context).to(half.dtype)
         if edited.shape != half.shape:
             raise LensError(f"An edit must keep the shape {tuple(half.shape)}; it returned {tuple(edited.shape)}.")
-        self.run.stats.add(half, edited)
+        changed = (edited != half).flatten(1).any(1)
+        self.run.stats.add(half, edited, changed)
         if self.later:
-            self.h, self.edited = half, edited
+            self.edited, self.changed = edited, changed
             return None
         return torch.cat([h[:-n], edited]) if h.shape[0] > n else edited
 
@@ -261,25 +281,22 @@ def _hooked_predict(
 
     Rows that the edit left as they were are not run again: they stay bit-identical and cost nothing.
     """
-    model = reader.run.model
+    model, n = reader.run.model, conditioning.n
     path = UpPath(model.unet) if reader.later and UpPath.supports(model.unet, model.hook_name) else None
-    with model.lock:
-        with path.record() if path else nullcontext(), intercept(model.hook_module, reader):
-            prediction = model.predict(scaled, t, conditioning)
-        if reader.h is None or reader.edited is None:
-            return prediction, None
-        rows = (reader.edited != reader.h).flatten(1).any(1).nonzero().squeeze(1)
-        if not len(rows):
-            return prediction, None
-        h = reader.edited[rows]
-        if path is not None:
-            n = conditioning.n
-            shifted = rows + n if conditioning.guided else rows
-            everyone = slice(n, None) if conditioning.guided else slice(None)
-            output = path.replay(h, everyone if len(rows) == n else shifted)
-        else:
-            with intercept(model.hook_module, lambda *_: h):
-                output = model.unet(scaled[rows], t, return_dict=False, **conditioning.conditional(rows))[0]
+    with path.record() if path else nullcontext(), intercept(model.hook_module, reader):
+        prediction = model.predict(scaled, t, conditioning)
+    if reader.edited is None or reader.changed is None:
+        return prediction, None
+    rows = reader.changed.nonzero().squeeze(1)
+    if not len(rows):
+        return prediction, None
+    h = reader.edited[rows]
+    if path is not None:
+        offset = n if conditioning.guided else 0
+        output = path.replay(h, slice(offset, None) if len(rows) == n else rows + offset)
+    else:
+        with intercept(model.hook_module, lambda *_: h):
+            output = model.unet(scaled[rows], t, return_dict=False, **conditioning.conditional(rows))[0]
     return prediction, (rows, model.prediction_channels(output))
 
 

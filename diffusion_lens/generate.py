@@ -75,7 +75,7 @@ def generate_batches(
         LensError: a request for another model, a prompt where none is taken or none where one is needed, an
             asymmetric edit without DDIM, a step window that lies outside the run.
     """
-    _check(model, request, edit, batch_size)
+    check(model, request, edit, capture, batch_size)
     if start is not None and edit is None and capture is None:
         rows = start.rows(request)
         yield Generation(start.generation.images[rows], request)
@@ -101,7 +101,7 @@ def record_trajectory(
     max_bytes: int = TRAJECTORY_BYTES,
 ) -> Trajectory:
     """Draw without an edit and keep the latents before ``steps`` (default: all that fit ``max_bytes``, evenly)."""
-    _check(model, request, None, batch_size)
+    check(model, request, None, capture, batch_size)
     per_step = len(request.seeds) * int(np.prod(model.latent_shape)) * model.dtype.itemsize
     fits = max(1, max_bytes // per_step)
     wanted = list(range(request.n_steps)) if steps is None else sorted(set(steps))
@@ -112,7 +112,7 @@ def record_trajectory(
     total = request.n_steps * -(-len(request.seeds) // batch_size)
     for offset in range(0, len(request.seeds), batch_size):
         seeds = request.seeds[offset : offset + batch_size]
-        run = BatchRun(model, replace(request, seeds=seeds), None, capture, None, 0)
+        run = BatchRun(model, replace(request, seeds=seeds), capture=capture)
 
         def keep(index: int, x: Tensor, generators: list[torch.Generator]) -> None:
             if index in kept:
@@ -140,12 +140,17 @@ def _progress(on_step: OnStep | None, done: int, total: int) -> Callable[[int], 
     return lambda steps: on_step(done + steps, total) if on_step is not None else None
 
 
-def _check(model: DiffusionModel, request: GenerationRequest, edit: Edit | None, batch_size: int) -> None:
+def check(
+    model: DiffusionModel, request: GenerationRequest, edit: Edit | None, capture: Capture | None, batch_size: int
+) -> None:
+    """Raise ``LensError`` where this model cannot draw this request, before any work is done."""
     if request.model_id != model.model_id:
         raise LensError(f"This request is for the model '{request.model_id}', but '{model.model_id}' is loaded.")
     if model.is_text != (request.prompt is not None):
         needs = "needs a prompt; give '' for the empty one" if model.is_text else "takes no prompt; leave it out"
         raise LensError(f"This model {needs}.")
+    if model.hook_name != "mid_block" and (edit is not None or capture is not None):
+        _ = model.hook_shape  # refuses modules that cannot be read
     if batch_size < 1:
         raise LensError(f"batch_size must be at least 1; it is {batch_size}.")
     if edit is None:

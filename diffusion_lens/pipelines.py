@@ -284,8 +284,9 @@ def load_model(
             str(source), dtype=dtype, revision=revision, local_files_only=offline, use_safetensors=True, **extra
         )
     except _LOAD_ERRORS as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise LensError(f"{source} could not be loaded as a diffusers pipeline: {reason[0]}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "" if folder.exists() else "; check the name and the network, or give a folder on this machine"
+        raise LensError(f"{source} could not be loaded as a diffusers pipeline{hint}. Reason: {reason}") from error
     name = model_id or (folder.resolve().name if folder.exists() else str(source))
     return wrap_pipeline(pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler)
 
