@@ -335,11 +335,11 @@ def _misfit(curve: np.ndarray, rising: bool) -> float:
 
 
 def _say(found: Balance, betas: np.ndarray) -> str:
-    goal = f"{found.target_share:.0%} {found.label}"
+    goal = f"{found.target_share * 100:.0f} % {found.label}"
     if not found.reached:
         return (
             f"A share of {goal} is not reached between β = {betas[0]:g} and {betas[-1]:g}; "
-            f"the nearest is {found.share:.0%} at β = {found.beta:g}."
+            f"the nearest is {found.share * 100:.0f} % at β = {found.beta:g}."
         )
     low, high = found.interval
     span = f"{'below ' if found.open_below else ''}{low:.2f} to {'above ' if found.open_above else ''}{high:.2f}"

@@ -10,6 +10,9 @@ import plotly.graph_objects as go
 from diffusion_lens.plots.theme import CONTROL, DIVERGING, SEQUENTIAL, TEXT, blank, colour_bar, percent, style
 from diffusion_lens.types import Atlas, Attribution, LensError
 
+CHOSEN = "#009E73"
+"""Stands apart from both ends of the diverging scale and from cividis."""
+
 
 def probe_figure(accuracy: Mapping[str, np.ndarray], *, chance: Mapping[str, float]) -> go.Figure:
     """Held-out accuracy of the linear probe at every denoising step, one line per attribute.
@@ -95,6 +98,7 @@ def step_profile_figure(profile: np.ndarray, steps: Sequence[int], *, feature: i
         mode="lines+markers",
         x=[s + 1 for s in steps],
         y=profile,
+        cliponaxis=False,
         fill="tozeroy",
         fillcolor=look.band,
         line={"color": look.colour, "width": 2},
@@ -164,12 +168,12 @@ def atlas_figure(
             mode="markers",
             x=atlas.xy[rows, 0],
             y=atlas.xy[rows, 1],
-            marker={"symbol": "circle-open", "size": 17, "line": {"width": 2.5, "color": "#D55E00"}},
+            marker={"symbol": "circle-open", "size": 17, "color": CHOSEN, "line": {"width": 3}},
             customdata=rows[:, None],
             hovertemplate="chosen feature #%{customdata[0]}<extra></extra>",
         )
     figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False, scaleanchor="x")
+    figure.update_yaxes(visible=False)
     return figure
 
 

@@ -14,6 +14,8 @@ from diffusion_lens.types import Balance, LensError, LogRatio, Share, SweepPoint
 
 Measure = Literal["log_ratio", "share"]
 
+PATTERN = {"fillmode": "overlay", "fgcolor": "#FFFFFF", "fgopacity": 0.6, "size": 6}
+
 
 @dataclass(frozen=True)
 class _Curve:
@@ -108,7 +110,7 @@ def share_figure(
             y=labels,
             x=values,
             error_x={"type": "data", "array": ends[:, 1] - values, "arrayminus": values - ends[:, 0], "color": TEXT},
-            marker={"color": look.colour, "pattern": {"shape": look.pattern, "fgcolor": "#FFFFFF", "size": 6}},
+            marker={"color": look.colour, "pattern": {**PATTERN, "shape": look.pattern}},
             customdata=[_share_text(s) for s in shares],
             hovertemplate=f"<b>{name}</b><br>%{{customdata}}<extra></extra>",
         )
@@ -122,7 +124,7 @@ def share_figure(
             marker={"symbol": "line-ns", "size": 26, "line": {"width": 3, "color": TEXT}},
             hovertemplate="planted %{y}: %{x:.0%}<extra></extra>",
         )
-    figure.update_xaxes(tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.02], dtick=0.25)
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(barmode="group", bargap=0.25)
     return figure
@@ -145,15 +147,18 @@ def describe_shares(
     return " ".join(sentences)
 
 
-def tradeoff_figure(results: Mapping[str, SweepResult], *, lost: str = "fid") -> go.Figure:
+def tradeoff_figure(
+    results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID"
+) -> go.Figure:
     """Bias left against what was lost, one curve over β per method; the lower left corner is best.
 
     Args:
         results: method name → its sweep, all on the same seeds.
         lost: ``fid`` (against the unedited images), or another attribute's name: the share of images that did
             not keep their class of it.
+        fid_name: names the distance and its features, e.g. ``FID, portraits features``.
     """
-    figure = blank(x_title="bias left (FD)", y_title=_lost_title(lost))
+    figure = blank(x_title="bias left (FD)", y_title=_lost_title(lost, fid_name))
     floor = max(p.fd_floor for r in results.values() for p in r.points)
     for index, (name, result) in enumerate(results.items()):
         look = style(index, control=result.is_control)
@@ -184,7 +189,7 @@ def tradeoff_figure(results: Mapping[str, SweepResult], *, lost: str = "fid") ->
     return figure
 
 
-def describe_tradeoff(results: Mapping[str, SweepResult], *, lost: str = "fid") -> str:
+def describe_tradeoff(results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID") -> str:
     """For each method the point with the least bias, and what it lost there."""
     sentences = []
     for name, result in results.items():
@@ -193,7 +198,7 @@ def describe_tradeoff(results: Mapping[str, SweepResult], *, lost: str = "fid") 
             sentences.append(f"{name}: too few images for this comparison.")
             continue
         fd, y, point = min(kept, key=lambda row: row[0])
-        cost = f"FID {y:.2f}" if lost == "fid" else f"{percent(y)} of images with another {lost}"
+        cost = f"{fid_name} {y:.2f}" if lost == "fid" else f"{percent(y)} of images with another {lost}"
         noise = ", within noise" if fd <= point.fd_floor else ""
         sentences.append(f"{name}: least bias FD {fd:.3f}{noise} at β = {point.beta:g}, at the cost of {cost}.")
     return " ".join(sentences)
@@ -233,7 +238,7 @@ def _mark_balance(figure: go.Figure, balance: Balance) -> None:
         x=balance.beta,
         line={"color": TEXT, "width": 1.5},
         annotation={"text": reached, "font": {"size": 12, "color": TEXT}},
-        annotation_position="top",
+        annotation_position="bottom right",
     )
 
 
@@ -309,8 +314,8 @@ def _lost(point: SweepPoint, lost: str) -> float | None:
     return 1 - point.agreement[lost]
 
 
-def _lost_title(lost: str) -> str:
-    return "distance from the unedited images (FID)" if lost == "fid" else f"images with another {lost}"
+def _lost_title(lost: str, fid_name: str) -> str:
+    return f"{fid_name}, to the unedited images" if lost == "fid" else f"images with another {lost}"
 
 
 def _check_sweeps(results: Sequence[SweepResult], measure: Measure) -> None:

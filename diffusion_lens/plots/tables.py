@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, colour_bar, percent, points, span, style
+from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, percent, points, span, style
 from diffusion_lens.types import Attribute, Change, LensError, Share
 
 
@@ -20,7 +20,7 @@ def spillover_figure(columns: Mapping[str, Sequence[Change]]) -> go.Figure:
     cells = [[_find(changes, row) for changes in columns.values()] for row in rows]
     z = np.array([[np.nan if c is None else 100 * c.difference for c in line] for line in cells])
     reach = max(1.0, float(np.nanmax(np.abs(z)))) if np.isfinite(z).any() else 1.0
-    figure = blank(height=90 + 30 * len(rows))
+    figure = blank(height=60 + 46 * len(rows))
     figure.add_heatmap(
         z=z,
         x=list(columns),
@@ -34,7 +34,8 @@ def spillover_figure(columns: Mapping[str, Sequence[Change]]) -> go.Figure:
         hovertemplate="steered %{x}<br>%{customdata}<extra></extra>",
         xgap=2,
         ygap=2,
-        colorbar=colour_bar("points"),
+        textfont={"size": 12},
+        showscale=False,
     )
     figure.update_xaxes(side="top", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -73,7 +74,7 @@ def confusion_figure(counts: np.ndarray, attribute: Attribute) -> go.Figure:
         hovertemplate="true %{y}, read as %{x}: %{text} (%{customdata} images)<extra></extra>",
         xgap=2,
         ygap=2,
-        colorbar=colour_bar("share of true class", tickformat=".0%"),
+        showscale=False,
     )
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -159,7 +160,7 @@ def _excludes_zero(change: Change) -> bool:
 
 def _cell(change: Change) -> str:
     low, high = change.interval
-    return f"{points(change.difference)}{' *' if _excludes_zero(change) else ''} ({points(low)} to {points(high)})"
+    return f"{points(change.difference)}{' *' if _excludes_zero(change) else ''}<br>{points(low)} to {points(high)}"
 
 
 def _change_text(c: Change) -> str:

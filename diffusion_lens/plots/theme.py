@@ -53,7 +53,7 @@ def fade(colour: str, alpha: float) -> str:
 
 def blank(*, height: int = 380, x_title: str = "", y_title: str = "") -> go.Figure:
     """An empty figure in the common look, transparent, legend on top."""
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "title_standoff": 6}
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True}
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -65,8 +65,8 @@ def blank(*, height: int = 380, x_title: str = "", y_title: str = "") -> go.Figu
         margin={"l": 8, "r": 12, "t": 12, "b": 8},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0, 0, 0, 0)"},
         hoverlabel={"align": "left", "namelength": -1, "font": {"size": 13}},
-        xaxis={**axis, "title": {"text": x_title}},
-        yaxis={**axis, "title": {"text": y_title}},
+        xaxis={**axis, "title": {"text": x_title, "font": {"size": 13}, "standoff": 6}},
+        yaxis={**axis, "title": {"text": y_title, "font": {"size": 13}, "standoff": 6}},
     )
     return figure
 
@@ -74,7 +74,7 @@ def blank(*, height: int = 380, x_title: str = "", y_title: str = "") -> go.Figu
 def colour_bar(title: str, *, tickformat: str = "") -> dict[str, object]:
     """A slim colour bar with its title on its side."""
     return {
-        "title": {"text": title, "side": "right"},
+        "title": {"text": title, "side": "right", "font": {"size": 13}},
         "thickness": 12,
         "outlinewidth": 0,
         "tickformat": tickformat,
