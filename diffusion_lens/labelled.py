@@ -27,6 +27,17 @@ MAX_PIXELS = 50_000_000
 CHUNK = 64
 
 
+def open_image(path: Path) -> np.ndarray:
+    """An image file as RGB ``uint8[H, W, 3]``; ``LensError`` that names a missing, broken or huge file."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise LensError(f"{path.name} has more than {MAX_PIXELS:,} pixels; make it smaller.")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        raise LensError(f"{path.name} is missing or is no image; put it in {path.parent}.") from None
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """Image files and how many raters chose each class; images are opened one by one, never all at once.
@@ -227,13 +238,7 @@ def _open(table: Path, name: str) -> np.ndarray:
     path = (table.parent / name).resolve()
     if not path.is_relative_to(table.parent.resolve()):
         raise LensError(f"{table.name} names '{name}', which lies outside its folder; move the image beside the CSV.")
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise LensError(f"'{name}' has more than {MAX_PIXELS:,} pixels; make it smaller.")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        raise LensError(f"'{name}' of {table.name} is missing or is no image; put it in {table.parent}.") from None
+    return open_image(path)
 
 
 def _pixels_key(image: np.ndarray) -> str:
