@@ -63,6 +63,7 @@ class Manifest(StrictConfig):
         prompts: suggested prompts (``""`` is the empty prompt); empty for unconditional models.
         vocabulary: the words the model knows; ``None`` for models with an open vocabulary.
         settings: attribute → the shipped turn.
+        classifier_id: of the one that judges images; ``labeller_id``: of the one whose reading trained the probes.
         files: path inside the folder → its seal; ``lens.json`` itself is not listed.
     """
 
@@ -80,6 +81,7 @@ class Manifest(StrictConfig):
     settings: dict[str, Setting] = Field(default_factory=dict)
     sae_id: str
     classifier_id: str
+    labeller_id: str | None = None
     files: dict[str, FileSeal] = Field(default_factory=dict)
 
     @property

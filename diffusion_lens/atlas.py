@@ -231,6 +231,7 @@ def feature_card(
         near=_examples(pool, near, blank),
         label=atlas.labels[feature_id],
         label_source=atlas.label_source,
+        effect_source=atlas.effect_source,
         sae_id=atlas.sae_id,
     )
 

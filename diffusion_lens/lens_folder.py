@@ -219,6 +219,11 @@ class LensFolder:
     def _load_classifier(self) -> Classifier:
         from diffusion_lens.classify import HeadsClassifier
 
+        if not (self.folder / "classifier").is_dir():
+            raise LensError(
+                f"This lens was judged by the classifier {self.manifest.classifier_id}, which is not stored with it; "
+                "give it to from_pretrained(..., classifier=...)."
+            )
         classifier = HeadsClassifier.load(self.folder / "classifier", device=self.device)
         if classifier.classifier_id != self.manifest.classifier_id:
             raise LensError(f"classifier/ in {self.folder} belongs to another lens; restore it from the original.")

@@ -31,16 +31,27 @@ if TYPE_CHECKING:
     from diffusion_lens.probes import Probe
 
 T = TypeVar("T")
+NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def save_point(point: SweepPoint, folder: Path, stem: str) -> None:
+    """Write one point as ``<stem>.json`` and its examples, lossless, as ``<stem>-examples…``."""
+    if len(point.examples):
+        save_sheets(point.examples, folder, f"{stem}-examples", lossless=True)
+    write_json(folder / f"{stem}.json", _plain_point(point))
+
+
+def load_point(folder: Path, stem: str) -> SweepPoint:
+    """Read what ``save_point`` wrote, equal in every bit."""
+    values = read_json(folder / f"{stem}.json")
+    images = load_sheets(folder, f"{stem}-examples") if values["examples"] else NO_IMAGES
+    return _read_point(values, images)
 
 
 def save_sweep(result: SweepResult, folder: Path, stem: str) -> None:
-    """Write ``<stem>.json`` and, where it has examples, ``<stem>-examples…``."""
+    """Write ``<stem>.json`` and, where it has examples, ``<stem>-examples…`` (lossy)."""
     values = to_plain(dataclasses.replace(result, points=()))
-    values["points"] = []
-    for point in result.points:
-        plain = to_plain(dataclasses.replace(point, examples=np.zeros(0)))
-        plain["examples"] = len(point.examples)
-        values["points"].append(plain)
+    values["points"] = [_plain_point(point) for point in result.points]
     strips = [point.examples for point in result.points if len(point.examples)]
     if strips:
         save_sheets(np.concatenate(strips), folder, f"{stem}-examples", columns=max(map(len, strips)))
@@ -56,14 +67,13 @@ def load_sweep(folder: Path, stem: str) -> SweepResult:
     except (KeyError, TypeError, AttributeError, ValidationError, ValueError) as error:
         if isinstance(error, LensError):
             raise
-        raise LensError(
-            f"{path} is not a stored sweep ({type(error).__name__}: {error}); fit the lens again."
-        ) from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise LensError(f"{path} is not a stored sweep ({reason}); fit the lens again.") from None
 
 
 def _read_sweep(values: dict[str, Any], folder: Path, stem: str) -> SweepResult:
     counts = [int(point["examples"]) for point in values["points"]]
-    images = load_sheets(folder, f"{stem}-examples") if sum(counts) else np.zeros((0, 1, 1, 3), np.uint8)
+    images = load_sheets(folder, f"{stem}-examples") if sum(counts) else NO_IMAGES
     if len(images) != sum(counts):
         raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {sum(counts)}.")
     strips = np.split(images, np.cumsum(counts)[:-1]) if counts else []
@@ -75,6 +85,12 @@ def _read_sweep(values: dict[str, Any], folder: Path, stem: str) -> SweepResult:
         request=_parse(GenerationRequest, values["request"]),
         **rest,
     )
+
+
+def _plain_point(point: SweepPoint) -> dict[str, Any]:
+    plain = to_plain(dataclasses.replace(point, examples=np.zeros(0)))
+    plain["examples"] = len(point.examples)
+    return plain
 
 
 def _read_point(values: dict[str, Any], examples: np.ndarray) -> SweepPoint:
@@ -143,7 +159,7 @@ def save_atlas(path: Path, atlas: Atlas) -> None:
     """Write the atlas's arrays and effects; texts go to the header."""
     arrays = {name: getattr(atlas, name) for name in ATLAS_ARRAYS}
     arrays.update({f"effects.{name}": effect for name, effect in atlas.effects.items()})
-    texts = ("steps", "labels", "label_source", "layout", "sae_id")
+    texts = ("steps", "labels", "label_source", "layout", "sae_id", "effect_source")
     save_tensors(path, arrays, {"atlas": json.dumps({name: getattr(atlas, name) for name in texts})})
 
 
@@ -162,7 +178,7 @@ def load_atlas(path: Path) -> Atlas:
 
 def load_sweeps(folder: Path) -> tuple[SweepResult, ...]:
     """Every sweep of a lens folder's ``sweeps/``, by file name."""
-    stems = sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("-examples"))
+    stems = sorted(path.stem for path in folder.glob("[0-9]*.json") if not path.stem.endswith("-examples"))
     return tuple(load_sweep(folder, stem) for stem in stems)
 
 

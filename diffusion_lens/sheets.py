@@ -37,8 +37,10 @@ class SheetIndex(StrictConfig):
         return sum(sheet.n for sheet in self.sheets)
 
 
-def save_sheets(images: np.ndarray, folder: Path, stem: str, *, columns: int = 32, quality: int = 90) -> SheetIndex:
-    """Write ``uint8 [n, H, W, 3]`` as ``<stem>-00.webp``, … (lossy) and ``<stem>.json``; returns the index."""
+def save_sheets(
+    images: np.ndarray, folder: Path, stem: str, *, columns: int = 32, quality: int = 90, lossless: bool = False
+) -> SheetIndex:
+    """Write ``uint8 [n, H, W, 3]`` as ``<stem>-00.webp``, … and ``<stem>.json``; returns the index."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise LensError(f"A sprite sheet takes uint8 [n, H, W, 3]; got {images.dtype} {list(images.shape)}.")
     height, width = images.shape[1:3]
@@ -49,7 +51,7 @@ def save_sheets(images: np.ndarray, folder: Path, stem: str, *, columns: int = 3
         tiles = images[first : first + per_sheet]
         sheet = Sheet(file=f"{stem}-{number:02d}.webp", n=len(tiles), columns=columns)
         with atomic_path(folder / sheet.file) as partial:
-            Image.fromarray(_join(tiles, columns)).save(partial, "WEBP", quality=quality, method=4)
+            Image.fromarray(_join(tiles, columns)).save(partial, "WEBP", quality=quality, lossless=lossless)
         sheets.append(sheet)
     index = SheetIndex(height=height, width=width, sheets=tuple(sheets))
     index.save(folder / f"{stem}.json")

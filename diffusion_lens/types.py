@@ -375,7 +375,7 @@ class Atlas:
         labels: one short text per feature (``""``: none), made as ``label_source`` says.
         layout: how ``xy`` was made, e.g. ``umap``.
         effects: attribute → change of its class shares when this feature alone is turned, ``[d_sae, class]``,
-            NaN where not measured.
+            NaN where not measured; ``effect_source`` says how far it was turned, and on what.
     """
 
     xy: np.ndarray
@@ -392,6 +392,7 @@ class Atlas:
     layout: str
     sae_id: str
     effects: dict[str, np.ndarray] = field(default_factory=dict)
+    effect_source: str = ""
 
     @property
     def dead(self) -> np.ndarray:
@@ -430,6 +431,7 @@ class FeatureCard:
     near: Examples
     label: str
     label_source: str
+    effect_source: str
     sae_id: str
 
 

@@ -1,0 +1,189 @@
+"""Which turn a lens should ship for an attribute: chosen on seeds that no evaluation uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from diffusion_lens.classify import Classifier
+from diffusion_lens.config import Setting, StrictConfig
+from diffusion_lens.generate import Edit
+from diffusion_lens.intervene import compile
+from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.records import load_point, save_point
+from diffusion_lens.sae import SparseAutoencoder
+from diffusion_lens.settings import describe_setting, identity_beta, make_intervention
+from diffusion_lens.sweep import Baseline, measure_baseline, sweep_points
+from diffusion_lens.types import Attribution, GenerationRequest, Intervention, LensError, Mode, Sampler, SweepPoint
+
+REACH = 1.0
+
+
+class ChooseConfig(StrictConfig):
+    """The grid that a setting is chosen from.
+
+    Attributes:
+        betas: strengths as for ``scale``, where 1 changes nothing; other modes use them less 1.
+        n_images: images per strength, on seeds from ``first_seed`` on, which nothing else should use.
+        prompt: the prompt chosen on (``None``: unconditional).
+    """
+
+    n_features: tuple[int, ...] = (10, 30)
+    poles: tuple[Literal["one", "both"], ...] = ("one", "both")
+    modes: tuple[Mode, ...] = ("scale",)
+    samplers: tuple[Sampler, ...] = ("asymmetric", "symmetric")
+    windows: tuple[tuple[int, int] | None, ...] = (None,)
+    betas: tuple[float, ...] = (-3.0, -1.0, 0.0, 1.0, 2.0, 3.0, 5.0)
+    n_images: int = Field(default=96, ge=8)
+    first_seed: int = 3_000_000
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one setting did.
+
+    Attributes:
+        effect: log odds of the target's share at every β, with half an image added to both sides ``[β]``.
+        reach: how far on both sides of 0 the effect goes, the smaller of the two (1 and more is enough).
+        spillover: share of images whose other attributes changed, where the effect is -1 and +1, mean of both;
+            NaN where it is not reached.
+    """
+
+    setting: Setting
+    effect: tuple[float, ...]
+    reach: float
+    spillover: float
+
+
+def judge(setting: Setting, points: Sequence[SweepPoint], target_index: int) -> Trial:
+    """Score one setting by its sweep (points in rising β); see ``Trial``.
+
+    Only the stretch around the identity on which the effect is monotone counts: past it, steering destroys.
+    """
+    counts = [point.shares[target_index].count for point in points]
+    totals = [sum(share.count for share in point.shares) for point in points]
+    effect = np.array([np.log((k + 0.5) / (n - k + 0.5)) for k, n in zip(counts, totals, strict=True)])
+    changed = np.array([1 - np.mean(list(p.agreement.values())) if p.agreement else 0.0 for p in points])
+    first, last = _monotone_stretch(effect, [p.beta for p in points], identity_beta(setting.mode))
+    inside, lost = effect[first : last + 1], changed[first : last + 1]
+    reach = float(min(-inside.min(), inside.max()))
+    spillover = float(np.mean(np.interp([-REACH, REACH], inside, lost))) if reach >= REACH else float("nan")
+    return Trial(setting, tuple(float(e) for e in effect), reach, spillover)
+
+
+def _monotone_stretch(effect: np.ndarray, betas: Sequence[float], identity: float) -> tuple[int, int]:
+    """The longest run of points around the identity along which ``effect`` rises strictly."""
+    start = int(np.abs(np.array(betas) - identity).argmin())
+    first = last = start
+    while last + 1 < len(effect) and effect[last + 1] > effect[last]:
+        last += 1
+    while first > 0 and effect[first - 1] < effect[first]:
+        first -= 1
+    return first, last
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The trial with the least spillover among those that reach ±1; where none does, the one that reaches furthest."""
+    if not trials:
+        raise LensError("There is no setting to choose from; give at least one of each kind.")
+    enough = [trial for trial in trials if trial.reach >= REACH]
+    return min(enough, key=lambda t: t.spillover) if enough else max(trials, key=lambda t: t.reach)
+
+
+def candidates(attribute: str, target: str, grid: ChooseConfig) -> Iterator[Setting]:
+    """Every combination of the grid's choices, its strengths moved to each mode's zero."""
+    axes = (grid.n_features, grid.poles, grid.modes, grid.samplers, grid.windows)
+    for n, poles, mode, sampler, window in product(*axes):
+        identity = identity_beta(mode)
+        strengths = sorted({*(beta - 1 + identity for beta in grid.betas), identity})
+        yield Setting(
+            attribute=attribute, target=target, n_features=n, poles=poles, mode=mode, sampler=sampler,
+            window=window, betas=tuple(strengths),
+        )  # fmt: skip
+
+
+def choose_setting(
+    model: DiffusionModel,
+    sae: SparseAutoencoder,
+    attribution: Attribution,
+    classifier: Classifier,
+    request: GenerationRequest,
+    settings: Sequence[Setting],
+    *,
+    batch_size: int = 16,
+    keep: Path | None = None,
+    on_trial: Callable[[int, int], None] | None = None,
+) -> tuple[Setting, tuple[Trial, ...]]:
+    """Sweep every candidate on the same seeds and keep the best (see ``best``).
+
+    ``request`` must use seeds that no evaluation uses. Returns the setting, with a note of how it was chosen,
+    and every trial. ``on_trial(done, total)`` may raise; points already measured are read back from ``keep``.
+    """
+    base = measure_baseline(model, request, classifier, batch_size=batch_size, n_examples=0)
+    trials = []
+    for number, setting in enumerate(settings):
+        folder = None if keep is None else keep / f"{number:04d}"
+        points = measure_setting(
+            model, sae, attribution, classifier, base, setting, batch_size=batch_size, n_examples=0, keep=folder
+        )
+        trials.append(judge(setting, points, attribution.attribute.index(setting.target)))
+        if on_trial is not None:
+            on_trial(number + 1, len(settings))
+    chosen = best(trials)
+    reached = f"spillover {chosen.spillover:.0%}" if chosen.reach >= REACH else "no candidate reached ±1"
+    note = (
+        f"Least spillover at log odds ±1 among {len(trials)} settings on {len(request.seeds)} images per strength "
+        f"(reach {chosen.reach:.1f}, {reached})."
+    )
+    return chosen.setting.model_copy(update={"n_seeds_chosen_on": len(request.seeds), "note": note}), tuple(trials)
+
+
+def measure_setting(
+    model: DiffusionModel,
+    sae: SparseAutoencoder,
+    attribution: Attribution,
+    classifier: Classifier,
+    base: Baseline,
+    setting: Setting,
+    *,
+    change: Callable[[Intervention], Intervention] = lambda turn: turn,
+    batch_size: int = 16,
+    n_examples: int = 8,
+    keep: Path | None = None,
+) -> list[SweepPoint]:
+    """Sweep a setting over its strengths on the seeds of ``base``; points kept in ``keep`` are not measured again.
+
+    ``change`` turns the intervention into a control.
+    """
+
+    def make_edit(beta: float) -> Edit | None:
+        if beta == identity_beta(setting.mode):
+            return None
+        return compile([change(make_intervention(attribution, setting, setting.target, beta))], sae)
+
+    points = []
+    for number, beta in enumerate(sorted(setting.betas)):
+        stem = f"{number:03d}"
+        if keep is not None and (keep / f"{stem}.json").is_file():
+            points.append(load_point(keep, stem))
+            continue
+        found = sweep_points(
+            model, base.request, make_edit, [beta], classifier, attribution.attribute, setting.target,
+            baseline=base, batch_size=batch_size, n_examples=n_examples,
+        )  # fmt: skip
+        points.extend(found)
+        if keep is not None:
+            save_point(points[-1], keep, stem)
+    return points
+
+
+def describe(trial: Trial) -> str:
+    """One line: the setting, its reach and spillover."""
+    return f"{describe_setting(trial.setting)}: reach {trial.reach:.2f}, spillover {trial.spillover:.1%}"

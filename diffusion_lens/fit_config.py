@@ -1,0 +1,124 @@
+"""What a lens is fitted from: two equal configurations give equal lenses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from diffusion_lens.atlas import AtlasConfig
+from diffusion_lens.choose import ChooseConfig
+from diffusion_lens.config import Setting, StrictConfig
+from diffusion_lens.train import SAETrainConfig
+
+STAGES = ("sample", "label", "collect", "sae", "probes", "attribution", "atlas", "settings", "effects", "sweeps")
+"""In order; each depends on all before it."""
+
+
+class FitConfig(StrictConfig):
+    """Everything that decides what a fitted lens is; two equal configurations give equal lenses.
+
+    Attributes:
+        name: of the lens. model: a diffusers folder or hub id; ``model_id`` is what requests call it.
+        bundle_pipeline: copy the pipeline into the lens, so that the folder is complete.
+        classifier: folder of the classifier that judges. labeller: of the one whose reading trains the probes
+            (``None``: the same; a lens says so, for the classifier that mitigates should not be the judge).
+        attributes: names of what is to be steered; the classifier knows their classes.
+        sampling_prompts: prompts drawn from in turn (empty: unconditional). prompts: suggested to users.
+        n_images: images sampled and labelled. first_seed: of them.
+        per_class: certain images per class (at most) on which activations are collected.
+        batch_size: images drawn at once; part of the result in the last bits.
+        attribution_images: images per attribute that integrated gradients are averaged over.
+        pool_images: images of the atlas.
+        settings: shipped turns; attributes without one get theirs by ``choose``.
+        effect_features, effect_images: per class, how many top features are turned alone, on how many images;
+            0 leaves causal effects out.
+        sweep_prompts: prompts swept with ``sweep_images`` images per strength from ``sweep_first_seed`` on.
+        sweep_controls: also sweep random features with the same setting.
+    """
+
+    name: str
+    model: str
+    revision: str | None = None
+    model_id: str
+    hook_name: str = "mid_block"
+    bundle_pipeline: bool = False
+    classifier: str
+    labeller: str | None = None
+    attributes: tuple[str, ...] = Field(min_length=1)
+    sampling_prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] | None = None
+    n_steps: int = Field(ge=1)
+    guidance_scale: float = Field(default=1.0, ge=0)
+    n_images: int = Field(ge=1)
+    first_seed: int = Field(default=1_000_000, ge=0)
+    per_class: int = Field(ge=2)
+    batch_size: int = Field(default=16, ge=1)
+    sae: SAETrainConfig
+    probe_weight_decay: float | None = None
+    attribution_images: int = Field(default=256, ge=1)
+    pool_images: int = Field(default=512, ge=1)
+    atlas: AtlasConfig = AtlasConfig()
+    settings: tuple[Setting, ...] = ()
+    choose: ChooseConfig = ChooseConfig()
+    effect_features: int = Field(default=0, ge=0)
+    effect_images: int = Field(default=64, ge=1)
+    sweep_prompts: tuple[str, ...] = ()
+    sweep_images: int = Field(default=100, ge=2)
+    sweep_first_seed: int = Field(default=0, ge=0)
+    sweep_controls: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FitConfig:
+        steered = [setting.attribute for setting in self.settings]
+        if len(set(steered)) != len(steered) or not set(steered) <= set(self.attributes):
+            raise ValueError("settings must name attributes of this lens, each once")
+        if not self.sampling_prompts and (self.prompts or self.sweep_prompts):
+            raise ValueError("a model without sampling prompts is unconditional and takes no prompts")
+        return self
+
+    @property
+    def draws(self) -> tuple[str | None, ...]:
+        """The prompts sampled from; ``(None,)`` for unconditional models."""
+        return self.sampling_prompts or (None,)
+
+    @property
+    def sweeps(self) -> tuple[str | None, ...]:
+        """The prompts swept; ``(None,)`` for unconditional models."""
+        return self.sweep_prompts if self.sampling_prompts else (None,)
+
+
+STAGE_KEYS: dict[str, tuple[str, ...]] = {
+    "sample": (
+        "model", "revision", "model_id", "sampling_prompts", "n_steps", "guidance_scale", "n_images", "first_seed",
+        "batch_size",
+    ),
+    "label": ("labeller", "classifier"),
+    "collect": ("hook_name", "attributes", "per_class", "seed"),
+    "sae": ("sae",),
+    "probes": ("probe_weight_decay",),
+    "attribution": ("attribution_images",),
+    "atlas": ("pool_images", "atlas"),
+    "settings": ("settings", "choose"),
+    "effects": ("effect_features", "effect_images"),
+    "sweeps": ("sweep_prompts", "sweep_images", "sweep_first_seed", "sweep_controls"),
+}  # fmt: skip
+
+
+def stage_hashes(config: FitConfig, identities: dict[str, str]) -> dict[str, str]:
+    """Stage → 12 hex digits over its part of the configuration and that of every stage before it.
+
+    ``identities``: what the model and classifiers are, beyond their paths.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(identities, sort_keys=True).encode())
+    hashes = {}
+    for stage in STAGES:
+        part = {key: values[key] for key in STAGE_KEYS[stage]}
+        digest.update(json.dumps([stage, part], sort_keys=True).encode())
+        hashes[stage] = digest.hexdigest()[:12]
+    return hashes

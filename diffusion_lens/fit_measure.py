@@ -1,0 +1,170 @@
+"""The later stages of a fit: which turn to ship, what single features do, and the precomputed sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.choose import candidates, choose_setting, describe, measure_setting
+from diffusion_lens.config import Setting
+from diffusion_lens.fit_stages import Work, read_attributions, read_sae
+from diffusion_lens.generate import request
+from diffusion_lens.intervene import compile
+from diffusion_lens.records import load_atlas, save_sweep
+from diffusion_lens.sae import SparseAutoencoder
+from diffusion_lens.settings import Control, control_turn, describe_setting
+from diffusion_lens.sweep import Baseline, collect, measure_baseline, sweep_points
+from diffusion_lens.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention, SweepResult
+
+
+def fit_settings(work: Work) -> None:
+    """Take over the configured turns; choose one for every attribute that has none, a file each."""
+    given = {setting.attribute: setting for setting in work.config.settings}
+    for number, name in enumerate(work.config.attributes):
+        path = work.folders["settings"] / f"{name}.json"
+        if not path.is_file():
+            (given[name] if name in given else _choose(work, name)).save(path)
+        work.on_stage("settings", number + 1, len(work.config.attributes))
+
+
+def _choose(work: Work, name: str) -> Setting:
+    grid = work.config.choose
+    attribute = work.attribute(name)
+    settings = list(candidates(name, attribute.classes[-1], grid))
+    seeds = range(grid.first_seed, grid.first_seed + grid.n_images)
+    wanted = request(work.model, grid.prompt, seeds, work.config.n_steps, work.config.guidance_scale)
+    chosen, trials = choose_setting(
+        work.model,
+        read_sae(work),
+        read_attributions(work)[name],
+        work.classifier,
+        wanted,
+        settings,
+        batch_size=work.config.batch_size,
+        keep=work.folders["settings"] / name,
+        on_trial=lambda done, total: work.on_stage("settings", done, total),
+    )
+    write_json(work.folders["settings"] / f"{name}-trials.json", [describe(trial) for trial in trials])
+    return chosen
+
+
+def read_settings(work: Work) -> dict[str, Setting]:
+    """Attribute → the turn to ship."""
+    return {name: Setting.load(work.folders["settings"] / f"{name}.json") for name in work.config.attributes}
+
+
+def fit_effects(work: Work) -> None:
+    """Turn the top features of every class alone and measure how the class shares move, a file per feature.
+
+    The turn: the setting's mode and sampler, at its strongest strength towards the target.
+    """
+    config, attributions = work.config, read_attributions(work)
+    if not config.effect_features:
+        return
+    sae, settings = read_sae(work), read_settings(work)
+    owners: dict[int, Setting] = {}
+    for name, attribution in attributions.items():
+        for feature in sorted(_leaders(attribution, settings[name], config.effect_features)):
+            owners.setdefault(feature, settings[name])
+    wanted = _sweep_request(work, config.sweeps[0] if config.sweeps else config.draws[0], config.effect_images)
+    base: Baseline | None = None
+    for number, (feature, setting) in enumerate(owners.items()):
+        path = work.folders["effects"] / f"{feature}.safetensors"
+        if not path.is_file():
+            base = base or measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
+            save_tensors(path, _effect(work, sae, base, feature, setting))
+        work.on_stage("effects", number + 1, len(owners))
+    prompt = "" if wanted.prompt is None else f' of "{wanted.prompt}"'
+    source = f"turned alone as far as the shipped sweep goes, on {config.effect_images} images{prompt}"
+    write_json(work.folders["effects"] / "source.json", source)
+
+
+def _leaders(attribution: Attribution, setting: Setting, n: int) -> set[int]:
+    classes = attribution.attribute.classes
+    return {i for label in classes for i in attribution.top_k(n, target=label, window=setting.window).ids}
+
+
+def _effect(
+    work: Work, sae: SparseAutoencoder, base: Baseline, feature: int, setting: Setting
+) -> dict[str, np.ndarray]:
+    """Attribute → change of class shares ``[class]`` when ``feature`` alone is turned."""
+    alone = FeatureSet((feature,), (0.0,), setting.attribute, setting.target, sae.sae_id)
+    turn = Intervention(alone, setting.mode, setting.betas[-1], window=setting.window, sampler=setting.sampler)
+    attribute = work.attribute(setting.attribute)
+    (point,) = sweep_points(
+        work.model, base.request, lambda _: compile([turn], sae), [turn.beta], work.classifier, attribute,
+        setting.target, baseline=base, batch_size=work.config.batch_size, n_examples=0,
+    )  # fmt: skip
+    before = {name: _shares(p.counts) for name, p in base.reading.predictions.items()}
+    after = {name: np.array(shares) for name, shares in point.spillover.items()}
+    after[attribute.name] = np.array([share.raw for share in point.shares])
+    return {name: after[name] - before[name] for name in before}
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    return counts / counts.sum() if counts.sum() else np.full(len(counts), np.nan)
+
+
+def read_atlas(work: Work) -> Atlas:
+    """The atlas, with the causal effects that were measured."""
+    atlas = load_atlas(work.folders["atlas"] / "atlas.safetensors")
+    effects: dict[str, np.ndarray] = {}
+    for path in sorted(work.folders["effects"].glob("*.safetensors")):
+        for name, change in load_tensors(path).items():
+            table = effects.setdefault(name, np.full((len(atlas.density), len(change)), np.nan, np.float32))
+            table[int(path.stem)] = change
+    if not effects:
+        return atlas
+    return replace(atlas, effects=effects, effect_source=read_json(work.folders["effects"] / "source.json"))
+
+
+def fit_sweeps(work: Work) -> None:
+    """Sweep every attribute on every prompt (and its control), a folder of points each."""
+    settings, config = read_settings(work), work.config
+    controls: Sequence[Control | None] = (None, "random") if config.sweep_controls else (None,)
+    plan = [(p, name, c) for p in range(len(config.sweeps)) for name in config.attributes for c in controls]
+    base: Baseline | None = None
+    for number, (p, name, control) in enumerate(plan):
+        stem = f"{p:02d}-{name}{'' if control is None else f'-{control}'}"
+        if not (work.folders["sweeps"] / f"{stem}.json").is_file():
+            wanted = _sweep_request(work, config.sweeps[p], config.sweep_images)
+            if base is None or base.request != wanted:
+                base = measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
+            result = _sweep(work, base, settings[name], control, work.folders["sweeps"] / stem)
+            save_sweep(result, work.folders["sweeps"], stem)
+        work.on_stage("sweeps", number + 1, len(plan))
+
+
+def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:
+    seeds = range(work.config.sweep_first_seed, work.config.sweep_first_seed + n)
+    return request(work.model, prompt, seeds, work.config.n_steps, work.config.guidance_scale)
+
+
+def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None, keep: Path) -> SweepResult:
+    attribution, density, seed = read_attributions(work)[setting.attribute], read_atlas(work).density, work.config.seed
+    sae = read_sae(work)
+    points = measure_setting(
+        work.model,
+        sae,
+        attribution,
+        work.classifier,
+        base,
+        setting,
+        change=lambda turn: turn if control is None else control_turn(turn, control, density, seed),
+        batch_size=work.config.batch_size,
+        keep=keep,
+    )
+    return collect(
+        points,
+        attribute=attribution.attribute,
+        target=setting.target,
+        request=base.request,
+        setting=describe_setting(setting, control, seed),
+        classifier_id=work.classifier.classifier_id,
+        is_control=control is not None,
+        provenance={"sae": sae.sae_id, "control": control or ""},
+    )
