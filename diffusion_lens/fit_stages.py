@@ -189,8 +189,10 @@ def fit_sae(work: Work) -> None:
         spatial=work.model.spatial,
         device=work.model.device,
         on_step=lambda done, total: work.on_stage("sae", done, total),
+        checkpoint=work.folders["sae"] / "training.pt",
     )
     sae.save(work.folders["sae"] / "sae")
+    (work.folders["sae"] / "training.pt").unlink(missing_ok=True)
     write_json(work.folders["sae"] / "log.json", {"fvu": log.fvu, "l0": log.l0, "dead_share": log.dead_share})
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.probes import Probe
+from diffusion_lens.resume import CHECKPOINT_SECONDS, Checkpoint
 from diffusion_lens.sae import SAEConfig, SparseAutoencoder
 from diffusion_lens.types import Attribute, LensError
 
@@ -78,6 +81,7 @@ def train_sae(
     spatial: tuple[int, int],
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[SparseAutoencoder, SAELog]:
     """Train a TopK SAE on ``samples [N, d_in]``, or on chunks of them from an iterable.
 
@@ -85,7 +89,8 @@ def train_sae(
     keep unit norm (gradient projected, rows renormalised), ``b_dec`` starts at the mean, ``W_enc`` at
     ``W_decᵀ``; Adam, linear decay, gradient clipped at norm 1. The same seed gives the same SAE on the same
     hardware. Chunks are shuffled within themselves and read again when they run out, where the iterable can
-    be. ``on_step(done, total)`` may raise. Raises ``LensError`` for samples that cannot be learned from.
+    be. ``on_step(done, total)`` may raise. ``checkpoint``: a file rewritten every half minute, from which the same
+    call goes on after it was killed, to the same SAE. Raises ``LensError`` for samples that cannot be learned from.
     """
     generator = torch.Generator().manual_seed(config.seed)
     stream = _chunks(samples, torch.device(device))
@@ -93,7 +98,8 @@ def train_sae(
     sae = _initial_sae(first, config, _Place(model_id, hook_name, spatial), generator)
     held_out = first[HOLD_EVERY - 1 :: HOLD_EVERY]
     held_out = held_out[torch.randperm(len(held_out), generator=generator)[:HELD_OUT].to(first.device)]
-    curves = _fit_sae(sae, _batches(chain([first], stream), config.batch_size, generator), config, on_step)
+    batches = _batches(chain([first], stream), config.batch_size, generator)
+    curves = _fit_sae(sae, batches, config, on_step, checkpoint)
     sae.requires_grad_(False)
     fvu, l0 = evaluate_sae(sae, held_out)
     return sae, SAELog(fvu, l0, _dead_share(sae, first), *curves)
@@ -189,6 +195,7 @@ def _fit_sae(
     batches: Iterator[Tensor],
     config: SAETrainConfig,
     on_step: Callable[[int, int], None] | None,
+    checkpoint: Path | None = None,
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
     """Train in place; returns the curves ``(steps, train_fvu, train_dead)`` of ``SAELog``."""
     optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr)
@@ -196,7 +203,15 @@ def _fit_sae(
     last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=sae.W_dec.device)
     dead = last_fired[:0]
     curves: list[tuple[int, float, float]] = []
-    for step, x in zip(range(config.n_steps), batches, strict=False):
+    identity = config.model_dump_json() + sae.cfg.model_dump_json()
+    saver = Checkpoint(checkpoint, identity, {"sae": sae, "optimiser": optimiser, "decay": decay}, CHECKPOINT_SECONDS)
+    first_step = 0
+    if (saved := saver.load(sae.W_dec.device)) is not None:
+        first_step, curves = saved["step"], saved["curves"]
+        last_fired, dead = saved["last_fired"].to(last_fired), saved["dead"].to(last_fired)
+        # Drawn and dropped, so that the order of samples goes on as it was.
+        deque(islice(batches, first_step), maxlen=0)
+    for step, x in zip(range(first_step, config.n_steps), batches, strict=False):
         fvu, aux, (values, indices) = _losses(sae, x, dead, config.aux_k)
         optimiser.zero_grad(set_to_none=True)
         (fvu + AUX_WEIGHT * aux).backward()
@@ -210,6 +225,7 @@ def _fit_sae(
         if step % DEAD_CHECK == 0 or step == config.n_steps - 1:
             dead = (step - last_fired > config.dead_after).nonzero().flatten()
             curves.append((step, float(fvu.detach()), len(dead) / config.d_sae))
+        saver.save({"step": step + 1, "curves": curves, "last_fired": last_fired, "dead": dead})
         if on_step is not None:
             on_step(step + 1, config.n_steps)
     steps, fvus, deads = zip(*curves, strict=True)
