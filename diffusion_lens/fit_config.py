@@ -94,10 +94,10 @@ class FitConfig(StrictConfig):
 
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "sample": (
-        "model", "revision", "model_id", "sampling_prompts", "n_steps", "guidance_scale", "n_images", "first_seed",
+        "revision", "model_id", "sampling_prompts", "n_steps", "guidance_scale", "n_images", "first_seed",
         "batch_size",
     ),
-    "label": ("labeller", "classifier"),
+    "label": (),
     "collect": ("hook_name", "attributes", "per_class", "seed"),
     "sae": ("sae",),
     "probes": ("probe_weight_decay",),
@@ -112,7 +112,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
 def stage_hashes(config: FitConfig, identities: dict[str, str]) -> dict[str, str]:
     """Stage → 12 hex digits over its part of the configuration and that of every stage before it.
 
-    ``identities``: what the model and classifiers are, beyond their paths.
+    ``identities``: what the model and classifiers are; their paths do not count.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(identities, sort_keys=True).encode())

@@ -1,0 +1,138 @@
+"""The finished parts of a fit → a lens folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from diffusion_lens.artifacts import (
+    MANIFEST,
+    AttributeConfig,
+    BaseModelRef,
+    Manifest,
+    load_tensors,
+    read_json,
+    write_json,
+    write_manifest,
+)
+from diffusion_lens.classify import Classifier
+from diffusion_lens.fit_config import FitConfig
+from diffusion_lens.fit_measure import read_atlas, read_settings
+from diffusion_lens.fit_stages import Work, read_attributions, read_probes, read_sae
+from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.records import load_sweeps, save_atlas, save_attributions, save_probes, save_sweep
+from diffusion_lens.sheets import save_sheets
+from diffusion_lens.types import LensError
+
+OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit")
+PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
+
+
+def write_lens(work: Work, out: Path) -> Manifest:
+    """Put the finished parts into the lens folder ``out``, replacing a lens that is there."""
+    config, sae, classifier = work.config, read_sae(work), work.classifier
+    _clear(out)
+    sae.save(out / "sae")
+    _save_classifier(classifier, out / "classifier")
+    save_probes(out / "probes.safetensors", read_probes(work))
+    save_attributions(out / "attribution.safetensors", read_attributions(work))
+    save_atlas(out / "atlas.safetensors", read_atlas(work))
+    _write_examples(work, out / "examples")
+    for number, sweep in enumerate(load_sweeps(work.folders["sweeps"])):
+        suffix = "-control" if sweep.is_control else ""
+        save_sweep(sweep, out / "sweeps", f"{number:03d}-{sweep.attribute.name}{suffix}")
+    if config.bundle_pipeline:
+        _bundle(config, work.model, out / "pipeline")
+    _write_log(work, out / "fit")
+    steered = [work.attribute(name) for name in config.attributes]
+    others = [a for a in classifier.attributes if a not in steered]
+    manifest = Manifest(
+        name=config.name,
+        base_model=BaseModelRef(
+            id=config.model_id,
+            source="pipeline" if config.bundle_pipeline else config.model,
+            revision=config.revision,
+            bundled=config.bundle_pipeline,
+        ),
+        hook_name=config.hook_name,
+        scheduler=type(work.model.pipeline.scheduler).__name__,
+        n_steps=config.n_steps,
+        guidance_scale=config.guidance_scale,
+        attributes=tuple(AttributeConfig(name=a.name, classes=a.classes) for a in steered),
+        nuisances=tuple(AttributeConfig(name=a.name, classes=a.classes) for a in others),
+        prompts=config.prompts,
+        vocabulary=config.vocabulary,
+        settings=read_settings(work),
+        sae_id=sae.sae_id,
+        classifier_id=classifier.classifier_id,
+        labeller_id=work.labeller.classifier_id,
+    )
+    return write_manifest(out, manifest)
+
+
+def _clear(out: Path) -> None:
+    """Remove a former lens's own parts; a folder with anything else in it is refused."""
+    if not out.exists():
+        out.mkdir(parents=True)
+        return
+    known = {*OWN_FOLDERS, "pipeline", MANIFEST, "README.md"}
+    strangers = [
+        p.name for p in out.iterdir() if p.name not in known and p.suffix != ".safetensors" and p.name[0] != "."
+    ]
+    if strangers:
+        raise LensError(f"{out} holds '{strangers[0]}', which is no part of a lens; choose another folder.")
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Store the classifier with the lens; one that cannot be stored is given to ``from_pretrained`` instead."""
+    save = getattr(classifier, "save", None)
+    if save is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(folder)
+
+
+def _write_examples(work: Work, folder: Path) -> None:
+    stored = load_tensors(work.folders["atlas"] / "pool.safetensors")
+    save_sheets(stored["images"], folder, "pool")
+    rows = work.rows()
+    write_json(folder / "origin.json", [list(rows[row]) for row in stored["rows"]])
+
+
+def _bundle(config: FitConfig, model: DiffusionModel, target: Path) -> None:
+    """Copy a local pipeline as it is; write one from the hub or from memory in shards under 10 MB."""
+    source = Path(config.model)
+    if source.is_dir() and target.is_dir() and source.resolve() == target.resolve():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    if not source.is_dir():
+        model.pipeline.save_pretrained(target, safe_serialization=True, max_shard_size="9MB")
+        return
+    for path in source.rglob("*"):
+        if path.is_file() and path.suffix in PIPELINE_FILES:
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(source))
+
+
+def _write_log(work: Work, folder: Path) -> None:
+    """The configuration without this machine's paths, and how training went."""
+    values = work.config.model_dump(mode="json")
+    values.update(
+        model=work.config.model_id,
+        classifier=work.classifier.classifier_id,
+        labeller=work.labeller.classifier_id,
+    )
+    write_json(folder / "config.json", values)
+    accuracy = {name: [round(float(a), 4) for a in p.accuracy] for name, p in read_probes(work).items()}
+    gaps = {name: a.completeness_gap for name, a in read_attributions(work).items()}
+    trials = {
+        name: read_json(path)
+        for name in work.config.attributes
+        if (path := work.folders["settings"] / f"{name}-trials.json").is_file()
+    }
+    log = read_json(work.folders["sae"] / "log.json")
+    write_json(
+        folder / "log.json", {"sae": log, "probe_accuracy": accuracy, "completeness_gap": gaps, "trials": trials}
+    )
