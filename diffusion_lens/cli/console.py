@@ -1,0 +1,209 @@
+"""What commands say: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from diffusion_lens.artifacts import atomic_path
+from diffusion_lens.types import LensError, LogRatio, Share
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MISTAKE = 2
+STOPPED = 130
+PATIENCE = 0.5
+"""Seconds before a progress bar appears."""
+WIDE = 160
+"""Columns of a table that goes to a file."""
+LINE_EVERY = 30.0
+"""Seconds between progress lines where standard error is a file."""
+
+
+def say(text: str) -> None:
+    """One line for the person, on standard error."""
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """A command whose ``LensError`` is one sentence and exit status 2, and whose Ctrl-C is one sentence and 130."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except LensError as error:
+            say(str(error))
+            raise typer.Exit(MISTAKE) from None
+        except KeyboardInterrupt:
+            say("Stopped. What was finished is kept; no half-written file is left.")
+            raise typer.Exit(STOPPED) from None
+
+    return run
+
+
+class Bar:
+    """One progress bar with the time left; plain lines every half minute where standard error is a file."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.console = Console(stderr=True)
+        self.begun = self.printed = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def step(self, done: int, total: int) -> None:
+        """Report ``done`` of ``total``; fits every ``on_step`` of the library."""
+        now = time.monotonic()
+        if not self.console.is_terminal:
+            self._line(done, total, now)
+        elif self._progress is None and now - self.begun > PATIENCE:
+            self._start()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, description=self.title)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Report within a named stage; a new name begins a new bar."""
+        if name.split(" (")[0] != self.title.split(" (")[0]:
+            self.close()
+            self.begun = self.printed = time.monotonic()
+        self.title = name
+        self.step(done, total)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
+
+    def _start(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(self.title)
+        self._progress.start()
+
+    def _line(self, done: int, total: int, now: float) -> None:
+        if now - self.printed < LINE_EVERY or not done:
+            return
+        self.printed = now
+        left = (now - self.begun) / done * (total - done)
+        say(f"{self.title}: {done:,} of {total:,}, about {duration(left)} left")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Bar]:
+    """A bar for the work in the block."""
+    bar = Bar(title)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``1.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    table = Table(title=title or None, title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDE)
+    console.print(table)
+
+
+def show_json(values: Any) -> None:
+    """Print plain values as JSON."""
+    sys.stdout.write(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_html(path: Path, title: str, figures: Sequence[tuple[go.Figure, str]]) -> None:
+    """Write figures with the sentence that describes each as one page that needs nothing from elsewhere."""
+    from plotly.io import to_html
+
+    parts = []
+    for number, (figure, sentence) in enumerate(figures):
+        drawn = to_html(figure, full_html=False, include_plotlyjs=number == 0)
+        label = html.escape(sentence, quote=True)
+        parts.append(f'<figure role="img" aria-label="{label}">{drawn}<figcaption>{label}</figcaption></figure>')
+    head = (
+        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+    )
+    style = (
+        "<style>body{font-family:sans-serif;max-width:60rem;margin:1rem auto;padding:0 1rem}figure{margin:0}</style>"
+    )
+    page = f"<!doctype html><html lang='en'><head>{head}{style}</head><body><h1>{html.escape(title)}</h1>"
+    with atomic_path(path) as partial:
+        partial.write_text(page + "".join(parts) + "</body></html>\n", encoding="utf-8")
+    say(f"Wrote {path}")
+
+
+def percent(value: float) -> str:
+    """``64.2 %``."""
+    return f"{value * 100:.1f} %"
+
+
+def span(interval: tuple[float, float]) -> str:
+    """``55.0 to 72.1 %``."""
+    return f"{interval[0] * 100:.1f} to {interval[1] * 100:.1f} %"
+
+
+def share_row(share: Share) -> tuple[str, ...]:
+    """Label, count, share as read and corrected, each with its interval."""
+    return (
+        share.label,
+        f"{share.count}/{share.n}",
+        f"{percent(share.raw)} ({span(share.raw_interval)})",
+        f"{percent(share.corrected)} ({span(share.corrected_interval)})",
+    )
+
+
+SHARE_COLUMNS = ("class", "decided images", "as read (95 %)", "corrected for the classifier's error (95 %)")
+
+
+def ratio_text(ratio: LogRatio | None) -> str:
+    """``+0.42 (+0.10 to +0.74)``, or a dash."""
+    if ratio is None:
+        return "–"
+    low, high = ratio.interval
+    return f"{ratio.value:+.2f} ({low:+.2f} to {high:+.2f}){'*' if ratio.haldane else ''}"

@@ -1,0 +1,202 @@
+"""``generate`` and ``attribute``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from diffusion_lens.artifacts import atomic_path
+from diffusion_lens.cli.console import (
+    SHARE_COLUMNS,
+    guarded,
+    progress,
+    ratio_text,
+    save_html,
+    say,
+    share_row,
+    show_json,
+    show_table,
+)
+from diffusion_lens.cli.options import (
+    AttributeOption,
+    BatchOption,
+    DeviceOption,
+    FirstSeedOption,
+    HtmlOption,
+    ImagesOption,
+    JsonOption,
+    LensOption,
+    PromptArgument,
+    TargetOption,
+    checked_prompt,
+    open_lens,
+    parse_turn,
+    seeds_of,
+)
+from diffusion_lens.records import to_plain
+from diffusion_lens.types import Evaluation, Generation, LensError
+
+if TYPE_CHECKING:
+    from diffusion_lens.lens import DiffusionLens
+
+PICTURES = (".png", ".webp", ".jpg", ".jpeg")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this family's commands."""
+    app.command("generate")(generate)
+    app.command("attribute")(attribute)
+
+
+@guarded
+def generate(
+    prompt: PromptArgument = None,
+    turn: Annotated[
+        list[str] | None,
+        typer.Option("--turn", help="Turn features, as attribute=class:β (1 changes nothing); may be repeated."),
+    ] = None,
+    images: ImagesOption = 8,
+    first_seed: FirstSeedOption = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the lens's own by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the lens's own by default.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture file for a sheet, or a folder.")] = Path(
+        "images.png"
+    ),
+    batch_size: BatchOption = 16,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images and read them; with --turn, draw the same seeds unedited and edited.
+
+    The sheet shows unedited images above the edited ones of the same seeds.
+
+      python -m diffusion_lens generate 'a portrait of a nurse' -n 16
+
+      python -m diffusion_lens generate '' --turn gender=male:2 --turn age=old:1.5 --out pair.png --json
+    """
+    opened = open_lens(lens, device)
+    seeds = seeds_of(images, first_seed)
+    request = opened.request(checked_prompt(opened, prompt), seeds, n_steps=steps, guidance_scale=guidance)
+    turns = [parse_turn(opened, text) for text in turn or ()]
+    with progress("drawing") as bar:
+        base = opened.generate(request, batch_size=batch_size, on_step=bar.step)
+    drawn = [base]
+    if turns:
+        with progress("drawing with the turn") as bar:
+            drawn.append(opened.generate(request, *turns, batch_size=batch_size, on_step=bar.step))
+    written = save_images(drawn, out)
+    found = {a.name: opened.evaluate(drawn[-1], a.name, reference=base if turns else None) for a in opened.attributes}
+    if as_json:
+        show_json({"request": to_plain(request), "edit": drawn[-1].edit, "files": written, "read": to_plain(found)})
+        return
+    for name, evaluation in found.items():
+        show_evaluation(name, evaluation)
+    say(f"Wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
+
+
+def save_images(drawn: list[Generation], out: Path) -> list[str]:
+    """Write a sheet (rows of unedited above edited), or one PNG per image into a folder; returns the paths."""
+    from PIL import Image
+
+    from diffusion_lens.portraits.draw import sheet
+
+    if out.suffix.lower() in PICTURES:
+        columns = min(8, len(drawn[0].images))
+        starts = range(0, len(drawn[0].images), columns)
+        rows = [_padded(g.images[start : start + columns], columns) for start in starts for g in drawn]
+        with atomic_path(out) as partial:
+            sheet(np.concatenate(rows), columns).save(partial)
+        return [str(out)]
+    if out.suffix:
+        raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
+    written = []
+    for generation, kind in zip(drawn, ("", "-edited"), strict=False):
+        for seed, image in zip(generation.request.seeds, generation.images, strict=True):
+            path = out / f"{seed}{kind}.png"
+            with atomic_path(path) as partial:
+                Image.fromarray(image).save(partial)
+            written.append(str(path))
+    return written
+
+
+def _padded(images: np.ndarray, n: int) -> np.ndarray:
+    missing = np.full((n - len(images), *images.shape[1:]), 255, np.uint8)
+    return np.concatenate([images, missing])
+
+
+def show_evaluation(name: str, evaluation: Evaluation) -> None:
+    """Print the shares of one attribute, and what moved against the unedited images."""
+    show_table(f"{name}, {evaluation.n_uncertain} undecided", SHARE_COLUMNS, map(share_row, evaluation.shares))
+    ratio = evaluation.log_ratio_corrected
+    if ratio is not None:
+        say(f"ln({ratio.numerator} / {ratio.denominator}) = {ratio_text(ratio)}")
+    say(f"FD {evaluation.fd:.3f}; a balanced model shows up to {evaluation.fd_floor:.3f} at this n.")
+    if evaluation.agreement:
+        kept = ", ".join(f"{key} {value:.0%}" for key, value in evaluation.agreement.items())
+        say(f"Images that kept their class: {kept}")
+
+
+@guarded
+def attribute(
+    prompt: PromptArgument = None,
+    attribute: AttributeOption = "gender",
+    target: TargetOption = None,
+    images: ImagesOption = 64,
+    top: Annotated[int, typer.Option(help="How many features to show.")] = 15,
+    method: Annotated[
+        str, typer.Option(help="integrated_gradients, gradient_x_activation or activation_difference.")
+    ] = "integrated_gradients",
+    first_seed: FirstSeedOption = 0,
+    batch_size: BatchOption = 16,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+) -> None:
+    """Find the features that speak for a class in these images.
+
+    python -m diffusion_lens attribute 'a portrait of a doctor' --attribute gender --target male
+
+    python -m diffusion_lens attribute '' -a age -t old --top 30 --html age.html
+    """
+    opened = open_lens(lens, device)
+    wanted = opened.attribute_named(attribute)
+    target = target or opened.setting(attribute).target
+    wanted.index(target)
+    seeds = seeds_of(images, first_seed)
+    with progress("drawing") as bar:
+        drawn = opened.generate(
+            opened.request(checked_prompt(opened, prompt), seeds), capture=True, batch_size=batch_size, on_step=bar.step
+        )
+    found = opened.attribute(drawn, attribute, method=method)
+    features = found.top_k(top, target=target)
+    if html is not None:
+        from diffusion_lens.plots import attribution_figure, describe_attribution
+
+        figure = attribution_figure(found, target, k=top)
+        save_html(html, f"Features for {attribute} = {target}", [(figure, describe_attribution(found, target, k=top))])
+    rows = _feature_rows(opened, features.ids, features.scores)
+    if as_json:
+        plain = to_plain(replace(found, scores=np.zeros(0)))
+        del plain["scores"]
+        show_json({"request": to_plain(drawn.request), "attribution": plain, "target": target, "features": rows})
+        return
+    show_table(
+        f"Features for {attribute} = {target}, {found.method} over {found.n_images} images",
+        ("feature", "score", "fires on", "label"),
+        [(str(r["id"]), f"{r['score']:+.4f}", f"{r['density']:.2%}", r["label"]) for r in rows],
+    )
+    say(f"Completeness gap {found.completeness_gap:.1e}; scores are changes of the probe's probability.")
+
+
+def _feature_rows(lens: DiffusionLens, ids: tuple[int, ...], scores: tuple[float, ...]) -> list[dict[str, Any]]:
+    atlas = lens.atlas
+    return [
+        {"id": i, "score": score, "density": float(atlas.density[i]), "label": atlas.labels[i]}
+        for i, score in zip(ids, scores, strict=True)
+    ]

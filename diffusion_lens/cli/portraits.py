@@ -1,0 +1,204 @@
+"""``portraits train``, ``portraits sheet`` and ``portraits table``: the bundled world."""
+
+from __future__ import annotations
+
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from diffusion_lens.artifacts import atomic_path, write_json
+from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
+from diffusion_lens.cli.options import DeviceOption, FirstSeedOption, ImagesOption, JsonOption, pick_device, seeds_of
+from diffusion_lens.types import LensError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffusion_lens.portraits.recipe import RecipeConfig
+
+STAGES = ("autoencoder", "pipeline", "unconditional", "classifier")
+MAX_TRIES = 200_000
+
+app = typer.Typer(
+    no_args_is_help=True, help="The bundled world: train its models, look at it, print its planted table."
+)
+
+
+@app.command("train")
+@guarded
+def train(
+    stage: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(STAGES)}; may be repeated; all by default.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder of stages and checkpoints.")] = Path("runs/portraits"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the one stage named.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of the one stage named.")] = None,
+    drawings: Annotated[int | None, typer.Option(min=1, help="Training pictures of the denoisers.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train the bundled models from nothing: autoencoder, text-to-image pipeline, unconditional pipeline, classifier.
+
+    Hours on two cores, minutes on a graphics card; the same command on both. A stopped run goes on with --resume.
+
+      python -m diffusion_lens portraits train
+
+      python -m diffusion_lens portraits train --stage pipeline --steps 40000 --resume
+    """
+    import torch
+
+    from diffusion_lens.portraits import recipe
+
+    chosen = tuple(stage or STAGES)
+    strange = next((name for name in chosen if name not in STAGES), None)
+    if strange is not None:
+        raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
+    config, paths = recipe_config(chosen, steps, batch_size, drawings), recipe.Paths(work)
+    place = torch.device(pick_device(device))
+    for name in STAGES:
+        if name not in chosen:
+            continue
+        if stage is None and name in ("pipeline", "unconditional") and _is_finished(paths.pipeline(name)):
+            say(f"{name}: already in {paths.pipeline(name)}; name it with --stage to train it again.")
+            continue
+        with progress(name) as bar:
+            if name == "autoencoder":
+                recipe.autoencoder_stage(config, paths, place, bar.stage)
+            elif name == "classifier":
+                recipe.classifier_stage(config, paths, place, bar.stage)
+            else:
+                recipe.denoiser_stage(
+                    config, paths, place, bar.stage, unconditional=name == "unconditional", resume=resume
+                )
+        say(f"{name}: done, in {work}")
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def recipe_config(
+    stages: tuple[str, ...], steps: int | None, batch_size: int | None, drawings: int | None
+) -> RecipeConfig:
+    """The recipe with a stage's own numbers replaced; raises ``LensError`` where it is unclear whose they are."""
+    from diffusion_lens.portraits.recipe import RecipeConfig
+
+    config = RecipeConfig()
+    if drawings is not None:
+        config = config.model_copy(update={"n_drawings": drawings})
+    changes: dict[str, Any] = {"n_steps": steps, "batch_size": batch_size}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return config
+    if len(stages) != 1:
+        raise LensError("Name one --stage to set its steps or batch size.")
+    name = {"pipeline": "denoiser"}.get(stages[0], stages[0])
+    if name != "classifier":
+        part = getattr(config, name)
+        return config.model_copy(update={name: part.model_copy(update=changes)})
+    if batch_size is not None:
+        raise LensError("The classifier's batch size is fixed; set its steps alone.")
+    return config.model_copy(update={"classifier_steps": steps})
+
+
+@app.command("sheet")
+@guarded
+def sheet(
+    out: Annotated[Path, typer.Argument(help="The picture to write.")],
+    prompt: Annotated[str, typer.Option(help="A sentence of this world; '' for everyone.")] = "",
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Draw samples of this trained pipeline instead of drawings.")
+    ] = None,
+    images: ImagesOption = 64,
+    columns: Annotated[int, typer.Option(min=1, help="Pictures per row.")] = 8,
+    first_seed: FirstSeedOption = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of samples.")] = 20,
+) -> None:
+    """Write a contact sheet of drawings, or of a trained pipeline's samples.
+
+    python -m diffusion_lens portraits sheet drawings.png --prompt 'a portrait of a judge'
+
+    python -m diffusion_lens portraits sheet samples.png --pipeline runs/portraits/pipeline -n 32
+    """
+    from diffusion_lens.portraits.draw import sheet as contact
+
+    seeds = seeds_of(images, first_seed)
+    pictures = _drawn(prompt, seeds) if pipeline is None else _sampled(pipeline, prompt, seeds, steps)
+    with atomic_path(out) as partial:
+        contact(pictures, min(columns, images)).save(partial)
+    say(f"Wrote {out}")
+
+
+def _drawn(prompt: str, seeds: range) -> np.ndarray:
+    from diffusion_lens.portraits import world
+    from diffusion_lens.portraits.draw import draw
+
+    noun, said = world.parse_prompt(prompt)
+    words = [word for word in said.values() if word]
+
+    def fitting() -> Iterator[world.Record]:
+        for seed in islice(count(seeds.start), MAX_TRIES):
+            record = world.sample_record(seed, noun=noun)
+            if set(words) <= {record.label(a) for a in (*world.STEERABLE, world.GLASSES)}:
+                yield record
+
+    records = list(islice(fitting(), len(seeds)))
+    if len(records) < len(seeds):
+        raise LensError(f"Only {len(records)} of {MAX_TRIES:,} people fit '{prompt}'; ask for fewer.")
+    with progress("drawing") as bar:
+        pictures = []
+        for done, record in enumerate(records):
+            pictures.append(draw(record))
+            bar.step(done + 1, len(records))
+    return np.stack(pictures)
+
+
+def _sampled(pipeline: Path, prompt: str, seeds: range, steps: int) -> np.ndarray:
+    from diffusion_lens.generate import generate, request
+    from diffusion_lens.pipelines import load_model
+
+    model = load_model(pipeline, offline=True)
+    wanted = request(model, prompt if model.is_text else None, seeds, steps)
+    with progress("sampling") as bar:
+        return generate(model, wanted, on_step=bar.step).images
+
+
+@app.command("table")
+@guarded
+def table(
+    attribute: Annotated[
+        list[str] | None, typer.Option("--attribute", "-a", help="Attributes to show; gender, age and tone by default.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Any sentence of this world; all short ones by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the whole table as JSON.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the planted distribution: who appears under which prompt, exactly.
+
+    python -m diffusion_lens portraits table
+
+    python -m diffusion_lens portraits table --prompt 'a portrait of an old female doctor' -a glasses -a 'hair length'
+    """
+    from diffusion_lens.portraits import world
+
+    known = {a.name: a for a in world.ATTRIBUTES}
+    names = attribute or [a.name for a in world.STEERABLE]
+    strange = next((name for name in names if name not in known), None)
+    if strange is not None:
+        raise LensError(f"This world has no attribute '{strange}'; it has {', '.join(known)}.")
+    if out is not None:
+        write_json(out, world.table())
+        say(f"Wrote {out}")
+    shares = {text: world.planted_shares(text) for text in prompt or world.PROMPTS}
+    if as_json:
+        show_json({text: {name: found[name].tolist() for name in names} for text, found in shares.items()})
+        return
+    for name in names:
+        rows = [(f"'{text}'", *(f"{s:.1%}" for s in found[name])) for text, found in shares.items()]
+        show_table(name, ("prompt", *known[name].classes), rows)
+    say("Planted by the project for drawn faces; describes no real population.")
