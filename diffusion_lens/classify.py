@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.calibration import UNKNOWN, fit_rules, measure, softmax
 from diffusion_lens.config import StrictConfig
+from diffusion_lens.precision import mixed_precision
 from diffusion_lens.types import Attribute, LensError, Predictions
 from diffusion_lens.weights import weights_digest
 
@@ -236,7 +237,9 @@ def train_heads(
     for step in range(n_steps):
         rows = torch.randint(len(pixels), (batch_size,), generator=generator, device=device)
         batch = change(_prepare(pixels[rows], config.image_size), generator)
-        loss = heads_loss(network(batch)[1], labels[rows], attributes)
+        with mixed_precision(batch.device):
+            logits = network(batch)[1]
+        loss = heads_loss(logits.float(), labels[rows], attributes)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +19,13 @@ from diffusion_lens.config import StrictConfig
 from diffusion_lens.portraits.networks import (
     MAX_TOKENS,
     DenoiserConfig,
+    keep_silent,
     make_scheduler,
     make_text_encoder,
     make_tokenizer,
     make_unet,
 )
-from diffusion_lens.portraits.precision import mixed_precision
+from diffusion_lens.precision import mixed_precision
 from diffusion_lens.types import LensError
 
 
@@ -36,9 +35,6 @@ class DenoiserTrainConfig(StrictConfig):
     Attributes:
         n_steps: optimiser steps of ``batch_size`` latents each.
         caption_dropout: share of captions replaced by the empty prompt, which so learns the marginal.
-        skip_dropout: share of training images whose lowest-level skip connections are silenced, so that what
-            the coarsest level knows has to pass through the bottleneck. Our working form; the architecture
-            stays a stock U-Net.
     """
 
     shape: DenoiserConfig = DenoiserConfig()
@@ -46,7 +42,6 @@ class DenoiserTrainConfig(StrictConfig):
     batch_size: int = 64
     lr: float = 8e-4
     caption_dropout: float = 0.12
-    skip_dropout: float = 0.0
     ema_decay: float = 0.9995
     seed: int = 0
 
@@ -82,32 +77,6 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids[[row[text] for text in captions]]
 
 
-@contextmanager
-def _skip_dropout(unet: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
-    """Silence the lowest level's skips for a random ``share`` of the batch, inside the context."""
-    if share <= 0:
-        yield
-        return
-
-    def silence(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        skips = kwargs.get("res_hidden_states_tuple", args[1] if len(args) > 1 else None)
-        keep = torch.rand(len(skips[0]), 1, 1, 1, generator=generator, device=skips[0].device) >= share
-        # the first block's last skip comes from the level above: it stays
-        lowest = [s.shape[-1] == skips[-1].shape[-1] for s in skips]
-        silenced = tuple(s * keep if low else s for s, low in zip(skips, lowest, strict=True))
-        if "res_hidden_states_tuple" in kwargs:
-            return args, {**kwargs, "res_hidden_states_tuple": silenced}
-        return (args[0], silenced, *args[2:]), kwargs
-
-    handle = unet.up_blocks[0].register_forward_pre_hook(silence, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def train_denoiser(
     latents: Tensor,
     captions: list[str],
@@ -116,7 +85,7 @@ def train_denoiser(
     device: torch.device,
     checkpoint: Path | None = None,
     resume: bool = False,
-    checkpoint_every: int = 1000,
+    checkpoint_every: int = 500,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Denoiser:
     """Train on latents ``[n, 8, 16, 16]`` and their captions; returns the moving averages.
@@ -129,17 +98,22 @@ def train_denoiser(
     for module in (nets.unet, nets.text_encoder):
         if module is not None:
             module.to(device).train()
-    nets.unet.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    nets.unet.to(memory_format=layout)
+    silenced = keep_silent(nets.unet)
     parameters = nets.parameters()
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(device)
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = get_cosine_schedule_with_warmup(optimiser, config.n_steps // 30, config.n_steps)
+    groups = [{"params": parameters, "initial_lr": config.lr}]
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99))
     first = 0
     if resume:
-        if checkpoint is None or not (checkpoint / "state.safetensors").exists():
-            raise LensError("There is no checkpoint to resume; start without --resume.")
-        first = _load_state(checkpoint, parameters, ema, optimiser, schedule)
+        if checkpoint is None:
+            raise LensError("Name the checkpoint folder to resume from.")
+        first = _load_state(checkpoint, parameters, ema, optimiser)
+    schedule = get_cosine_schedule_with_warmup(
+        optimiser, config.n_steps // 30, config.n_steps, last_epoch=first - 1 if first else -1
+    )
     tokens = tokenize(nets.tokenizer, captions) if nets.tokenizer else None
     empty = tokenize(nets.tokenizer, [""])[0] if nets.tokenizer else None
     alphas = make_scheduler().alphas_cumprod.to(device)
@@ -147,7 +121,7 @@ def train_denoiser(
     source = torch.Generator(device).manual_seed(config.seed + first)
     for step in range(first, config.n_steps):
         rows = torch.randint(len(latents), (config.batch_size,), generator=cpu)
-        clean = latents[rows.to(latents.device)].to(device).float().contiguous(memory_format=torch.channels_last)
+        clean = latents[rows.to(latents.device)].to(device).float().contiguous(memory_format=layout)
         noise = torch.randn(clean.shape, generator=source, device=device)
         t = torch.randint(len(alphas), (len(clean),), generator=source, device=device)
         signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
@@ -158,8 +132,7 @@ def train_denoiser(
                 dropped = torch.rand(len(ids), generator=cpu) < config.caption_dropout
                 ids = torch.where(dropped[:, None], empty, ids).to(device)
                 inputs["encoder_hidden_states"] = nets.text_encoder(ids)[0]
-            with _skip_dropout(nets.unet, config.skip_dropout, source):
-                predicted = nets.unet(signal * clean + spread * noise, t, **inputs).sample
+            predicted = nets.unet(signal * clean + spread * noise, t, **inputs).sample
         loss = F.mse_loss(predicted.float(), signal * noise - spread * clean)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -172,11 +145,39 @@ def train_denoiser(
             _save_state(checkpoint, parameters, ema, optimiser, done)
         if on_step and (done % 50 == 0 or done == config.n_steps):
             on_step(done, config.n_steps, float(loss.detach()))
+    for handle in silenced:
+        handle.remove()
     ema.copy_to(parameters)
     nets.unet.eval().to(memory_format=torch.contiguous_format)
     if nets.text_encoder is not None:
         nets.text_encoder.eval()
     return nets
+
+
+def load_average(checkpoint: Path, shape: DenoiserConfig) -> Denoiser:
+    """The moving averages of an unfinished training, ready to sample; raises ``LensError`` for another shape."""
+    nets = make_denoiser(shape, 0)
+    tensors = _read_state(checkpoint)
+    try:
+        for i, p in enumerate(nets.parameters()):
+            p.data.copy_(tensors[f"ema.{i}"])
+    except (KeyError, RuntimeError):
+        raise _other_shape(checkpoint) from None
+    nets.unet.eval()
+    if nets.text_encoder is not None:
+        nets.text_encoder.eval()
+    return nets
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    path = folder / "state.safetensors"
+    if not path.exists():
+        raise LensError(f"There is no checkpoint in {folder}; train first, or start without --resume.")
+    return load_file(path)
+
+
+def _other_shape(folder: Path) -> LensError:
+    return LensError(f"The checkpoint in {folder} is of another shape; give its settings or start afresh.")
 
 
 def _save_state(
@@ -198,9 +199,8 @@ def _load_state(
     parameters: list[nn.Parameter],
     ema: EMAModel,
     optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> int:
-    tensors = load_file(folder / "state.safetensors")
+    tensors = _read_state(folder)
     step = int(tensors["step"])
     try:
         for i, p in enumerate(parameters):
@@ -212,8 +212,6 @@ def _load_state(
                 "exp_avg_sq": tensors[f"second.{i}"].to(p.device),
             }
     except (KeyError, RuntimeError):
-        raise LensError(f"The checkpoint in {folder} is of another shape; give its settings or start afresh.") from None
+        raise _other_shape(folder) from None
     ema.optimization_step = step
-    for _ in range(step):
-        schedule.step()
     return step

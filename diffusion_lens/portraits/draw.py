@@ -208,7 +208,8 @@ def _face(
     male = record.label(world.GENDER) == "male"
     age = record.label(world.AGE)
     young, old = age == "young", age == "old"
-    line = _shade(skin, 0.66)
+    dark = sum(skin) < 280
+    line = _shade(skin, 0.46 if dark else 0.58)
     eye_y = cy + (4 if young else -2) * size
     eye_dx = a * 0.45
     rx, ry = (11.5, 9.5) if young else (9.5, 6.5)
@@ -236,21 +237,22 @@ def _face(
             joint="curve",
         )
         if old:
-            d.arc((x - rx - 1, eye_y + 1, x + rx + 1, eye_y + ry + 11), 20, 160, fill=line, width=4)
+            d.arc((x - rx - 1, eye_y + 1, x + rx + 1, eye_y + ry + 11), 20, 160, fill=line, width=5)
             d.line((x + side * (rx + 4), eye_y + 1, x + side * (rx + 11), eye_y + 6), fill=line, width=4)
             nx = cx + side * a * 0.36
-            d.line((nx, cy + b * 0.30, nx + side * a * 0.16, cy + b * 0.58), fill=line, width=5)
+            d.line((nx, cy + b * 0.30, nx + side * a * 0.16, cy + b * 0.58), fill=line, width=6)
         if young:
             _ellipse(d, cx + side * a * 0.62, cy + b * 0.40, 11, 8, _blend(skin, (232, 96, 96), 0.30))
     if old:
         for k in range(2):
             y = cy - b * (0.46 + 0.13 * k)
-            d.line((cx - a * 0.45, y, cx + a * 0.45, y), fill=line, width=4)
+            d.line((cx - a * 0.45, y, cx + a * 0.45, y), fill=line, width=6)
     nose_w = (9 if male else 6.5) * (0.8 if young else 1.0)
     d.line([(cx + 1, eye_y + 10), (cx + nose_w, cy + b * 0.30)], fill=_shade(skin, 0.80), width=5)
     d.arc((cx - nose_w, cy + b * 0.20, cx + nose_w, cy + b * 0.36), 10, 170, fill=_shade(skin, 0.68), width=5)
     mouth_y, w = cy + b * 0.56, a * (0.38 if male else 0.34)
-    lips = _blend(skin, (150, 60, 56), 0.45) if male else _blend(skin, (196, 40, 64), 0.78)
+    red = (214, 120, 112) if dark else (150, 60, 56)
+    lips = _blend(skin, red, 0.55) if male else _blend(skin, (214, 48, 76), 0.85)
     if record.label(world.SMILE) == "smile":
         d.chord((cx - w, mouth_y - 15, cx + w, mouth_y + 14), 5, 175, fill=lips)
         d.chord((cx - w * 0.76, mouth_y - 10, cx + w * 0.76, mouth_y + 8), 8, 172, fill=(252, 250, 246))

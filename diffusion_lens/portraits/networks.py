@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
+import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, UNet2DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.config import StrictConfig
@@ -25,13 +30,17 @@ class DenoiserConfig(StrictConfig):
         layers: ResNet blocks per level.
         heads: attention heads.
         text_width: width of the text encoder; 0 builds an unconditional ``UNet2DModel``.
+        lowest_skip: whether the coarsest level has skip connections around the bottleneck. Without them their
+            weights are zero and stay so: the class is the stock U-Net, and what the coarsest level knows has to
+            pass through ``mid_block``.
     """
 
-    channels: tuple[int, ...] = (64, 128, 160)
+    channels: tuple[int, ...] = (48, 96, 128)
     attention: tuple[bool, ...] = (False, False, True)
     layers: int = 1
     heads: int = 4
     text_width: int = 96
+    lowest_skip: bool = False
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -39,24 +48,36 @@ def make_tokenizer() -> CLIPTokenizer:
 
     Any other text still has tokens (its bytes), but the model has never seen them.
     """
-    core = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=1,
-        show_progress=False,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-    )
-    core.train_from_iterator(vocabulary(), trainer)
-    vocab = dict(core.get_vocab())
-    for letter in alphabet:
-        vocab.setdefault(letter + "</w>", len(vocab))
-    merges = [tuple(merge) for merge in json.loads(core.to_str())["model"]["merges"]]
+    merges = _merges(vocabulary())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(letter + "</w>" for letter in alphabet)]
+    vocab = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in merges)])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until every word is one token; ties go by the alphabet.
+
+    tokenizers' own trainer numbers the alphabet in an order that changes from run to run.
+    """
+    parts = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(part) > 1 for part in parts):
+        pairs = Counter(pair for part in parts for pair in pairwise(part))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        parts = [_merged(part, best) for part in parts]
+    return merges
+
+
+def _merged(part: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in part:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
@@ -105,9 +126,41 @@ def make_unet(config: DenoiserConfig) -> UNet2DConditionModel | UNet2DModel:
         "layers_per_block": config.layers,
         "norm_num_groups": 16,
     }
+    unet: UNet2DConditionModel | UNet2DModel
     if config.text_width:
-        return UNet2DConditionModel(**shared, attention_head_dim=config.heads, cross_attention_dim=config.text_width)
-    return UNet2DModel(**shared, attention_head_dim=config.channels[-1] // config.heads)
+        unet = UNet2DConditionModel(**shared, attention_head_dim=config.heads, cross_attention_dim=config.text_width)
+    else:
+        unet = UNet2DModel(**shared, attention_head_dim=config.channels[-1] // config.heads)
+    if not config.lowest_skip:
+        with torch.no_grad():
+            for weight, first in _lowest_skip_weights(unet):
+                weight[:, first:] = 0
+    return unet
+
+
+def _lowest_skip_weights(unet: UNet2DConditionModel | UNet2DModel) -> list[tuple[nn.Parameter, int]]:
+    """Weights of the first up-block that read skip connections, and their first input channel that does."""
+    hidden = unet.config["block_out_channels"][-1]
+    resnets = unet.up_blocks[0].resnets
+    return [(conv.weight, hidden) for resnet in resnets for conv in (resnet.conv1, resnet.conv_shortcut)]
+
+
+def keep_silent(unet: UNet2DConditionModel | UNet2DModel) -> list[RemovableHandle]:
+    """Hooks that keep skip weights that are zero at zero in training; remove them afterwards."""
+
+    def masked(first: int) -> Callable[[Tensor], Tensor]:
+        def mask(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[:, first:] = 0
+            return gradient
+
+        return mask
+
+    return [
+        weight.register_hook(masked(first))
+        for weight, first in _lowest_skip_weights(unet)
+        if not weight[:, first:].any()
+    ]
 
 
 def make_scheduler() -> DDIMScheduler:

@@ -27,7 +27,7 @@ from diffusion_lens.portraits.autoencoder import (
     train_autoencoder,
 )
 from diffusion_lens.portraits.data import draw_many
-from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, train_denoiser
+from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, load_average, train_denoiser
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 
 MODEL_ID = "diffusion-lens/portraits"
@@ -121,6 +121,14 @@ def denoiser_stage(
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
     return save_pipeline(nets, vae, paths.pipeline(name))
+
+
+def export_stage(config: RecipeConfig, paths: Paths, *, unconditional: bool = False) -> Path:
+    """Save the moving averages of an unfinished training as a stock pipeline."""
+    name = "unconditional" if unconditional else "pipeline"
+    vae = AutoencoderTiny.from_pretrained(paths.autoencoder).eval()
+    shape = (config.unconditional if unconditional else config.denoiser).shape
+    return save_pipeline(load_average(paths.checkpoint(name), shape), vae, paths.pipeline(name))
 
 
 def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> HeadsClassifier:

@@ -1,0 +1,225 @@
+"""The planted world, its drawing, and the recipe that trains a stock pipeline on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LDMPipeline, StableDiffusionPipeline
+
+from diffusion_lens.portraits import world
+from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_all, to_unit, train_autoencoder
+from diffusion_lens.portraits.data import draw_many
+from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, load_average, tokenize, train_denoiser
+from diffusion_lens.portraits.draw import SKIN, draw, sheet
+from diffusion_lens.portraits.networks import DenoiserConfig, make_tokenizer, make_unet
+from diffusion_lens.portraits.recipe import sample, save_pipeline
+from diffusion_lens.types import LensError
+
+TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
+TINY_PLAIN = TINY.model_copy(update={"text_width": 0})
+
+
+@pytest.fixture(scope="module")
+def records() -> list[world.Record]:
+    return [world.sample_record(seed) for seed in range(12_000)]
+
+
+def test_every_share_table_sums_to_one() -> None:
+    for profile in world.PROFILES.values():
+        assert sum(profile.age) == pytest.approx(1)
+        assert sum(profile.tone) == pytest.approx(1)
+    for prompt in world.PROMPTS:
+        for shares in world.planted_shares(prompt).values():
+            assert shares.sum() == pytest.approx(1)
+
+
+def test_planted_shares_of_the_empty_prompt_match_what_is_sampled(records: list[world.Record]) -> None:
+    planted = world.planted_shares("")
+    for attribute in world.ATTRIBUTES:
+        counts = np.bincount([r[attribute] for r in records], minlength=len(attribute.classes))
+        share = planted[attribute.name]
+        error = np.sqrt(share * (1 - share) / len(records))
+        assert np.all(np.abs(counts / len(records) - share) <= 4.5 * error + 1e-9), attribute.name
+
+
+@pytest.mark.parametrize("noun", ["person", "firefighter", "judge"])
+def test_planted_shares_of_a_caption_match_the_records_that_carry_it(noun: str) -> None:
+    records = [world.sample_record(seed, noun=noun) for seed in range(6_000)]
+    prompt = world.caption(noun)
+    said_nothing = [r for r in records if world.sample_caption(r) == prompt]
+    planted = world.planted_shares(prompt)
+    for attribute in world.ATTRIBUTES:
+        counts = np.bincount([r[attribute] for r in said_nothing], minlength=len(attribute.classes))
+        share = planted[attribute.name]
+        error = np.sqrt(share * (1 - share) / len(said_nothing))
+        assert np.all(np.abs(counts / len(said_nothing) - share) <= 4.5 * error + 1e-9), attribute.name
+
+
+def test_a_person_is_male_as_often_as_the_paper_measured_for_p2() -> None:
+    assert world.planted_shares("a portrait of a person")["gender"][world.GENDER.index("male")] == pytest.approx(0.34)
+    assert world.planted_shares("a portrait of a firefighter")["gender"][1] == pytest.approx(0.89)
+
+
+def test_explicit_prompts_obey_their_words() -> None:
+    shares = world.planted_shares("a portrait of an old female doctor with dark skin and glasses")
+    assert shares["gender"].tolist() == [1, 0]
+    assert shares["age"].tolist() == [0, 0, 1]
+    assert shares["tone"].tolist() == [0, 0, 0, 1]
+    assert shares["glasses"].tolist() == [0, 1]
+    assert shares["beard"].tolist() == [1, 0]
+
+
+def test_captions_never_lie(records: list[world.Record]) -> None:
+    for record in records[:2_000]:
+        noun, said = world.parse_prompt(world.sample_caption(record))
+        assert noun == record.noun
+        for attribute in world.STEERABLE:
+            assert said[attribute.name] in ("", record.label(attribute))
+        if said["glasses"]:
+            assert record.label(world.GLASSES) == "glasses"
+
+
+@pytest.mark.parametrize("prompt", ["a portrait of an astronaut", "a doctor", "portrait a of nurse", "a an nurse"])
+def test_prompts_off_the_grammar_are_refused_with_an_example(prompt: str) -> None:
+    with pytest.raises(LensError, match="write for example"):
+        world.planted_shares(prompt)
+
+
+def test_the_same_record_gives_the_same_picture_and_another_seed_another() -> None:
+    record = world.sample_record(7)
+    assert np.array_equal(draw(record), draw(record))
+    assert draw(record).shape == (64, 64, 3)
+    assert not np.array_equal(draw(record), draw(world.Record(record.noun, record.classes, 8)))
+
+
+@pytest.mark.parametrize("attribute", world.ATTRIBUTES, ids=lambda a: a.name)
+def test_every_attribute_is_visible(attribute: world.Attribute) -> None:
+    record = next(
+        r for r in (world.sample_record(s, balanced=True) for s in range(200)) if r.label(world.GENDER) == "male"
+    )
+    at = world.ATTRIBUTES.index(attribute)
+    pictures = []
+    for label in range(len(attribute.classes)):
+        classes = (*record.classes[:at], label, *record.classes[at + 1 :])
+        pictures.append(draw(world.Record(record.noun, classes, record.seed)).astype(int))
+    for other in pictures[1:]:
+        assert (np.abs(other - pictures[0]).max(axis=2) > 24).sum() >= 6
+
+
+def test_skin_tones_are_drawn_from_light_to_dark() -> None:
+    brightness = [sum(SKIN[tone]) for tone in world.TONE.classes]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+def test_drawing_in_bulk_does_not_depend_on_the_workers() -> None:
+    alone = draw_many(1_100, first_seed=40, workers=1)
+    shared = draw_many(1_100, first_seed=40, workers=2)
+    assert np.array_equal(alone.images, shared.images)
+    assert alone.captions == shared.captions
+    assert np.array_equal(alone.images[5], draw(world.sample_record(45)))
+    assert alone.labels[5].tolist() == list(world.sample_record(45).classes)
+
+
+def test_balanced_drawings_are_balanced_and_beards_are_male() -> None:
+    labels = np.array([world.sample_record(seed, balanced=True).classes for seed in range(6_000)])
+    for attribute in (world.GENDER, world.AGE, world.TONE, world.CLOTHING):
+        share = np.bincount(labels[:, world.ATTRIBUTES.index(attribute)]) / len(labels)
+        assert np.allclose(share, 1 / len(attribute.classes), atol=0.03)
+    bearded = labels[:, world.ATTRIBUTES.index(world.BEARD)] == 1
+    assert np.all(labels[bearded, 0] == world.GENDER.index("male"))
+
+
+def test_sheet_has_room_for_every_picture() -> None:
+    page = sheet(np.zeros((5, 64, 64, 3), dtype=np.uint8), 3)
+    assert page.size == (3 * 66 + 2, 2 * 66 + 2)
+
+
+def test_every_caption_word_is_one_token_and_unknown_words_are_bytes() -> None:
+    tokenizer = make_tokenizer()
+    for word in world.vocabulary():
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert len(tokenizer("astronaut").input_ids) > 3
+    assert tokenizer("a portrait of a CEO").input_ids == tokenizer("a portrait of a ceo").input_ids
+
+
+def test_tokenize_pads_as_the_stock_pipeline() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenize(tokenizer, ["a portrait of a nurse", "", "a portrait of a nurse"])
+    assert ids.shape == (3, 16)
+    assert torch.equal(ids[0], ids[2])
+    assert ids[1].tolist() == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 15
+
+
+def _latents(n: int = 24) -> torch.Tensor:
+    return torch.randn(n, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_PLAIN], ids=["text", "unconditional"])
+def test_lowest_skips_stay_silent_in_training(shape: DenoiserConfig) -> None:
+    config = DenoiserTrainConfig(shape=shape, n_steps=3, batch_size=4)
+    nets = train_denoiser(_latents(), ["a portrait of a nurse"] * 24, config, device=torch.device("cpu"))
+    unet, plain = nets.unet, make_unet(shape.model_copy(update={"lowest_skip": True}))
+    for block, stock in zip(unet.up_blocks[0].resnets, plain.up_blocks[0].resnets, strict=True):
+        assert not block.conv1.weight[:, 32:].any() and not block.conv_shortcut.weight[:, 32:].any()
+        assert block.conv1.weight[:, :32].any() and stock.conv1.weight[:, 32:].any()
+
+
+def test_training_learns_and_is_seeded_and_resumes(tmp_path: Path) -> None:
+    captions = [world.caption(noun) for noun in list(world.PROFILES) * 2]
+    config = DenoiserTrainConfig(shape=TINY, n_steps=6, batch_size=4)
+    device = torch.device("cpu")
+    once = train_denoiser(_latents(), captions, config, device=device)
+    again = train_denoiser(_latents(), captions, config, device=device, checkpoint=tmp_path, checkpoint_every=3)
+    assert all(torch.equal(p, q) for p, q in zip(once.parameters(), again.parameters(), strict=True))
+    averaged = load_average(tmp_path, TINY)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), averaged.parameters(), strict=True))
+    steps: list[int] = []
+    longer = config.model_copy(update={"n_steps": 8})
+    train_denoiser(
+        _latents(), captions, longer, device=device, checkpoint=tmp_path, resume=True,
+        on_step=lambda done, total, loss: steps.append(done),
+    )  # fmt: skip
+    assert steps == [8]
+    with pytest.raises(LensError, match="another shape"):
+        load_average(tmp_path, TINY.model_copy(update={"channels": (16, 16, 48)}))
+    with pytest.raises(LensError, match="no checkpoint"):
+        load_average(tmp_path / "elsewhere", TINY)
+
+
+def test_autoencoder_learns_to_reconstruct() -> None:
+    images = torch.from_numpy(draw_many(48, first_seed=0, workers=1).images)
+    losses: list[float] = []
+    config = AutoencoderTrainConfig(width=16, n_steps=100, batch_size=16)
+    model = train_autoencoder(
+        images, config, device=torch.device("cpu"), on_step=lambda i, n, loss: losses.append(loss)
+    )
+    assert losses[-1] < losses[0]
+    latents = encode_all(model, images, device=torch.device("cpu"))
+    assert latents.shape == (48, 8, 16, 16)
+    assert to_unit(images).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_PLAIN], ids=["text", "unconditional"])
+def test_saved_pipelines_are_stock_and_single_precision(shape: DenoiserConfig, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    vae = train_autoencoder(
+        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
+        device=device,
+    )
+    config = DenoiserTrainConfig(shape=shape, n_steps=1, batch_size=2)
+    nets = train_denoiser(_latents(4), ["a portrait of a nurse"] * 4, config, device=device)
+    folder = save_pipeline(nets, vae, tmp_path / "pipe")
+    kind = StableDiffusionPipeline if shape.text_width else LDMPipeline
+    pipe = kind.from_pretrained(folder)
+    images = sample(pipe, "a portrait of a nurse", [0, 1], n_steps=2)
+    assert images.shape == (2, 64, 64, 3)
+    assert all(
+        p.dtype == torch.float32 for m in pipe.components.values() if hasattr(m, "parameters") for p in m.parameters()
+    )
+    assert not [f for f in folder.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")]
+    assert all(f.stat().st_size < 10_000_000 for f in folder.rglob("*") if f.is_file())
+    assert (folder / "planted.json").exists()
