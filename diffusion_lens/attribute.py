@@ -21,6 +21,7 @@ from diffusion_lens.types import Attribute, Attribution, LensError
 Array = np.ndarray | Tensor
 GAP_TOLERANCE = 1e-7
 MAX_PANELS = 4096
+PATH_NUMBERS = 2**22
 GUARD = 1e-4
 
 
@@ -159,13 +160,16 @@ def _two_class_gradient(start: Tensor, change: Tensor) -> Tensor:
 
 
 def _panel_gradient(start: Tensor, change: Tensor, panels: int) -> Tensor:
-    """The integral by Gauss–Legendre with 8 nodes in each of ``panels`` equal panels."""
+    """The integral by Gauss–Legendre with 8 nodes in each of ``panels`` equal panels: ``∫ p_c δ_ck − p_c p_k dα``."""
     node, weight = np.polynomial.legendre.leggauss(8)
-    total = torch.zeros(*start.shape, start.shape[1], dtype=start.dtype)
-    for panel in range(panels):
-        for x, w in zip((node + 1) / 2, weight / 2, strict=True):
-            total += _softmax_jacobian(start + (panel + x) / panels * change) * (w / panels)
-    return total
+    alpha = torch.from_numpy(((np.arange(panels)[:, None] + (node + 1) / 2) / panels).ravel())[:, None]
+    w = torch.from_numpy(np.tile(weight / (2 * panels), panels))
+    parts = []
+    for rows in torch.arange(len(start)).split(max(1, PATH_NUMBERS // (len(alpha) * start.shape[1]))):
+        p = (start[rows, None] + alpha * change[rows, None]).softmax(2)
+        weighted = p * w[:, None]
+        parts.append(torch.diag_embed(weighted.sum(1)) - weighted.mT @ p)
+    return torch.cat(parts)
 
 
 def _softmax_jacobian(logits: Tensor) -> Tensor:
@@ -223,7 +227,7 @@ def _parts(
     """Every image at every step, step by step, in chunks that fit in memory."""
     if h.ndim != 5 or len(h) == 0 or h.shape[1] != probe.n_steps:
         raise LensError(
-            f"Attribution reads activations [n, step, c, y, x] at the probe's {probe.n_steps} steps; got {list(h.shape)}."
+            f"Attribution reads [n, step, c, y, x] at the probe's {probe.n_steps} steps, not {list(h.shape)}."
         )
     if baseline is not None and baseline.shape != h.shape:
         raise LensError(
