@@ -1,0 +1,154 @@
+"""Evidence cards of SAE features, as HTML."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.types import Examples, FeatureCard
+from diffusion_lens.ui.pictures import data_uri, spotlight
+from diffusion_lens.ui.state import View, poles
+
+N_SLOTS = 6
+THUMBS = 3
+
+
+def slots(lens: DiffusionLens, view: View, pinned: int | None = None) -> tuple[int, ...]:
+    """The features shown as cards: the strongest of each pole in turn, a pinned one first."""
+    features, opposite = poles(lens, view)
+    own = list(features.ids)
+    other = list(opposite.ids) if opposite else []
+    half = N_SLOTS // 2 if other else N_SLOTS
+    shown = [*own[:half], *other[: N_SLOTS - min(half, len(own))]]
+    moved = [i for i, _ in view.own if i not in shown]
+    first = [pinned, *moved] if pinned is not None and pinned not in moved else moved
+    keep = [i for i in shown if i not in first]
+    return tuple([*first[:N_SLOTS], *keep][:N_SLOTS])
+
+
+def role(lens: DiffusionLens, view: View, feature: int) -> str:
+    """What the set does with a feature: ``target``, ``opposite`` or ``apart``."""
+    features, opposite = poles(lens, view)
+    if feature in features.ids:
+        return "target"
+    return "opposite" if opposite and feature in opposite.ids else "apart"
+
+
+def small_card(lens: DiffusionLens, view: View, feature: int) -> str:
+    """A card for the strip in Explore."""
+    card = lens.card(feature)
+    part = role(lens, view, feature)
+    attribute = lens.attribute_named(view.attribute)
+    other = attribute.opposite(view.target) or f"other than {view.target}"
+    names = {"target": f"speaks for {view.target}", "opposite": f"speaks for {other}", "apart": "from the atlas"}
+    label = other if part == "opposite" and attribute.opposite(view.target) else view.target
+    score = card.attribution.get(view.attribute, {}).get(label, 0.0)
+    totals = lens.attributions[view.attribute].total(label)
+    share = float(np.clip(score / max(float(totals.max()), 1e-12), 0, 1))
+    rank = card.rank.get(view.attribute, {}).get(label)
+    place = f"rank {rank} for {label}" if rank else ""
+    return (
+        f'<article class="dl-card dl-{part}" aria-label="Feature {feature}, {escape(names[part])}">'
+        f'<header><b>#{feature}</b><span class="dl-tag">{escape(names[part])}</span></header>'
+        f"{_label(card)}{thumbs(card.top, THUMBS, feature)}"
+        f'<div class="dl-meter" role="img" aria-label="Attribution {score:.3g}, {escape(place)}">'
+        f'<i style="width:{share:.0%}"></i></div>'
+        f"<p><span>{escape(place)}</span><span>fires on {_percent(card.density)}</span></p></article>"
+    )
+
+
+def empty_card() -> str:
+    """The place of a card where there is no feature left."""
+    return '<article class="dl-card dl-none">no further feature</article>'
+
+
+def large_card(lens: DiffusionLens, feature: int) -> str:
+    """Everything the atlas knows of one feature."""
+    card = lens.card(feature)
+    fires = "It never fires on the images of the atlas (dead)." if card.dead else (
+        f"It fires on {_percent(card.density)} of positions, images and steps."
+    )  # fmt: skip
+    parts = [
+        f'<article class="dl-large" aria-label="Feature {feature}"><h3>Feature #{feature}</h3>{_label(card)}',
+        f"<p>{fires}</p>",
+        _gallery("Strongest on", card.top, feature),
+        _gallery("Also fires on, drawn at random", card.random, feature),
+        _gallery("Just misses", card.near, feature),
+        _attribution_table(card),
+        _effects(card),
+        "</article>",
+    ]
+    return "".join(parts)
+
+
+def thumbs(examples: Examples, n: int, feature: int) -> str:
+    """The first ``n`` images, lit where the feature fires."""
+    if not len(examples.images):
+        return '<p class="dl-quiet">no example image</p>'
+    heat = len(examples.heatmaps) == len(examples.images)
+    pictures = []
+    for i, image in enumerate(examples.images[:n]):
+        lit = spotlight(image, examples.heatmaps[i]) if heat else image
+        where = _where(examples.heatmaps[i]) if heat else ""
+        alt = f"Example {i + 1} of feature {feature}{where}"
+        pictures.append(f'<img src="{data_uri(lit)}" alt="{alt}" decoding="sync">')
+    return f'<div class="dl-thumbs">{"".join(pictures)}</div>'
+
+
+def _gallery(title: str, examples: Examples, feature: int) -> str:
+    if not len(examples.images):
+        return ""
+    return f"<h4>{title}</h4>{thumbs(examples, 8, feature)}"
+
+
+def _label(card: FeatureCard) -> str:
+    if not card.label:
+        return '<p class="dl-label dl-quiet">no label</p>'
+    return f'<p class="dl-label" title="{escape(card.label_source)}">{escape(card.label)}</p>'
+
+
+def _where(heat: np.ndarray) -> str:
+    """In words, where a heatmap is highest."""
+    heat = np.nan_to_num(np.asarray(heat, dtype=np.float32))
+    if heat.max(initial=0) <= 0:
+        return ""
+    y, x = np.unravel_index(int(heat.argmax()), heat.shape)
+    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+    row, column = rows[int(3 * y / heat.shape[0])], columns[int(3 * x / heat.shape[1])]
+    return f", strongest at the {row} {column}"
+
+
+def _attribution_table(card: FeatureCard) -> str:
+    rows = [
+        f"<tr><th scope='row'>{escape(attribute)}: {escape(label)}</th><td>{score:+.4f}</td>"
+        f"<td>{card.rank[attribute][label]}</td></tr>"
+        for attribute, scores in card.attribution.items()
+        for label, score in scores.items()
+    ]
+    return (
+        "<h4>Attribution to each class</h4><table><thead><tr><th scope='col'>class</th>"
+        f"<th scope='col'>attribution</th><th scope='col'>rank</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _effects(card: FeatureCard) -> str:
+    known = [
+        f"<tr><th scope='row'>{escape(attribute)}: {escape(label)}</th><td>{100 * change:+.0f} points</td></tr>"
+        for attribute, changes in card.effects.items()
+        for label, change in changes.items()
+        if np.isfinite(change) and abs(change) >= 0.005
+    ]
+    if not card.effects:
+        return (
+            "<h4>Effect when it alone is turned</h4>"
+            '<p class="dl-quiet">Not measured for this feature; turn it in Explore.</p>'
+        )
+    body = f"<table><tbody>{''.join(known)}</tbody></table>" if known else "<p>No share moved by half a point.</p>"
+    source = f'<p class="dl-quiet">{escape(card.effect_source)}</p>' if card.effect_source else ""
+    return f"<h4>Effect when it alone is turned</h4>{body}{source}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"

@@ -1,0 +1,267 @@
+"""What happens in Explore: plain functions from what the controls hold to what the page shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from diffusion_lens.types import LensError
+from diffusion_lens.ui import cards, grid, jobs, state, texts
+from diffusion_lens.ui.state import View
+from diffusion_lens.ui.studio import Picture, Studio
+
+log = logging.getLogger(__name__)
+N_SLOTS = cards.N_SLOTS
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one visitor has before them: their name for this session, the cards shown, the row last drawn."""
+
+    visitor: str = ""
+    slots: tuple[int, ...] = ()
+    before: tuple[Any, ...] | None = None
+    linked: bool = False
+
+
+def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
+    """The view that the controls ask for, checked; ``values`` in the order of ``control_values``."""
+    prompt, attribute, target, n_seeds, first_seed, sampler, n_features, first_step, last_step, beta = values[:10]
+    checks, own = values[10 : 10 + N_SLOTS], values[10 + N_SLOTS :]
+    n_steps = studio.lens.manifest.n_steps
+    window = (_whole(first_step, "The first step") - 1, _whole(last_step, "The last step"))
+    view = View(
+        prompt=read_prompt(studio, prompt),
+        attribute=str(attribute),
+        target=str(target),
+        beta=_number(beta, "β"),
+        n_features=_whole(n_features, "The number of features"),
+        sampler=sampler,
+        window=None if window == (0, n_steps) else window,
+        n_seeds=_whole(n_seeds, "The number of images"),
+        first_seed=_whole(first_seed, "The first seed"),
+        own=tuple(
+            (i, _number(b, f"The strength of feature #{i}"))
+            for i, follows, b in zip(page.slots, checks, own, strict=False)
+            if not follows
+        ),
+    )
+    state.check(studio.lens, view)
+    return view
+
+
+def read_prompt(studio: Studio, shown: Any) -> str | None:
+    """The prompt behind what the dropdown shows; ``None`` for unconditional models."""
+    if studio.lens.prompts == (None,):
+        return None
+    text = str(shown or "").strip()
+    return "" if text == texts.EMPTY_PROMPT else " ".join(text.split())
+
+
+def control_values(studio: Studio, view: View, slots: Sequence[int]) -> list[Any]:
+    """The controls' values for a view, in the order that ``read_view`` takes."""
+    window = view.window or (0, studio.lens.manifest.n_steps)
+    own = dict(view.own)
+    identity = state.scale(studio.lens.setting(view.attribute)).identity
+    values: list[Any] = [
+        texts.EMPTY_PROMPT if view.prompt == "" else view.prompt, view.attribute, view.target, view.n_seeds,
+        view.first_seed, view.sampler, view.n_features, window[0] + 1, window[1], view.beta,
+    ]  # fmt: skip
+    filled = [*slots, *[None] * (N_SLOTS - len(slots))]
+    return [*values, *(i not in own for i in filled), *(own.get(i, identity) if i is not None else identity
+                                                         for i in filled)]  # fmt: skip
+
+
+def control_updates(studio: Studio, view: View, slots: Sequence[int]) -> list[Any]:
+    """The same as updates of components, with the choices and ranges that the view's attribute asks for."""
+    lens = studio.lens
+    values = control_values(studio, view, slots)
+    ends = state.scale(lens.setting(view.attribute))
+    updates: list[Any] = [gr.update(value=v) for v in values[:10]]
+    updates[2] = gr.update(value=view.target, choices=list(lens.attribute_named(view.attribute).classes))
+    updates[9] = gr.update(value=view.beta, minimum=ends.low, maximum=ends.high, step=ends.step)
+    for k, follows in enumerate(values[10 : 10 + N_SLOTS]):
+        inside = k < len(slots) and cards.role(lens, view, slots[k]) != "apart"
+        updates.append(gr.update(value=follows, visible=inside))
+    for k, own in enumerate(values[10 + N_SLOTS :]):
+        follows = values[10 + k]
+        label = f"β of #{slots[k]} alone" if k < len(slots) else ""
+        updates.append(gr.update(
+            value=own, minimum=ends.low, maximum=ends.high, step=ends.step, label=label,
+            visible=k < len(slots) and not follows,
+        ))  # fmt: skip
+    return updates
+
+
+def card_values(studio: Studio, view: View, slots: Sequence[int]) -> list[str]:
+    """The cards' HTML, one per slot."""
+    shown = [cards.small_card(studio.lens, view, i) for i in slots]
+    return [*shown, *[cards.empty_card()] * (N_SLOTS - len(shown))]
+
+
+def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
+    """before, after, measures, status, link, page: for a picture that was just made."""
+    attribute = studio.lens.attribute_named(picture.view.attribute)
+    key = (picture.view.prompt, tuple(picture.view.seeds), attribute.name, picture.stored)
+    before = gr.skip() if page.before == key else grid.row_html(picture, attribute, edited=False)
+    said = grid.summary(picture, attribute)
+    return (
+        before,
+        grid.row_html(picture, attribute, edited=True),
+        grid.measure_html(studio.lens, picture, _nearby(studio, picture.view)),
+        texts.status(said),
+        texts.link(state.to_query(picture.view)),
+        replace(page, before=key, linked=False),
+    )
+
+
+def _nearby(studio: Studio, view: View) -> Any:
+    point = studio.stored_point(view)
+    return point if point is not None and abs(point.beta - view.beta) < 1e-6 else None
+
+
+def say(text: str, page: Any, *, bad: bool = False) -> tuple[Any, ...]:
+    """The outputs of ``show`` with nothing changed but the status line."""
+    return gr.skip(), gr.skip(), gr.skip(), texts.status(text, bad=bad), gr.skip(), page
+
+
+def draw(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
+    """Draw what the controls ask for; while the model loads, the nearest stored picture stands in."""
+    from diffusion_lens.generate import Cancelled
+
+    try:
+        view = read_view(studio, page, values)
+        if not studio.lens.is_ready:
+            stored = studio.stored(view)
+            if stored is not None:
+                outputs = list(show(studio, page, stored))
+                outputs[3], page = texts.status(texts.WAKING), outputs[5]
+                yield tuple(outputs)
+        yield show(studio, page, studio.draw(view, page.visitor))
+    except LensError as error:
+        yield say(str(error), page, bad=True)
+    except Cancelled:
+        yield say(texts.STOPPED, page)
+    except Exception as error:
+        log.exception("Drawing failed.")
+        yield say(texts.FAILED.format(kind=type(error).__name__), page, bad=True)
+
+
+def change_attribute(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Another attribute: its shipped setting at the identity, its own cards. Returns controls, cards, page."""
+    fresh = state.default_view(studio.lens, str(values[1]))
+    shown = read_prompt(studio, values[0])
+    n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
+    view = replace(fresh, prompt=shown, n_seeds=n_seeds)
+    return _subject(studio, page, view)
+
+
+def change_target(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Another class of the same attribute: β back to the identity, cards of the new class."""
+    view = state.default_view(studio.lens, str(values[1]))
+    attribute = studio.lens.attribute_named(view.attribute)
+    target = str(values[2]) if values[2] in attribute.classes else view.target
+    n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else view.n_seeds
+    return _subject(studio, page, replace(view, target=target, prompt=read_prompt(studio, values[0]), n_seeds=n_seeds))
+
+
+def reset(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Everything back to the identity; prompt, attribute, class and seeds stay."""
+    return change_target(studio, page, values)
+
+
+def _subject(studio: Studio, page: Page, view: View, pinned: int | None = None) -> tuple[Any, ...]:
+    slots = cards.slots(studio.lens, view, pinned)
+    return (
+        *control_updates(studio, view, slots),
+        *card_values(studio, view, slots),
+        replace(page, slots=slots),
+    )
+
+
+def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Bring one feature from the atlas to the cards, turned alone and clearly; the rest at the identity."""
+    view = state.default_view(studio.lens, str(values[1]))
+    if feature is None:
+        return tuple(gr.skip() for _ in range(10 + 3 * N_SLOTS + 1))
+    ends = state.scale(studio.lens.setting(view.attribute))
+    far = ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
+    view = replace(view, prompt=read_prompt(studio, values[0]), own=((int(feature), far),))
+    return _subject(studio, page, view, int(feature))
+
+
+def toggle(page: Page, follows: bool) -> Any:
+    """Show a card's own slider when it leaves the set."""
+    return gr.update(visible=not follows)
+
+
+def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any, ...]:
+    """On arrival: controls, cards, page, status. A link sets the controls; a broken one says so."""
+    page = Page(visitor=visitor, slots=cards.slots(studio.lens, state.default_view(studio.lens)))
+    nothing = tuple(gr.skip() for _ in range(10 + 3 * N_SLOTS))
+    try:
+        view = state.from_query(studio.lens, query)
+    except LensError as error:
+        return (*nothing, page, texts.status(str(error), bad=True))
+    if view is None:
+        return (*nothing, page, gr.skip())
+    return (*_subject(studio, replace(page, linked=True), view), texts.status("Opening the link …"))
+
+
+def draw_linked(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
+    """Draw on arrival, if a link asked for it."""
+    if page.linked:
+        yield from draw(studio, page, *values)
+    else:
+        yield tuple(gr.skip() for _ in range(6))
+
+
+def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
+    """Find the β at which the target class has its even share. Yields slider, status, stop button.
+
+    Read off the stored sweep where there is one; otherwise measured now, stoppable.
+    """
+    from diffusion_lens.generate import Cancelled
+
+    hidden, shown = gr.update(visible=False), gr.update(visible=True)
+    try:
+        view = read_view(studio, page, values)
+        yield gr.skip(), texts.status("Looking for the balance …"), shown
+        found = jobs.stored_balance(studio, view)
+        if found is None:
+            last = None
+            for event in jobs.balance_events(studio, page.visitor, view):
+                last = event.results[-1] if event.results else last
+                text = f"Measuring {jobs.BALANCE_IMAGES} images per strength: {event.done:.0%}"
+                yield gr.skip(), texts.status(text + texts.seconds(event.seconds_left)), shown
+            if last is None:
+                raise LensError("Nothing was measured; try again.")
+            found = jobs.find_balance(studio, last)
+        ends = state.scale(studio.lens.setting(view.attribute))
+        beta = min(max(found.beta, ends.low), ends.high)
+        yield gr.update(value=round(beta, 2)), texts.status(found.note), hidden
+    except LensError as error:
+        yield gr.skip(), texts.status(str(error), bad=True), hidden
+    except Cancelled:
+        yield gr.skip(), texts.status("Stopped; β stays as it was."), hidden
+    except Exception as error:
+        log.exception("Balancing failed.")
+        yield gr.skip(), texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True), hidden
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise LensError(f"{name} must be a number; it is '{value}'.") from None
+
+
+def _whole(value: Any, name: str) -> int:
+    number = _number(value, name)
+    if not abs(number) < 2**63 or number != int(number):
+        raise LensError(f"{name} must be a whole number; it is {value}.")
+    return int(number)

@@ -1,0 +1,133 @@
+"""The before and after grid and what it measures, as HTML."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.types import Attribute, SweepPoint
+from diffusion_lens.ui.pictures import data_uri
+from diffusion_lens.ui.studio import Picture, Row
+
+
+def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:
+    """One row of images, each with what the classifier reads in it; edited images that changed class say so."""
+    row, before = (picture.after, picture.before) if edited else (picture.before, picture.before)
+    title = f"After, β = {picture.beta:g}" if edited else "Before, the model as it is"
+    figures = "".join(
+        _figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(picture.view.seeds)
+    )
+    kind = "dl-after" if edited else "dl-before"
+    return f'<section class="dl-row {kind}"><h3>{title}</h3><div class="dl-images">{figures}</div></section>'
+
+
+def _figure(row: Row, before: Row, i: int, seed: int, attribute: Attribute, edited: bool) -> str:
+    name = _name(row, i, attribute)
+    moved = edited and _name(before, i, attribute) != name
+    sure = "" if row.confidence is None else f", {row.confidence[i]:.0%} sure"
+    change = f", was {_name(before, i, attribute)}" if moved else ""
+    alt = escape(f"Seed {seed}, {'after' if edited else 'before'} the turn: read as {name}{sure}{change}")
+    mark = '<span aria-hidden="true">↻ </span>' if moved else ""
+    style = "dl-moved" if moved else ""
+    return (
+        f'<figure class="{style}"><img src="{data_uri(row.images[i])}" alt="{alt}" decoding="sync">'
+        f'<figcaption aria-hidden="true">{mark}{escape(name)}</figcaption></figure>'
+    )
+
+
+def _name(row: Row, i: int, attribute: Attribute) -> str:
+    return attribute.classes[int(row.labels[i])] if row.certain[i] else "uncertain"
+
+
+def measure_html(lens: DiffusionLens, picture: Picture, stored: SweepPoint | None) -> str:
+    """Share and log ratio of the images on screen, and what they cannot show."""
+    view = picture.view
+    attribute = lens.attribute_named(view.attribute)
+    rows = [("Before", picture.before), ("After", picture.after)]
+    bars = "".join(_bar(name, row, attribute, view.target) for name, row in rows)
+    ratios = "" if len(attribute.classes) != 2 else "".join(_ratio(name, row, attribute) for name, row in rows)
+    table = (
+        f"<table><caption>ln({escape(attribute.classes[1])} / {escape(attribute.classes[0])}), 0 is balance</caption>"
+        f"<tbody>{ratios}</tbody></table>"
+        if ratios
+        else ""
+    )
+    return (
+        f'<section class="dl-measure" aria-label="What the images on screen measure">'
+        f"<h3>Read as {escape(view.target)}</h3>{bars}{table}{_limits(picture, attribute, stored)}</section>"
+    )
+
+
+def summary(picture: Picture, attribute: Attribute) -> str:
+    """One sentence for the status line and for screen readers."""
+    target = picture.view.target
+    column = attribute.index(target)
+    (a, n_a), (b, n_b) = (_count(row, column) for row in (picture.before, picture.after))
+    source = "stored result" if picture.stored else f"drawn in {picture.seconds:.1f} s"
+    return f"β = {picture.beta:g}: {b} of {n_b} read as {target}, before {a} of {n_a} ({source})."
+
+
+def _count(row: Row, column: int) -> tuple[int, int]:
+    return int(((row.labels == column) & row.certain).sum()), int(row.certain.sum())
+
+
+def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
+    from diffusion_lens.stats import wilson
+
+    k, n = _count(row, attribute.index(target))
+    if n == 0:
+        return f'<div class="dl-bar"><p><b>{name}</b> no image was decided</p></div>'
+    low, high = wilson(k, n)
+    uncertain = len(row.certain) - n
+    undecided = f", {uncertain} uncertain" if uncertain else ""
+    text = f"{k} of {n}{undecided} · {k / n:.0%} (95 %: {low:.0%} to {high:.0%})"
+    return (
+        f'<div class="dl-bar"><p><b>{name}</b> <span>{text}</span></p>'
+        f'<div class="dl-track" aria-hidden="true"><i style="left:{low:.1%};width:{high - low:.1%}"></i>'
+        f'<b style="left:{k / n:.1%}"></b><u style="left:{1 / len(attribute.classes):.1%}"></u></div></div>'
+    )
+
+
+def _ratio(name: str, row: Row, attribute: Attribute) -> str:
+    from diffusion_lens.stats import log_ratio_interval
+
+    counts = [_count(row, i)[0] for i in (1, 0)]
+    if not sum(counts):
+        return f"<tr><th scope='row'>{name}</th><td>–</td><td></td></tr>"
+    second, first = attribute.classes[1], attribute.classes[0]
+    ratio = log_ratio_interval(*counts, numerator=second, denominator=first)
+    adjusted = " *" if ratio.haldane else ""
+    return (
+        f"<tr><th scope='row'>{name}</th><td class='dl-big'>{ratio.value:+.2f}{adjusted}</td>"
+        f"<td>{ratio.interval[0]:+.1f} to {ratio.interval[1]:+.1f}</td></tr>"
+    )
+
+
+def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -> str:
+    from diffusion_lens.stats import wilson
+
+    column = attribute.index(picture.view.target)
+    k, n = _count(picture.after, column)
+    low, high = wilson(k, n) if n else (0.0, 1.0)
+    width = f"{100 * (high - low):.0f} points"
+    words = [
+        f"{len(picture.after.images)} images show what the turn does, not how often: the interval is {width} wide."
+    ]
+    zero = len(attribute.classes) == 2 and any(
+        _count(row, c)[0] == 0 for row in (picture.before, picture.after) for c in (0, 1)
+    )
+    if zero:
+        words.append("* A count is zero, so ½ was added to both.")
+    if stored is not None:
+        share = stored.shares[column]
+        low, high = share.corrected_interval
+        words.append(
+            f"The stored sweep counted {share.n} images at β = {stored.beta:g}: "
+            f"<b>{share.corrected:.0%}</b> {escape(share.label)} ({low:.0%} to {high:.0%}, classifier's error corrected, "
+            f"{share.n_uncertain} uncertain)."
+        )
+    if picture.activation_ratio is not None and abs(np.log(max(picture.activation_ratio, 1e-9))) > np.log(1.5):
+        words.append(f"The bottleneck is now {picture.activation_ratio:.1f} × its usual size: expect odd images.")
+    return "".join(f'<p class="dl-quiet">{w}</p>' for w in words)

@@ -1,0 +1,184 @@
+"""Long work of one visitor: sweeps and balances as streams of events, stoppable at every step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from diffusion_lens.settings import Control, describe_setting, identity_beta
+from diffusion_lens.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
+from diffusion_lens.ui.state import View, check_prompt
+from diffusion_lens.ui.studio import Studio
+
+MAX_SWEEP_IMAGES = 512
+BALANCE_IMAGES = 48
+BALANCE_STRENGTHS = 7
+BATCH = 16
+EXAMPLES = 4
+TELL_EVERY = 0.4
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A sweep that a visitor asked for: ``n`` images per strength on seeds 0, 1, …, with its controls."""
+
+    prompt: str | None
+    attribute: str
+    target: str
+    betas: tuple[float, ...]
+    n: int
+    controls: tuple[Control, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a job: the share of the work done, seconds left (``None``: unknown), everything measured so far."""
+
+    done: float
+    seconds_left: float | None
+    results: tuple[SweepResult, ...]
+
+
+class Meter:
+    """Adds up progress over several runs and tells of it now and then."""
+
+    def __init__(self, n_runs: int, emit: Callable[[Event], None]) -> None:
+        self.results: tuple[SweepResult, ...] = ()
+        self._n_runs = n_runs
+        self._before = 0.0
+        self._now = 0.0
+        self._runs = 1
+        self._emit = emit
+        self._began = self._told = time.monotonic()
+
+    def phase(self, runs: int) -> None:
+        """The next ``runs`` runs begin."""
+        self._before, self._now, self._runs = self._before + self._now, 0.0, runs
+
+    def tell(self, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of this phase."""
+        self._now = self._runs * done / max(total, 1)
+        if time.monotonic() - self._told >= TELL_EVERY:
+            self.send()
+
+    def send(self) -> None:
+        """Tell now."""
+        self._told = time.monotonic()
+        share = min(1.0, (self._before + self._now) / self._n_runs)
+        left = (self._told - self._began) * (1 - share) / share if share > 0.02 else None
+        self._emit(Event(share, left, self.results))
+
+
+def stream(job: Callable[[Callable[[Event], None]], None], stop: Callable[[], None]) -> Iterator[Event]:
+    """Run ``job(emit)`` in a thread and yield what it emits; closing the iterator calls ``stop``.
+
+    What the job raises is raised here, after everything that it emitted.
+    """
+    box: queue.Queue[Event | BaseException | None] = queue.Queue()
+
+    def run() -> None:
+        try:
+            job(box.put)
+        except BaseException as error:
+            box.put(error)
+        else:
+            box.put(None)
+
+    threading.Thread(target=run, name="job", daemon=True).start()
+    try:
+        while (item := box.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop()
+
+
+def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sweep") -> Iterator[Event]:
+    """Measure strength by strength; raises ``LensError`` for a bad job and ``Cancelled`` when stopped."""
+    _check(studio, job)
+    owner = f"{visitor}:{purpose}"
+    return stream(lambda emit: _sweep(studio, owner, job, emit), lambda: studio.stops.stop(owner))
+
+
+def stored_balance(studio: Studio, view: View) -> Balance | None:
+    """The balance on a stored sweep towards the view's class; ``None`` where none is stored."""
+    for result in studio.sweeps(view.prompt, view.attribute):
+        if not result.is_control and result.target == view.target:
+            return find_balance(studio, result)
+    return None
+
+
+def find_balance(studio: Studio, result: SweepResult) -> Balance:
+    """Where the sweep's target class has its even share."""
+    from diffusion_lens.sweep import balance
+
+    share = 1 / len(result.attribute.classes)
+    return balance(result, studio.lens.classifier.confusion[result.attribute.name], target_share=share)
+
+
+def balance_events(studio: Studio, visitor: str, view: View) -> Iterator[Event]:
+    """A small sweep of the shipped setting towards the view's class, on which ``find_balance`` works."""
+    setting = studio.lens.setting(view.attribute)
+    betas = sorted({*setting.betas, identity_beta(setting.mode)})
+    if len(betas) > BALANCE_STRENGTHS:
+        picked = {round(i * (len(betas) - 1) / (BALANCE_STRENGTHS - 1)) for i in range(BALANCE_STRENGTHS)}
+        betas = [betas[i] for i in sorted(picked)]
+    job = SweepJob(view.prompt, view.attribute, view.target, tuple(betas), BALANCE_IMAGES)
+    return sweep_events(studio, visitor, job, purpose="balance")
+
+
+def _check(studio: Studio, job: SweepJob) -> None:
+    check_prompt(studio.lens, job.prompt)
+    studio.lens.attribute_named(job.attribute).index(job.target)
+    if not 2 <= job.n <= MAX_SWEEP_IMAGES:
+        raise LensError(f"A sweep in the app draws 2 to {MAX_SWEEP_IMAGES} images per strength; it is {job.n}.")
+
+
+def _sweep(studio: Studio, owner: str, job: SweepJob, emit: Callable[[Event], None]) -> None:
+    from diffusion_lens.sweep import measure_baseline
+
+    lens = studio.lens
+    setting = lens.setting(job.attribute)
+    edited = sum(beta != identity_beta(setting.mode) for beta in job.betas)
+    controls: Sequence[Control | None] = (None, *job.controls)
+    meter = Meter(1 + edited * len(controls), emit)
+    request = lens.request(job.prompt, range(job.n))
+    with studio.work(owner, urgent=False, tell=meter.tell) as on_step:
+        base = measure_baseline(
+            lens.model, request, lens.classifier, restart_steps=setting.window[:1] if setting.window else (),
+            batch_size=BATCH, n_examples=EXAMPLES, on_step=on_step,
+        )  # fmt: skip
+        finished: tuple[SweepResult, ...] = ()
+        for control in controls:
+            meter.phase(edited)
+            points: list[SweepPoint] = []
+            for point in lens.sweep_points(
+                request, job.attribute, job.target, job.betas, control=control, baseline=base, batch_size=BATCH,
+                n_examples=EXAMPLES, on_step=on_step,
+            ):  # fmt: skip
+                points.append(point)
+                meter.results = (*finished, _result(studio, job, request, control, points))
+                meter.send()
+            finished = meter.results
+
+
+def _result(
+    studio: Studio, job: SweepJob, request: GenerationRequest, control: Control | None, points: Sequence[SweepPoint]
+) -> SweepResult:
+    from diffusion_lens.sweep import collect
+
+    lens = studio.lens
+    return collect(
+        points,
+        attribute=lens.attribute_named(job.attribute),
+        target=job.target,
+        request=request,
+        setting=describe_setting(lens.setting(job.attribute), control),
+        classifier_id=lens.classifier.classifier_id,
+        is_control=control is not None,
+        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
+    )

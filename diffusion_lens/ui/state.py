@@ -1,0 +1,221 @@
+"""What a visitor asks to see, its checks, and its link."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from diffusion_lens.config import Setting
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.settings import feature_sets, identity_beta
+from diffusion_lens.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler
+
+LINK_VERSION = "1"
+SEED_COUNTS = (8, 16)
+MAX_PROMPT = 200
+MAX_FEATURES = 200
+MOVES = 40
+"""A slider takes about this many moves of an arrow key from end to end."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything that decides the images on screen.
+
+    Attributes:
+        beta: strength of the whole set; ``own``: features turned apart from it, (id, strength of that feature itself).
+        n_features: features per pole. window: half-open range of edited steps, ``None`` for all.
+    """
+
+    prompt: str | None
+    attribute: str
+    target: str
+    beta: float
+    n_features: int
+    sampler: Sampler
+    window: tuple[int, int] | None
+    n_seeds: int = 8
+    first_seed: int = 0
+    own: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def seeds(self) -> range:
+        """The seeds drawn."""
+        return range(self.first_seed, self.first_seed + self.n_seeds)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A strength slider: its ends, its step, and the strength that changes nothing."""
+
+    low: float
+    high: float
+    step: float
+    identity: float
+
+
+def steerable(lens: DiffusionLens) -> tuple[str, ...]:
+    """Attributes that can be turned at once: those with a shipped setting."""
+    return tuple(a.name for a in lens.attributes if a.name in lens.settings)
+
+
+def scale(setting: Setting) -> Scale:
+    """The slider of a setting: its measured range, on steps of which the identity is one."""
+    identity = identity_beta(setting.mode)
+    low, high = min(*setting.betas, identity), max(*setting.betas, identity)
+    if low == high:
+        low, high = identity - 1, identity + 1
+    rough = (high - low) / MOVES
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if s >= rough * 0.999)
+    return Scale(
+        round(identity - step * math.ceil((identity - low) / step - 1e-9), 6),
+        round(identity + step * math.ceil((high - identity) / step - 1e-9), 6),
+        step,
+        identity,
+    )
+
+
+def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
+    """What the app opens with: the prompt of the first stored sweep, its seeds, at the identity."""
+    names = steerable(lens)
+    if not names:
+        raise LensError("This lens ships no setting to turn; fit it with at least one.")
+    attribute = attribute or names[0]
+    setting = lens.setting(attribute)
+    stored = next((s for s in lens.sweeps if s.attribute.name == attribute and not s.is_control), None)
+    prompt = stored.request.prompt if stored else lens.prompts[0]
+    first = stored.request.seeds[0] if stored else 0
+    return View(
+        prompt, attribute, setting.target, identity_beta(setting.mode), setting.n_features, setting.sampler,
+        setting.window, first_seed=first,
+    )  # fmt: skip
+
+
+def with_attribute(lens: DiffusionLens, view: View, attribute: str) -> View:
+    """The same prompt and seeds, with another attribute's shipped setting at its identity."""
+    fresh = default_view(lens, attribute)
+    return replace(fresh, prompt=view.prompt, n_seeds=view.n_seeds, first_seed=view.first_seed)
+
+
+def check(lens: DiffusionLens, view: View) -> None:
+    """Raise ``LensError``, one sentence for the visitor, where a view asks for what cannot be drawn."""
+    check_prompt(lens, view.prompt)
+    if view.attribute not in steerable(lens):
+        raise LensError(f"This lens does not steer '{view.attribute}'; choose {', '.join(steerable(lens))}.")
+    lens.attribute_named(view.attribute).index(view.target)
+    ends = scale(lens.setting(view.attribute))
+    for name, beta in (("β", view.beta), *((f"The strength of feature #{i}", b) for i, b in view.own)):
+        if not (math.isfinite(beta) and ends.low <= beta <= ends.high):
+            raise LensError(f"{name} must lie between {ends.low:g} and {ends.high:g}; it is {beta:g}.")
+    if view.n_seeds not in SEED_COUNTS:
+        raise LensError(f"Draw {' or '.join(map(str, SEED_COUNTS))} images at once; {view.n_seeds} were asked for.")
+    if not 0 <= view.first_seed <= MAX_SEED - view.n_seeds:
+        raise LensError("The first seed must be a whole number from 0 up.")
+    d_sae = lens.atlas.density.size
+    if not 1 <= view.n_features <= min(MAX_FEATURES, d_sae):
+        raise LensError(f"Turn between 1 and {min(MAX_FEATURES, d_sae)} features per pole; it is {view.n_features}.")
+    if any(not 0 <= i < d_sae for i, _ in view.own):
+        raise LensError(f"This lens has features 0 to {d_sae - 1}.")
+    n_steps = lens.manifest.n_steps
+    if view.window is not None and not 0 <= view.window[0] < view.window[1] <= n_steps:
+        raise LensError(f"The turned steps must start before they end, within steps 1 to {n_steps}.")
+    if view.sampler not in ("asymmetric", "symmetric"):
+        raise LensError(f"The sampler is asymmetric or symmetric, not '{view.sampler}'.")
+
+
+def check_prompt(lens: DiffusionLens, prompt: str | None) -> None:
+    """Refuse words the model never saw, naming those it knows."""
+    if prompt is None:
+        return
+    if len(prompt) > MAX_PROMPT:
+        raise LensError(f"A prompt has at most {MAX_PROMPT} characters; this one has {len(prompt)}.")
+    unknown = lens.unknown_words(prompt)
+    if unknown:
+        words = ", ".join(f"“{w}”" for w in unknown[:5])
+        known = ", ".join(lens.manifest.vocabulary or ())
+        raise LensError(f"The model never saw {words}; the words it knows are {known}.")
+
+
+def poles(lens: DiffusionLens, view: View) -> tuple[FeatureSet, FeatureSet | None]:
+    """The features turned together, and those turned the other way."""
+    attribution = lens.attributions[view.attribute]
+    return feature_sets(attribution, lens.setting(view.attribute), view.target, view.n_features)
+
+
+def mirror(lens: DiffusionLens, attribute: str, beta: float) -> float:
+    """The strength that turns as far the other way (``Intervention`` mirrors the opposite pole so)."""
+    identity = identity_beta(lens.setting(attribute).mode)
+    return 2 * identity - beta
+
+
+def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
+    """The turns of a view; empty where nothing would change."""
+    setting = lens.setting(view.attribute)
+    identity = identity_beta(setting.mode)
+    features, opposite = poles(lens, view)
+    flipped = opposite.ids if opposite else ()
+    inside = [(i, mirror(lens, view.attribute, b) if i in flipped else b) for i, b in view.own
+              if i in features.ids or i in flipped]  # fmt: skip
+    turns = []
+    if view.beta != identity or any(b != identity for _, b in inside):
+        turns.append(Intervention(
+            features, setting.mode, view.beta, opposite, tuple(inside), view.window, view.sampler
+        ))  # fmt: skip
+    for i, beta in view.own:
+        if i not in features.ids and i not in flipped and beta != identity:
+            alone = FeatureSet((i,), (0.0,), view.attribute, view.target, features.sae_id)
+            turns.append(Intervention(
+                alone, setting.mode, beta, window=view.window, sampler=view.sampler
+            ))  # fmt: skip
+    return tuple(turns)
+
+
+def to_query(view: View) -> str:
+    """A link's query string that opens this view again."""
+    values: dict[str, Any] = {"v": LINK_VERSION}
+    if view.prompt is not None:
+        values["p"] = view.prompt
+    values.update(a=view.attribute, t=view.target, b=f"{view.beta:g}", n=view.n_seeds, s=view.first_seed)
+    values.update(k=view.n_features, m=view.sampler)
+    values["w"] = "all" if view.window is None else f"{view.window[0]}-{view.window[1]}"
+    if view.own:
+        values["f"] = ",".join(f"{i}:{b:g}" for i, b in view.own)
+    return "?" + urlencode(values)
+
+
+def from_query(lens: DiffusionLens, query: Mapping[str, str]) -> View | None:
+    """The view that a link asks for; ``None`` if it asks for none. Raises ``LensError`` for a broken link."""
+    if "v" not in query:
+        return None
+    if query["v"] != LINK_VERSION:
+        raise LensError("This link was made by another version of the app; the opening view is shown instead.")
+    try:
+        view = _read_query(lens, query)
+        check(lens, view)
+    except (ValueError, KeyError, OverflowError) as error:
+        reason = str(error) if isinstance(error, LensError) else "it is incomplete or damaged."
+        raise LensError(f"This link cannot be opened: {reason} The opening view is shown instead.") from None
+    return view
+
+
+def _read_query(lens: DiffusionLens, query: Mapping[str, str]) -> View:
+    attribute = query["a"]
+    if attribute not in steerable(lens):
+        raise LensError(f"this lens does not steer '{attribute[:40]}'.")
+    base = default_view(lens, attribute)
+    window = None
+    if query["w"] != "all":
+        first, stop = query["w"].split("-")
+        window = (int(first), int(stop))
+    own = tuple((int(i), float(b)) for i, b in (part.split(":") for part in query.get("f", "").split(",") if part))
+    if len(own) > MAX_FEATURES or len({i for i, _ in own}) < len(own):
+        raise LensError("it turns a feature twice, or too many.")
+    prompt = None if base.prompt is None else query["p"]
+    sampler: Any = query["m"]
+    return View(
+        prompt, attribute, query["t"], float(query["b"]), int(query["k"]), sampler, window,
+        int(query["n"]), int(query["s"]), own,
+    )  # fmt: skip

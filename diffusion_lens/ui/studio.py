@@ -1,0 +1,229 @@
+"""What the app computes: pictures, sweeps and balances, shared caches, one lane. Knows nothing of gradio."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.settings import identity_beta
+from diffusion_lens.types import GenerationRequest, Predictions, SweepPoint, SweepResult
+from diffusion_lens.ui.lane import Lane, Stops
+from diffusion_lens.ui.state import View, check, interventions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diffusion_lens.generate import OnStep, Trajectory
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+KEPT_BASES = 16
+BASE_BYTES = 16 * 2**20
+KEPT_ROWS = 64
+
+
+class Recent(Generic[T]):
+    """The latest few values by key; safe from several threads."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def get(self, key: Hashable) -> T | None:
+        """The value, now the latest; ``None`` where it is gone."""
+        with self._guard:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: Hashable, value: T) -> T:
+        """Keep ``value`` and drop the oldest beyond the size."""
+        with self._guard:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return value
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of some seeds as the classifier read one attribute.
+
+    Attributes:
+        images: ``uint8 [n, H, W, 3]``. labels: class index ``[n]``. certain: ``[n]``, False is "uncertain".
+        confidence: probability of the label ``[n]``; ``None`` for stored readings.
+        readings: every attribute's predictions; empty for stored readings.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    certain: np.ndarray
+    confidence: np.ndarray | None = None
+    readings: dict[str, Predictions] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Before and after on the same seeds. ``beta`` is the strength shown (a stored picture may be the nearest one)."""
+
+    view: View
+    beta: float
+    before: Row
+    after: Row
+    stored: bool
+    seconds: float = 0.0
+    activation_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The unedited run of a request, with every attribute read."""
+
+    start: Trajectory
+    readings: dict[str, Predictions]
+
+
+class Studio:
+    """One lens for all visitors."""
+
+    def __init__(self, lens: DiffusionLens) -> None:
+        self.lens = lens
+        self.lane = Lane()
+        self.stops = Stops()
+        self._bases: Recent[Base] = Recent(KEPT_BASES)
+        self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS)
+        self._warming = False
+
+    def warm_up(self, delay: float = 0.0) -> None:
+        """Load the model in the background, once, ``delay`` seconds from now (the first page goes before)."""
+        if self._warming:
+            return
+        self._warming = True
+
+        def load() -> None:
+            time.sleep(delay)
+            try:
+                self.lens.warm_up().join()
+            except Exception:
+                log.exception("The model could not be loaded ahead of time.")
+
+        threading.Thread(target=load, name="warm-up", daemon=True).start()
+
+    def sweeps(self, prompt: str | None, attribute: str) -> tuple[SweepResult, ...]:
+        """Stored sweeps of one prompt and attribute, controls last."""
+        found = [s for s in self.lens.sweeps if s.request.prompt == prompt and s.attribute.name == attribute]
+        return tuple(sorted(found, key=lambda s: s.is_control))
+
+    def stored_point(self, view: View) -> SweepPoint | None:
+        """The measured point of a stored sweep that this view stands on or nearest to (its own setting alone)."""
+        setting = self.lens.settings[view.attribute]
+        shipped = (setting.target, setting.n_features, setting.sampler, setting.window)
+        if view.own or (view.target, view.n_features, view.sampler, view.window) != shipped:
+            return None
+        for result in self.sweeps(view.prompt, view.attribute):
+            if not result.is_control:
+                return min(result.points, key=lambda p: abs(p.beta - view.beta))
+        return None
+
+    def stored(self, view: View) -> Picture | None:
+        """The nearest stored before and after; ``None`` if these seeds were not stored."""
+        after = self.stored_point(view)
+        before = None if after is None else self.stored_point(replace(view, beta=self._identity(view)))
+        if after is None or before is None:
+            return None
+        result = next(s for s in self.sweeps(view.prompt, view.attribute) if not s.is_control)
+        n = view.n_seeds
+        if tuple(view.seeds) != result.request.seeds[:n] or min(len(before.examples), len(after.examples)) < n:
+            return None
+        rows = [Row(p.examples[:n], p.labels[:n], p.certain[:n]) for p in (before, after)]
+        return Picture(view, after.beta, rows[0], rows[1], stored=True, activation_ratio=after.activation_ratio)
+
+    def draw(self, view: View, visitor: str = "") -> Picture:
+        """Draw the view now: unedited images from the cache where they are, edited ones restarted from them.
+
+        Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor stopped it.
+        """
+        check(self.lens, view)
+        began = time.monotonic()
+        turns = interventions(self.lens, view)
+        request = self.lens.request(view.prompt, view.seeds)
+        with self.work(f"{visitor}:draw", urgent=True) as on_step:
+            base = self._base(request, on_step)
+            edit = self.lens.edit(*turns) if turns else None
+            key = (request, edit.description if edit else None)
+            drawn = self._rows.get(key)
+            if drawn is None:
+                drawn = (base.start.generation.images, base.readings, None)
+                if edit is not None:
+                    made = self.lens.generate(
+                        request, edit, batch_size=len(request.seeds), on_step=on_step, start=base.start
+                    )
+                    drawn = (made.images, self.lens.classify(made.images), made.activation_ratio)
+                self._rows.put(key, drawn)
+        before = _row(base.start.generation.images, base.readings, view.attribute)
+        after = _row(drawn[0], drawn[1], view.attribute)
+        return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2])
+
+    def _base(self, request: GenerationRequest, on_step: OnStep) -> Base:
+        base = self._bases.get(request)
+        if base is not None:
+            return base
+        from diffusion_lens.generate import record_trajectory
+
+        start = record_trajectory(
+            self.lens.model, request, batch_size=len(request.seeds), on_step=on_step, max_bytes=BASE_BYTES
+        )
+        return self._bases.put(request, Base(start, self.lens.classify(start.generation.images)))
+
+    @contextmanager
+    def work(
+        self, owner: str, *, urgent: bool, tell: Callable[[int, int], None] | None = None
+    ) -> Iterator[OnStep]:
+        """A turn on the lane; yields the step callback that gives way, tells of progress, and ends stopped work.
+
+        ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step.
+        """
+        from diffusion_lens.generate import Cancelled
+
+        flag = self.stops.start(owner)
+        with self.lane.hold(urgent=urgent) as turn:
+
+            def on_step(done: int, total: int) -> None:
+                if flag.is_set():
+                    raise Cancelled
+                if tell is not None:
+                    tell(done, total)
+                turn.give_way()
+
+            on_step(0, 1)
+            yield on_step
+
+    def _identity(self, view: View) -> float:
+        return identity_beta(self.lens.settings[view.attribute].mode)
+
+
+def _row(images: np.ndarray, readings: dict[str, Predictions], attribute: str) -> Row:
+    read = readings[attribute]
+    return Row(images, read.labels, read.certain, read.probs.max(axis=1), readings)
+
+
+def as_json(results: tuple[SweepResult, ...]) -> str:
+    """Sweeps as JSON text, without their example images."""
+    from diffusion_lens.records import to_plain
+
+    bare = [replace(r, points=tuple(replace(p, examples=np.zeros(0)) for p in r.points)) for r in results]
+    return json.dumps(to_plain(bare), ensure_ascii=False)

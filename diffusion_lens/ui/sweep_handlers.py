@@ -1,0 +1,100 @@
+"""What happens in the Sweep tab: stored sweeps at once, new ones point by point."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from diffusion_lens.plots import describe_sweep, sweep_figure
+from diffusion_lens.settings import Control, identity_beta
+from diffusion_lens.types import LensError, SweepResult
+from diffusion_lens.ui import jobs, strips, texts
+from diffusion_lens.ui.explore_handlers import Page, read_prompt
+from diffusion_lens.ui.figure import figure_value
+from diffusion_lens.ui.jobs import SweepJob
+from diffusion_lens.ui.studio import Studio
+
+log = logging.getLogger(__name__)
+CONTROLS: dict[str, Control] = {"random features": "random", "poles exchanged": "flip"}
+MEASURES = {"log ratio": "log_ratio", "share": "share"}
+GRIDS = {"shipped strengths": 0, "5 strengths": 5, "9 strengths": 9}
+
+
+def shown(results: Sequence[SweepResult], measure: str) -> tuple[Any, ...]:
+    """figure, sentence, strips, table, download: for the sweeps of one attribute."""
+    if not results:
+        return None, "", "", "", ""
+    two = len(results[0].attribute.classes) == 2
+    kind: Any = MEASURES.get(measure, "log_ratio") if two else "share"
+    alt = describe_sweep(results, measure=kind)
+    return (
+        figure_value(sweep_figure(results, measure=kind), alt),
+        f'<p class="dl-says">{alt}</p>',
+        strips.strips_html(next((r for r in results if not r.is_control), None)),
+        strips.table_html(results),
+        strips.download_html(results),
+    )
+
+
+def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tuple[Any, ...]:
+    """The stored sweeps of a prompt and attribute: outputs of ``shown``, status, the sweeps."""
+    text = read_prompt(studio, prompt)
+    results = studio.sweeps(text, attribute)
+    said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
+    return (*shown(results, measure), said, results)
+
+
+def run(
+    studio: Studio, page: Page, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str], measure: str
+) -> Iterator[tuple[Any, ...]]:
+    """Measure point by point. Yields the outputs of ``shown``, status, the sweeps, run button, stop button."""
+    from diffusion_lens.generate import Cancelled
+
+    busy, idle = (gr.update(visible=False), gr.update(visible=True)), (gr.update(visible=True), gr.update(visible=False))
+    same = tuple(gr.skip() for _ in range(5))
+    results: tuple[SweepResult, ...] = ()
+    try:
+        job = read_job(studio, prompt, attribute, grid, n, controls)
+        yield (*same, texts.status("Drawing the unedited images …"), gr.skip(), *busy)
+        for event in jobs.sweep_events(studio, page.visitor, job):
+            said = texts.status(f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
+            fresh = event.results != () and _n_points(event.results) != _n_points(results)
+            results = event.results
+            yield (*(shown(results, measure) if fresh else same), said, results if fresh else gr.skip(), *busy)
+        yield (*same, texts.status(f"Done: {job.n} images at each of {len(job.betas)} strengths."), gr.skip(), *idle)
+    except Cancelled:
+        yield (*same, texts.status(texts.STOPPED), gr.skip(), *idle)
+    except LensError as error:
+        yield (*same, texts.status(str(error), bad=True), gr.skip(), *idle)
+    except Exception as error:
+        log.exception("A sweep failed.")
+        yield (*same, texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True), gr.skip(), *idle)
+
+
+def _n_points(results: Sequence[SweepResult]) -> int:
+    return sum(len(r.points) for r in results)
+
+
+def read_job(
+    studio: Studio, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str]
+) -> SweepJob:
+    """The sweep that the controls ask for; raises ``LensError`` for what cannot be measured."""
+    setting = studio.lens.setting(str(attribute))
+    identity = identity_beta(setting.mode)
+    count = GRIDS.get(grid, 0)
+    betas = tuple(sorted({*setting.betas, identity}))
+    if count:
+        low, high = betas[0], betas[-1]
+        betas = tuple(sorted({identity, *(round(low + (high - low) * i / (count - 1), 4) for i in range(count))}))
+    wanted = tuple(CONTROLS[c] for c in controls if c in CONTROLS)
+    if "flip" in wanted and setting.poles == "one":
+        raise LensError("This setting turns one pole only, so its poles cannot be exchanged; untick that control.")
+    return SweepJob(read_prompt(studio, prompt), str(attribute), setting.target, betas, int(n), wanted)
+
+
+def change_measure(results: tuple[SweepResult, ...], measure: str) -> Any:
+    """The same sweeps on the other axis."""
+    return shown(results or (), measure)[0]

@@ -1,0 +1,60 @@
+"""The Sweep tab: its layout, and which event calls which handler."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from diffusion_lens.ui import state, texts
+from diffusion_lens.ui import sweep_handlers as handlers
+from diffusion_lens.ui.figure import figure
+from diffusion_lens.ui.gpu import lent
+from diffusion_lens.ui.studio import Studio
+
+
+def layout(studio: Studio, page: gr.State) -> None:
+    """Build the tab inside an open ``gr.Blocks``."""
+    lens = studio.lens
+    view = state.default_view(lens)
+    suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
+    opened = handlers.open_stored(studio, view.prompt if view.prompt else texts.EMPTY_PROMPT, view.attribute, "log ratio")
+    gr.HTML(f'<p class="dl-intro">{texts.SWEEP_INTRO}</p>')
+    with gr.Row(elem_classes="dl-choose"):
+        prompt = gr.Dropdown(
+            suggested, value=view.prompt or texts.EMPTY_PROMPT, label="Prompt", allow_custom_value=True, scale=4,
+            min_width=260, visible=bool(suggested),
+        )  # fmt: skip
+        attribute = gr.Radio(list(state.steerable(lens)), value=view.attribute, label="Attribute (perceived)", scale=3,
+                             min_width=200)  # fmt: skip
+        measure = gr.Radio(list(handlers.MEASURES), value="log ratio", label="Axis", scale=2, min_width=160,
+                           info="attributes of three or more classes show a share")  # fmt: skip
+    with gr.Row(elem_classes="dl-choose"):
+        grid = gr.Radio(list(handlers.GRIDS), value="shipped strengths", label="Strengths", scale=4, min_width=260)
+        n = gr.Radio([16, 32, 64, 128, 256], value=32, label="Images per strength", scale=3, min_width=240)
+        controls = gr.CheckboxGroup(
+            list(handlers.CONTROLS), value=["random features"], label="Controls", scale=3, min_width=200
+        )
+        with gr.Column(scale=1, min_width=140, elem_classes="dl-actions"):
+            start = gr.Button("Run sweep", variant="primary", elem_id="dl-run")
+            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="dl-stop-sweep")
+    status = gr.HTML(opened[5], elem_id="dl-sweep-status")
+    plot = figure(opened[0], elem_id="dl-sweep-plot")
+    says, strip, table, download = (gr.HTML(opened[i]) for i in range(1, 5))
+    results = gr.State(opened[6])
+    shown: list[Any] = [plot, says, strip, table, download, status, results]
+    quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "read",
+                             "concurrency_limit": 8}  # fmt: skip
+    gr.on(
+        [prompt.input, attribute.input], partial(handlers.open_stored, studio), [prompt, attribute, measure], shown,
+        trigger_mode="always_last", **quick,
+    )  # fmt: skip
+    measure.input(handlers.change_measure, [results, measure], plot, **quick)
+    start.click(
+        lent(120)(partial(handlers.run, studio)), [page, prompt, attribute, grid, n, controls, measure],
+        [*shown, start, stop], show_progress="hidden", concurrency_id="long", concurrency_limit=4, trigger_mode="once",
+        api_visibility="private",
+    )  # fmt: skip
+    stop.click(lambda page: studio.stops.stop(f"{page.visitor}:sweep"), page, None, queue=False,
+               show_progress="hidden", api_visibility="private")  # fmt: skip

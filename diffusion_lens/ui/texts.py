@@ -1,0 +1,64 @@
+"""What the app says. One place, plain words."""
+
+from __future__ import annotations
+
+from html import escape
+
+TITLE = "Diffusion Lens"
+TAGLINE = "Open a diffusion model, turn the features that decide who appears, and measure what happens."
+
+CHOOSE = ("1", "Choose", "what the model draws, and what you look for in it")
+FEATURES = ("2", "Features", "units inside the model that speak for it; bright is where they fire")
+TURN = ("3", "Turn", "all features of the set at once")
+SEE = ("4", "See and measure", "the same seeds before and after")
+
+EMPTY_PROMPT = "(no words)"
+WAKING = "The model is waking up; this is the nearest stored result."
+STOPPED = "Stopped; what was measured stays."
+LOAD_FIRST = "Stored sweep, measured when this lens was made."
+NO_STORED = "No sweep of this prompt and attribute is stored. Press “Run sweep” to measure one."
+SWEEP_INTRO = (
+    "How the balance of the images moves with β, on the same seeds at every strength. A control turns as many "
+    "features drawn at random, or the two poles exchanged: what moves there is not due to these features."
+)
+ATLAS_INTRO = (
+    "Every point is a feature; near points write similar directions into the model. Click a point, or pick a row of "
+    "the table with the keyboard."
+)
+FAILED = "That went wrong on our side ({kind}). Nothing you set is lost; try again."
+
+
+def section(step: tuple[str, str, str]) -> str:
+    """The heading of one step of the story."""
+    number, name, what = step
+    return (
+        f'<h2 class="dl-step"><span class="dl-number" aria-hidden="true">{number}</span>{name}'
+        f'<small>{what}</small></h2>'
+    )
+
+
+def header(model: str) -> str:
+    """The top of the page."""
+    return (
+        f'<header class="dl-header"><h1>{TITLE}</h1><p>{TAGLINE}</p>'
+        f'<p class="dl-quiet">Open now: <b>{escape(model)}</b></p></header>'
+    )
+
+
+def status(text: str, *, bad: bool = False) -> str:
+    """A line that screen readers read out when it changes."""
+    kind = "dl-status dl-bad" if bad else "dl-status"
+    mark = '<span aria-hidden="true">⚠ </span>' if bad else ""
+    return f'<p class="{kind}" role="{"alert" if bad else "status"}">{mark}{escape(text)}</p>'
+
+
+def link(query: str) -> str:
+    """The permalink of what is on screen."""
+    return f'<p class="dl-link"><a class="dl-permalink" href="{escape(query)}">Link to this view</a></p>'
+
+
+def seconds(left: float | None) -> str:
+    """``about 20 s left``, or nothing."""
+    if left is None:
+        return ""
+    return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
