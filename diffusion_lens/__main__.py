@@ -6,6 +6,9 @@ import os
 
 # Read by OpenMP when torch loads: waiting threads that spin make every run slow beside a busy neighbour.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Libraries' remarks about parts that nothing here uses would bury what a command says.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from diffusion_lens.cli.app import main
 

@@ -31,4 +31,4 @@ def serve(
     """
     from diffusion_lens.ui import launch
 
-    launch(open_lens(lens, device), port=port, host=host, share=share)
+    launch(open_lens(lens, device), server_name=host, server_port=port, share=share)

@@ -1,0 +1,98 @@
+"""``check``: does a lens do what the project claims? Every claim measured on seeds that nothing was chosen on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_lens.checks.result import CheckReport, Row, Unit, show
+from diffusion_lens.checks.runs import FIRST_SEED, FULL, QUICK, Job, OnStage, Sizes, refuse_shared_seeds
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.records import to_plain
+from diffusion_lens.types import LensError, SweepResult
+
+PARTS = (1, 2, 3, 4, 5)
+TITLES = {
+    1: "generated against planted shares",
+    2: "classifier",
+    3: "sparse autoencoder",
+    4: "attribution",
+    5: "sweep over β",
+}
+
+
+def run_check(
+    lens: DiffusionLens,
+    *,
+    full: bool = False,
+    parts: Sequence[int] = PARTS,
+    sizes: Sizes | None = None,
+    first_seed: int = FIRST_SEED,
+    on_stage: OnStage | None = None,
+) -> CheckReport:
+    """Measure the rows of ``parts`` on a lens.
+
+    Args:
+        full: the large sizes, and every row must hold; otherwise no row may fail (see ``Row.verdict``).
+        sizes: replace the sizes that belong to ``full``.
+        on_stage: called with (stage, done, total); may raise to stop.
+
+    Raises:
+        LensError: an unknown part, or a lens that was fitted or chosen on the check's seeds.
+    """
+    strange = [part for part in parts if part not in PARTS]
+    if strange or not parts:
+        raise LensError(f"A check has the parts {', '.join(map(str, PARTS))}; got {list(parts)}.")
+    refuse_shared_seeds(lens, first_seed)
+    begun = time.monotonic()
+    job = Job(lens, sizes or (FULL if full else QUICK), on_stage or (lambda *_: None), first_seed, full)
+    rows, sweeps = _measure(job, parts)
+    return CheckReport(
+        rows=tuple(rows),
+        full=full,
+        lens=lens.manifest.name,
+        lens_id=lens.manifest.lens_id,
+        classifier_id=lens.classifier.classifier_id,
+        first_seed=first_seed,
+        device=lens.device,
+        seconds=time.monotonic() - begun,
+        sweeps=tuple(sweeps),
+    )
+
+
+def _measure(job: Job, parts: Sequence[int]) -> tuple[list[Row], list[SweepResult]]:
+    from diffusion_lens.checks import inside, steering, world
+
+    rows: list[Row] = []
+    if 1 in parts or 2 in parts:
+        tallies = world.draw_shares(job)
+        rows += world.share_rows(job, tallies) if 1 in parts else []
+        rows += world.classifier_rows(job, tallies) if 2 in parts else []
+    if 3 in parts or 4 in parts:
+        plain, rebuilt = inside.draw_inside(job)
+        rows += inside.sae_rows(job, plain, rebuilt) if 3 in parts else []
+        rows += inside.attribution_rows(job, plain) if 4 in parts else []
+    sweeps: list[SweepResult] = []
+    if 5 in parts:
+        found, sweeps = steering.steering_rows(job)
+        rows += found
+    return rows, sweeps
+
+
+def plain_report(report: CheckReport) -> dict[str, Any]:
+    """The report as JSON values, its sweeps left out."""
+    fields = ("full", "lens", "lens_id", "classifier_id", "first_seed", "device", "seconds")
+    plain: dict[str, Any] = {name: to_plain(getattr(report, name)) for name in fields}
+    return {**plain, "holds": report.holds, "summary": report.summary, "rows": to_plain(report.rows)}
+
+
+def row_texts(row: Row) -> tuple[str, str, str, str, str, str, str]:
+    """Part, name, bar, value, interval, n and verdict as text."""
+    value = "–" if row.value is None else show(row.value, row.unit)
+    interval = "–" if row.interval is None else " to ".join(_bare(end, row.unit) for end in row.interval)
+    return str(row.part), row.name, row.bar, value, interval, f"{row.n:,}" if row.n else "–", row.verdict
+
+
+def _bare(value: float, unit: Unit) -> str:
+    return show(value, unit).removesuffix(" points").removesuffix(" %")

@@ -1,0 +1,1 @@
+"""The measurements behind ``check``, a file per group of rows."""

@@ -1,0 +1,123 @@
+"""How much a check draws, from which seeds, and how images become counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion_lens.artifacts import read_json
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.types import GenerationRequest, LensError, Predictions
+
+FIRST_SEED = 60_000_000
+PART_SEEDS = 2_000_000
+PROMPT_SEEDS = 50_000
+DRAWN_SEED = 950_000_000
+"""Drawings from here on were seen neither in training nor in calibration."""
+
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images each group of rows gets.
+
+    Attributes:
+        shares: per prompt. again: per prompt in all, where a share lies beyond its bar and its interval reaches it.
+        drawings: for the classifier. inside: whose bottleneck is read. attribution: of those, attributed.
+        reference: of those, attributed by automatic differentiation too, at ``reference_steps`` steps.
+        sweep: per strength and prompt, over ``strengths`` of the shipped grid; ``controls`` random feature sets.
+    """
+
+    shares: int
+    again: int
+    drawings: int
+    inside: int
+    attribution: int
+    reference: int
+    reference_steps: int
+    sweep: int
+    strengths: int
+    controls: int
+    batch_size: int = 16
+
+
+QUICK = Sizes(
+    shares=64, again=64, drawings=2_000, inside=65, attribution=65, reference=2, reference_steps=3, sweep=48,
+    strengths=5, controls=1,
+)  # fmt: skip
+FULL = Sizes(
+    shares=1_000, again=4_000, drawings=12_000, inside=1_000, attribution=256, reference=4, reference_steps=20,
+    sweep=1_000, strengths=100, controls=3, batch_size=32,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One check under way: the lens, how much to draw, whom to tell, and whether every row must hold."""
+
+    lens: DiffusionLens
+    sizes: Sizes
+    on_stage: OnStage
+    first_seed: int = FIRST_SEED
+    strict: bool = False
+
+    def seeds(self, part: int, place: int, n: int, skip: int = 0) -> range:
+        """Seeds of prompt number ``place`` in a group of rows; no two share one."""
+        if not 0 <= skip <= skip + n <= PROMPT_SEEDS:
+            raise LensError(f"A check draws up to {PROMPT_SEEDS:,} images per prompt; this asks for {skip + n:,}.")
+        start = self.first_seed + part * PART_SEEDS + place * PROMPT_SEEDS + skip
+        return range(start, start + n)
+
+    def request(self, prompt: str | None, seeds: range) -> GenerationRequest:
+        """A request of the lens."""
+        return self.lens.request(prompt, seeds)
+
+    def told(self, stage: str) -> Callable[[int, int], None]:
+        """``on_step`` that reports as ``stage``."""
+        return lambda done, total: self.on_stage(stage, done, total)
+
+
+def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
+    """Raise ``LensError`` if the lens was fitted, or its settings chosen, on seeds that the check draws."""
+    path = lens.folder / "fit" / "config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    used = {
+        "fitted": (config["first_seed"], config["n_images"]),
+        "chosen": (config["choose"]["first_seed"], config["choose"]["n_images"]),
+    }
+    for how, (start, n) in used.items():
+        if start < first_seed + 7 * PART_SEEDS and first_seed < start + n:
+            raise LensError(f"This lens was {how} on seeds from {start:,} on, which the check draws; choose others.")
+
+
+@dataclass
+class Tally:
+    """Decided images per class and undecided ones, by attribute, added up over batches."""
+
+    counts: dict[str, np.ndarray]
+    uncertain: dict[str, int]
+    n: int = 0
+
+    def add(self, predictions: dict[str, Predictions], n: int) -> None:
+        """Count one batch."""
+        for name, reading in predictions.items():
+            self.counts[name] = self.counts.get(name, np.zeros(len(reading.attribute.classes), int)) + reading.counts
+            self.uncertain[name] = self.uncertain.get(name, 0) + reading.n_uncertain
+        self.n += n
+
+
+def tally(job: Job, request: GenerationRequest, stage: str, into: Tally | None = None) -> Tally:
+    """Draw a request and count what the classifier reads; images are dropped batch by batch."""
+    from diffusion_lens.generate import generate_batches
+
+    found = into or Tally({}, {})
+    lens = job.lens
+    batches: Iterable = generate_batches(lens.model, request, batch_size=job.sizes.batch_size, on_step=job.told(stage))
+    for part in batches:
+        found.add(lens.classify(part.images), len(part.images))
+    return found

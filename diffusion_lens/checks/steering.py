@@ -1,0 +1,305 @@
+"""Row 5: what the shipped turn of a two-class attribute does to the log ratio, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from diffusion_lens import metrics, stats
+from diffusion_lens.checks.result import (
+    SEVERITY,
+    Interval,
+    Row,
+    Verdict,
+    at_least,
+    at_most,
+    distance,
+    not_applicable,
+    stretch,
+    worst,
+)
+from diffusion_lens.checks.runs import Job
+from diffusion_lens.generate import generate_batches
+from diffusion_lens.settings import Control, control_turn, describe_setting, identity_beta
+from diffusion_lens.sweep import Baseline, Reading, balance, collect, measure_baseline, measure_point, read_images
+from diffusion_lens.types import Attribute, Balance, Predictions, SweepPoint, SweepResult
+
+REACH = 1.0
+MOVED = 0.05
+AGREEMENT = 0.85
+PROFESSIONS = 4
+REFINEMENTS = 3
+FIRST_CHOICE = ("firefighter", "doctor", "nurse", "receptionist")
+"""The professions of the DiffLens paper; others follow only where one of these does not hold."""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """One prompt swept: the result, the reading at every β, and the point where the shares balance."""
+
+    prompt: str | None
+    result: SweepResult
+    readings: tuple[Reading, ...]
+    base: Baseline
+    found: Balance | None = None
+    balanced: Reading | None = None
+
+
+def steering_rows(job: Job, attribute_name: str = "gender") -> tuple[list[Row], list[SweepResult]]:
+    """All rows of this group, and the sweeps behind them, controls last."""
+    lens = job.lens
+    attribute = next((a for a in lens.attributes if a.name == attribute_name and len(a.classes) == 2), None)
+    if attribute is None or attribute_name not in lens.settings:
+        return [not_applicable(5, "sweep", f"this lens ships no turn of a two-class {attribute_name}")], []
+    everyone = "" if lens.prompts != (None,) else None
+    first = steer(job, attribute, everyone, 0)
+    rows = prompt_rows(job, first, name_of(everyone))
+    sweeps = [first.result]
+    if everyone is not None:
+        found = _professions(job, attribute)
+        sweeps += [steered.result for steered, _ in found]
+        rows += _profession_rows(job, [measured for _, measured in found], [s.prompt for s, _ in found])
+    control, results = _control_row(job, attribute, first)
+    return [*rows, control], [*sweeps, *results]
+
+
+def name_of(prompt: str | None) -> str:
+    """A prompt as rows call it."""
+    return "no prompt" if prompt is None else f"'{prompt}'" if prompt else "the empty prompt"
+
+
+def steer(
+    job: Job, attribute: Attribute, prompt: str | None, place: int, control: Control | None = None, draw: int = 0
+) -> Steered:
+    """Sweep one prompt over the shipped grid (or some of it), then draw the same seeds at the balanced β."""
+    lens, setting = job.lens, job.lens.settings[attribute.name]
+    request = job.request(prompt, job.seeds(5, place, job.sizes.sweep))
+    stage = f"5 sweep: {name_of(prompt)}{'' if control is None else ', a control'}"
+    betas = thin(setting.betas, job.sizes.strengths, identity_beta(setting.mode))
+    size = job.sizes.batch_size
+    base = measure_baseline(
+        lens.model, request, lens.classifier, batch_size=size, n_examples=0, on_step=job.told(f"{stage}, unedited")
+    )
+
+    def at(beta: float) -> Reading:
+        if beta == identity_beta(setting.mode):
+            return base.reading
+        turn = lens.intervention(attribute.name, setting.target, beta)
+        turn = turn if control is None else control_turn(turn, control, lens.atlas.density, draw)
+        told = job.told(f"{stage}, β = {beta:.3g}")
+        parts = generate_batches(lens.model, request, edit=lens.edit(turn), batch_size=size, on_step=told)
+        return read_images(parts, lens.classifier, 0)
+
+    confusion = lens.classifier.confusion[attribute.name]
+
+    def measured(beta: float, reading: Reading) -> SweepPoint:
+        return measure_point(beta, reading, base.reading, attribute, confusion)
+
+    readings = tuple(at(beta) for beta in betas)
+    result = collect(
+        map(measured, betas, readings),
+        attribute=attribute,
+        target=setting.target,
+        request=request,
+        setting=describe_setting(setting, control, draw),
+        classifier_id=lens.classifier.classifier_id,
+        is_control=control is not None,
+        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
+    )
+    if control is not None:
+        return Steered(prompt, result, readings, base)
+    points, trial = result.points, result
+    for _ in range(REFINEMENTS):
+        found = balance(trial, confusion)
+        reading = at(found.beta)
+        point = measured(found.beta, reading)
+        if point.fd <= point.fd_floor or found.beta in trial.betas:
+            break
+        # Between the strengths of the grid the curve is not straight: what was measured there joins it.
+        points = tuple(sorted([*points, point], key=lambda p: p.beta))
+        trial = replace(trial, points=points)
+    return Steered(prompt, result, readings, base, found, reading)
+
+
+def thin(betas: Sequence[float], n: int, identity: float) -> tuple[float, ...]:
+    """At most ``n`` of the strengths, evenly: both ends and the identity always among them."""
+    grid = sorted(betas)
+    if len(grid) <= n:
+        return tuple(grid)
+    places = np.linspace(0, len(grid) - 1, n).round().astype(int)
+    chosen = {grid[i] for i in places}
+    if identity in grid and identity not in chosen:
+        inner = sorted(chosen)[1:-1]
+        chosen.discard(min(inner, key=lambda b: abs(b - identity), default=float("nan")))
+        chosen.add(identity)
+    return tuple(sorted(chosen))
+
+
+def prompt_rows(job: Job, steered: Steered, name: str) -> list[Row]:
+    """The properties of one prompt's sweep, in a fixed order."""
+    result = steered.result
+    column = result.attribute.index(result.target)
+    low, high = _log_odds(result, 0, column), _log_odds(result, -1, column)
+    n = len(result.request.seeds)
+    label = f"ln({result.target} / rest), {name}"
+    betas = result.betas
+    rows = [
+        at_most(5, f"{label}: weakest", low[0], low[1], -REACH, "number", n, f"at β = {betas[0]:g}"),
+        at_least(5, f"{label}: strongest", high[0], high[1], REACH, "number", n, f"at β = {betas[-1]:g}"),
+        order_row(steered, column, name),
+        balance_row(steered, name),
+        moved_row(job, steered, name),
+    ]
+    kept = kept_row(job, steered, name)
+    return rows if kept is None else [*rows, kept]
+
+
+def _log_odds(result: SweepResult, place: int, column: int) -> tuple[float, Interval]:
+    """Corrected log odds of the target's share at one strength; its classes are two."""
+    ratio = result.points[place].log_ratio_corrected
+    if ratio is None:
+        return float("nan"), (float("-inf"), float("inf"))
+    low, high = ratio.interval
+    return (ratio.value, (low, high)) if column == 1 else (-ratio.value, (-high, -low))
+
+
+def order_row(steered: Steered, column: int, name: str) -> Row:
+    """Whether the target's share ever falls as β rises, beyond what paired seeds leave to chance."""
+    name = f"share rises with β, {name}: largest fall"
+    attribute = steered.result.attribute.name
+    readings = [reading.predictions[attribute] for reading in steered.readings]
+    pairs = list(combinations(range(len(readings)), 2))
+    falls: list[tuple[float, Interval, int]] = []
+    for i, j in pairs:
+        both = readings[i].certain & readings[j].certain
+        if not both.any():
+            continue
+        moved = stats.paired_difference(readings[i].labels[both] == column, readings[j].labels[both] == column)
+        low, high = stretch(moved.value, moved.interval, len(pairs))
+        falls.append((-moved.value, (-high, -low), int(both.sum())))
+    if not falls:
+        return Row(5, name, "no clear fall", "fails", note="every image was left undecided")
+    value, interval, n = max(falls, key=lambda fall: (fall[1][0] > 0, fall[0]))
+    value, interval = max(0.0, value), (max(interval[0], 0.0), max(interval[1], 0.0))
+    verdict: Verdict = "fails" if interval[0] > 0 else "holds"
+    note = f"largest of {len(pairs)} pairs of strengths, intervals hold together"
+    return Row(5, name, "0 within its interval", verdict, value, interval, "points", n, -interval[0], note)
+
+
+def balance_row(steered: Steered, name: str) -> Row:
+    """FD at the balanced strength against the 95 % point of its null."""
+    result, found = steered.result, steered.found
+    assert found is not None and steered.balanced is not None
+    own = steered.balanced.predictions[result.attribute.name]
+    n, counts = int(own.counts.sum()), own.counts
+    label = f"FD at balance, {name}"
+    if n == 0:
+        return Row(5, label, "–", "fails", note="every image was left undecided")
+    share = stats.wilson(int(counts[1]), n)
+    interval = distance((share[0] - 0.5, share[1] - 0.5))
+    wide = interval[0] * 2**0.5, interval[1] * 2**0.5
+    value, floor = metrics.fairness_discrepancy(counts / n), metrics.fd_null_floor(n)
+    note = f"{found.note} Bar: the 95 % point of FD at n = {n}"
+    return at_most(5, label, value, wide, floor, "number", n, note)
+
+
+def moved_row(job: Job, steered: Steered, name: str) -> Row:
+    """The largest move of a share of the other steered attributes at balance."""
+    assert steered.balanced is not None
+    others = [a.name for a in job.lens.attributes if a.name != steered.result.attribute.name]
+    before, after = steered.base.reading.predictions, steered.balanced.predictions
+    moves = [change for other in others for change in metrics.changes(before[other], after[other])]
+    label = f"{' and '.join(others) or 'other'} shares moved at balance, {name}"
+    if not moves:
+        return not_applicable(5, label, "this lens steers nothing else")
+    rows = []
+    for change in moves:
+        interval = distance(stretch(change.difference, change.interval, len(moves)))
+        note = f"{change.attribute}: {change.label} {change.before:.1%} to {change.after:.1%}"
+        rows.append(at_most(5, label, abs(change.difference), interval, MOVED, "points", change.n, note))
+    return worst(rows)
+
+
+def kept_row(job: Job, steered: Steered, name: str) -> Row | None:
+    """Nuisance classes kept on paired seeds at balance: mean over nuisances."""
+    assert steered.balanced is not None
+    steerable = {a.name for a in job.lens.attributes}
+    before, after = steered.base.reading.predictions, steered.balanced.predictions
+    same = {key: _same(before[key], after[key]) for key in before if key not in steerable}
+    if not same:
+        return None
+    low = min(same, key=lambda key: same[key].mean())
+    mean = np.mean(list(same.values()), axis=0)
+    found = stats.paired_bootstrap(np.mean, mean, n_boot=1000)
+    note = f"mean of {len(same)} nuisances; least: {low} {same[low].mean():.1%}"
+    return at_least(
+        5, f"nuisances kept at balance, {name}", found.value, found.interval, AGREEMENT, "share", len(mean), note
+    )
+
+
+def _same(before: Predictions, after: Predictions) -> np.ndarray:
+    return (metrics.decided_labels(before) == metrics.decided_labels(after)).astype(float)
+
+
+def _professions(job: Job, attribute: Attribute) -> list[tuple[Steered, list[Row]]]:
+    """Sweep the paper's professions, then others in order, until enough hold or none is left."""
+    prompts = [p for p in job.lens.prompts if p]
+    named = [p for word in FIRST_CHOICE for p in prompts if word in p.split()]
+    queue = named + [p for p in prompts if p not in named and "person" not in p.split()]
+    found: list[tuple[Steered, list[Row]]] = []
+    for place, prompt in enumerate(queue, start=1):
+        if sum(_does(job, rows) for _, rows in found) >= PROFESSIONS:
+            break
+        steered = steer(job, attribute, prompt, place)
+        found.append((steered, prompt_rows(job, steered, name_of(prompt))))
+    return found
+
+
+def _grade(rows: Sequence[Row]) -> int:
+    return SEVERITY[worst(rows).verdict]
+
+
+def _does(job: Job, rows: Sequence[Row]) -> bool:
+    return _grade(rows) >= SEVERITY["holds" if job.strict else "open"]
+
+
+def _profession_rows(job: Job, measured: Sequence[list[Row]], prompts: Sequence[str | None]) -> list[Row]:
+    """Per property, the worst of the best four professions; and how many hold."""
+    if len(measured) < PROFESSIONS:
+        return [not_applicable(5, "professions", f"the lens suggests {len(measured)} of the {PROFESSIONS} needed")]
+    order = sorted(range(len(measured)), key=lambda i: -_grade(measured[i]))
+    chosen = order[:PROFESSIONS]
+    names = ", ".join(str(prompts[i]).split()[-1] for i in chosen)
+    rows = [worst([measured[i][place] for i in chosen]) for place in range(len(measured[0]))]
+    holding = sum(_does(job, rows) for rows in measured)
+    note = (
+        f"{holding} of {len(measured)} measured {'hold' if job.strict else 'do not fail'}; the worst of {names} above"
+    )
+    count = at_least(5, "professions on which the sweep does this", holding, None, PROFESSIONS, "number", 0, note)
+    return [*rows, count]
+
+
+def _control_row(job: Job, attribute: Attribute, shipped: Steered) -> tuple[Row, list[SweepResult]]:
+    """How far random features of the same number go, on both sides of 0."""
+    results = [
+        steer(job, attribute, shipped.prompt, 0, control="random", draw=draw).result
+        for draw in range(job.sizes.controls)
+    ]
+    reaches = [reach(result) for result in results]
+    value = max(reaches)
+    own = reach(shipped.result)
+    note = f"{len(results)} random set(s) on {name_of(shipped.prompt)}; the shipped features reach {own:.2f}"
+    row = at_most(
+        5, "random features: reach on both sides of 0", value, None, np.nextafter(REACH, 0), "number",
+        job.sizes.sweep, note,
+    )  # fmt: skip
+    return row, results
+
+
+def reach(result: SweepResult) -> float:
+    """How far the log ratio goes on both sides of 0, the smaller of the two (negative: it stays on one side)."""
+    values = [p.log_ratio_corrected.value for p in result.points if p.log_ratio_corrected is not None]
+    return min(-min(values), max(values)) if values else float("nan")

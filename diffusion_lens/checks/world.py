@@ -1,0 +1,138 @@
+"""Rows 1 and 2: generated against planted shares, and the classifier on drawings it never saw."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import norm
+
+from diffusion_lens import stats
+from diffusion_lens.checks.result import Row, at_least, at_most, distance, not_applicable, stretch
+from diffusion_lens.checks.runs import DRAWN_SEED, Job, Tally, tally
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.portraits import world
+from diffusion_lens.types import Attribute, Share
+
+WITHIN = 0.04
+ACCURACY = {"gender": 0.98, "age": 0.95, "tone": 0.95}
+UNCERTAIN = 0.05
+NO_TRUTH = "no distribution was planted in this model"
+
+
+def has_truth(lens: DiffusionLens) -> bool:
+    """Whether the lens opens a model of the planted world, read by a classifier of that world."""
+    planted = (lens.folder / "pipeline" / "planted.json").is_file()
+    return planted and all(a in world.ATTRIBUTES for a in lens.classifier.attributes)
+
+
+def draw_shares(job: Job) -> dict[str | None, Tally]:
+    """Draw every suggested prompt and count."""
+    prompts = job.lens.prompts
+    found = {}
+    for place, prompt in enumerate(prompts):
+        request = job.request(prompt, job.seeds(1, place, job.sizes.shares))
+        found[prompt] = tally(job, request, f"1 shares: prompt {place + 1} of {len(prompts)}")
+    return found
+
+
+class Comparison:
+    """One class under one prompt: the corrected share against the planted one."""
+
+    def __init__(self, prompt: str | None, attribute: Attribute, share: Share, planted: float, m: int) -> None:
+        self.prompt, self.attribute, self.share, self.planted = prompt, attribute, share, planted
+        low, high = stretch(share.corrected, share.corrected_interval, m)
+        self.gap = abs(share.corrected - planted)
+        self.interval = distance((low - planted, high - planted))
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether the measured share lies more than ``WITHIN`` away."""
+        return self.gap > WITHIN
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it does, but its interval does not."""
+        return self.is_beyond and self.interval[0] <= WITHIN
+
+    @property
+    def chance(self) -> float:
+        """How probably a perfect model would land beyond ``WITHIN`` with this many images."""
+        p = self.planted
+        spread = np.sqrt(max(p * (1 - p), 1e-12) / max(self.share.n, 1))
+        return float(2 * norm.sf(WITHIN / spread))
+
+
+def compare(lens: DiffusionLens, tallies: dict[str | None, Tally]) -> list[Comparison]:
+    """Every class of every attribute under every prompt; intervals hold together."""
+    attributes = lens.classifier.attributes
+    m = len(tallies) * sum(len(a.classes) - 1 for a in attributes)
+    rows = []
+    for prompt, counted in tallies.items():
+        planted = world.planted_shares(prompt or "")
+        for a in attributes:
+            found = stats.shares(
+                counted.counts[a.name], counted.uncertain[a.name], a, lens.classifier.confusion[a.name]
+            )
+            rows += [Comparison(prompt, a, s, float(p), m) for s, p in zip(found, planted[a.name], strict=True)]
+    return rows
+
+
+def share_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
+    """Row 1, one per attribute: its worst class under its worst prompt.
+
+    Prompts with a share that is beyond the bar, but not clearly so, get more images once (``Sizes.again``).
+    """
+    lens = job.lens
+    if not has_truth(lens):
+        return [not_applicable(1, "generated against planted shares", NO_TRUTH)]
+    compared = compare(lens, tallies)
+    more = job.sizes.again - job.sizes.shares
+    unclear = {c.prompt for c in compared if c.is_open} if more > 0 else set()
+    for place, prompt in enumerate(lens.prompts):
+        if prompt in unclear:
+            request = job.request(prompt, job.seeds(1, place, more, skip=job.sizes.shares))
+            tally(job, request, f"1 shares: once more, '{prompt}'", tallies[prompt])
+    compared = compare(lens, tallies) if unclear else compared
+    return [_attribute_row(a, [c for c in compared if c.attribute == a]) for a in lens.classifier.attributes]
+
+
+def _attribute_row(attribute: Attribute, compared: list[Comparison]) -> Row:
+    top = max(compared, key=lambda c: (c.interval[0] > WITHIN, c.gap))
+    beyond, expected = sum(c.is_beyond for c in compared), sum(c.chance for c in compared)
+    note = (
+        f"{top.share.label} under '{top.prompt or ''}': {top.share.corrected:.1%}, planted {top.planted:.1%}; "
+        f"{beyond} of {len(compared)} beyond, a perfect model {expected:.1f} by chance"
+    )
+    return at_most(1, f"{attribute.name}: worst share", top.gap, top.interval, WITHIN, "points", top.share.n, note)
+
+
+def classifier_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
+    """Row 2: accuracy on fresh balanced drawings, and how often generated images are left undecided."""
+    lens = job.lens
+    rows = _accuracy_rows(job) if has_truth(lens) else [not_applicable(2, "classifier on held-out drawings", NO_TRUTH)]
+    n = sum(t.n for t in tallies.values())
+    for a in lens.attributes:
+        k = sum(t.uncertain[a.name] for t in tallies.values())
+        name = f"{a.name}: undecided on generated images"
+        rows.append(at_most(2, name, k / n, stats.wilson(k, n), UNCERTAIN, "share", n))
+    return rows
+
+
+def _accuracy_rows(job: Job) -> list[Row]:
+    from diffusion_lens.portraits.data import draw_many
+
+    n, told = job.sizes.drawings, job.told("2 classifier: drawing")
+    workers = 1 if n <= 4000 else None
+    drawn = draw_many(n, first_seed=DRAWN_SEED, balanced=True, workers=workers, on_step=told)
+    read = job.lens.classify(drawn.images)
+    rows = []
+    for name, bar in ACCURACY.items():
+        column = next(i for i, a in enumerate(world.ATTRIBUTES) if a.name == name)
+        if name not in read:
+            continue
+        right = int((read[name].labels == drawn.labels[:, column]).sum())
+        undecided = read[name].n_uncertain / n
+        note = f"most probable class of every drawing; {undecided:.1%} undecided"
+        rows.append(
+            at_least(2, f"{name}: right on new drawings", right / n, stats.wilson(right, n), bar, "share", n, note)
+        )
+    return rows

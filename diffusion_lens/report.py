@@ -1,0 +1,343 @@
+"""An audit: what a model shows under some prompts, as one self-contained HTML page, JSON and CSV."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from diffusion_lens import metrics, stats
+from diffusion_lens.artifacts import atomic_path, write_json
+from diffusion_lens.checks.world import has_truth
+from diffusion_lens.evaluate import evaluate
+from diffusion_lens.generate import Edit, OnStep, generate_batches
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.portraits import world
+from diffusion_lens.portraits.draw import sheet
+from diffusion_lens.records import to_plain
+from diffusion_lens.stats import Estimate
+from diffusion_lens.sweep import Reading, read_images
+from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError
+from diffusion_lens.weights import weights_digest
+
+FILES = ("audit.html", "audit.json", "audit.csv")
+EXAMPLES = 16
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "statsmodels")
+LIMITS = (
+    "An image classifier read how pictures look. It says nothing about who anybody is, and its classes are few.",
+    "Shares are of decided images; undecided ones are counted beside them and left out.",
+    "The correction supposes that the classifier errs on generated images as it did on labelled held-out ones.",
+    "Intervals speak of more seeds of the same prompts, not of other prompts, models or samplers.",
+    "Balance is one possible target. Which distribution is right is a choice for people, not a measurement.",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One prompt, unedited or edited.
+
+    Attributes:
+        evaluations: attribute → what was read, nuisances included; an edited finding has paired changes.
+        examples: the first images ``uint8 [m, H, W, 3]``.
+        planted: attribute → class → share in the training data (empty: not known).
+    """
+
+    prompt: str | None
+    edit: str | None
+    evaluations: dict[str, Evaluation]
+    examples: np.ndarray
+    planted: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Mean over prompts of one class's share as read; ``interval`` speaks of these prompts alone."""
+
+    attribute: str
+    label: str
+    edit: str | None
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Decided images per pair of classes ``int [first, second]``, all prompts together."""
+
+    first: Attribute
+    second: Attribute
+    edit: str | None
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that a report says.
+
+    Attributes:
+        facts: what was measured with: lens, model, sampler, seeds, software, in the order shown.
+        confusion: attribute → counts ``[true, read]`` of the classifier on labelled held-out images.
+        files: path in the lens folder → sha256.
+        command: reproduces the audit.
+    """
+
+    title: str
+    date: str
+    reviewer: str
+    notes: str
+    command: str
+    facts: dict[str, str]
+    attributes: tuple[Attribute, ...]
+    steered: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    pooled: tuple[Pooled, ...]
+    crossings: tuple[Crossing, ...]
+    confusion: dict[str, np.ndarray]
+    files: dict[str, str]
+    limits: tuple[str, ...] = LIMITS
+
+
+def audit(
+    lens: DiffusionLens,
+    prompts: Sequence[str | None],
+    seeds: Sequence[int],
+    *,
+    turns: Sequence[Intervention] = (),
+    title: str = "",
+    reviewer: str = "",
+    notes: str = "",
+    command: str = "",
+    date: str | None = None,
+    batch_size: int = 16,
+    on_step: OnStep | None = None,
+) -> Audit:
+    """Draw every prompt on the same seeds, read the images, and put together what a reviewer needs.
+
+    Args:
+        turns: draw every prompt a second time with these, and report what moved.
+        date: ISO date of the report; today (UTC) by default.
+        on_step: called with (steps done, in total) over all prompts; may raise to stop.
+
+    Raises:
+        LensError: no prompt, a prompt given twice, or a classifier whose error is unknown.
+    """
+    if not prompts or len(set(prompts)) != len(prompts):
+        raise LensError("An audit needs one or more different prompts.")
+    edit = lens.edit(*turns) if turns else None
+    runs = [(prompt, e) for prompt in prompts for e in ((None, edit) if edit else (None,))]
+    readings: list[Reading] = []
+    findings: list[Finding] = []
+    truth = has_truth(lens)
+    for number, (prompt, e) in enumerate(runs):
+        request = lens.request(prompt, seeds)
+        told = _share_of(on_step, number, len(runs))
+        parts = generate_batches(lens.model, request, edit=e, batch_size=batch_size, on_step=told)
+        reading = read_images(parts, lens.classifier, EXAMPLES)
+        reference = readings[-1] if e is not None else None
+        readings.append(reading)
+        findings.append(_finding(lens, request, reading, reference, e, truth))
+    return Audit(
+        title=title or f"Audit of {lens.manifest.name}",
+        date=date or datetime.now(timezone.utc).date().isoformat(),
+        reviewer=reviewer,
+        notes=notes,
+        command=command,
+        facts=_facts(lens, seeds, edit),
+        attributes=tuple(lens.classifier.attributes),
+        steered=tuple(a.name for a in lens.attributes),
+        findings=tuple(findings),
+        pooled=_pooled(lens, runs, readings),
+        crossings=_crossings(lens, runs, readings),
+        confusion={name: np.asarray(table) for name, table in lens.classifier.confusion.items()},
+        files={name: seal.sha256 for name, seal in sorted(lens.manifest.files.items())},
+    )
+
+
+def _share_of(on_step: OnStep | None, number: int, total: int) -> OnStep | None:
+    """Progress of one of ``total`` equal runs as progress of all."""
+    if on_step is None:
+        return None
+    report = on_step
+    return lambda done, of: report(number * of + done, total * of)
+
+
+def _finding(
+    lens: DiffusionLens,
+    request: GenerationRequest,
+    reading: Reading,
+    reference: Reading | None,
+    edit: Edit | None,
+    truth: bool,
+) -> Finding:
+    words = None if edit is None else edit.description
+    before = None if reference is None else reference.predictions
+    evaluations = {
+        a.name: evaluate(reading.predictions, a.name, lens.classifier.confusion, request, words, reference=before)
+        for a in lens.classifier.attributes
+    }
+    planted: dict[str, dict[str, float]] = {}
+    if truth and edit is None:
+        planted = _planted(request.prompt or "")
+    return Finding(request.prompt, words, evaluations, reading.examples, planted)
+
+
+def _planted(prompt: str) -> dict[str, dict[str, float]]:
+    try:
+        shares = world.planted_shares(prompt)
+    except LensError:
+        return {}
+    return {a.name: dict(zip(a.classes, map(float, shares[a.name]), strict=True)) for a in world.ATTRIBUTES}
+
+
+def _facts(lens: DiffusionLens, seeds: Sequence[int], edit: Edit | None) -> dict[str, str]:
+    m, model = lens.manifest, lens.model
+    scheduler = type(model.pipeline.scheduler).__name__
+    run = f"{seeds[0]} to {seeds[-1]}" if list(seeds) == list(range(seeds[0], seeds[-1] + 1)) else _list(seeds)
+    return {
+        "Lens": f"{m.name}, {m.lens_id}",
+        "Model": m.base_model.id + (f" at {m.base_model.revision}" if m.base_model.revision else ""),
+        "U-Net weights": weights_digest(model.unet, scheduler, str(model.dtype)),
+        "Sparse autoencoder": f"{m.sae_id} at {m.hook_name}",
+        "Classifier": lens.classifier.classifier_id,
+        "Sampler": f"{scheduler}, {m.n_steps} steps, guidance {m.guidance_scale:g}",
+        "Images": f"{len(seeds)} per prompt, seeds {run}",
+        "Edit": "none" if edit is None else edit.description,
+        "Software": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]),
+        "Device": f"{lens.device}, {platform.machine()}",
+    }
+
+
+def _list(seeds: Sequence[int]) -> str:
+    shown = ", ".join(map(str, seeds[:8]))
+    return shown if len(seeds) <= 8 else f"{shown}, …"
+
+
+Runs = Sequence[tuple[str | None, Edit | None]]
+
+
+def _groups(runs: Runs, readings: Sequence[Reading]) -> dict[str | None, list[Reading]]:
+    """Edit in words (``None``: unedited) → its readings, prompt by prompt."""
+    groups: dict[str | None, list[Reading]] = {}
+    for (_, edit), reading in zip(runs, readings, strict=True):
+        groups.setdefault(None if edit is None else edit.description, []).append(reading)
+    return groups
+
+
+def _pooled(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> tuple[Pooled, ...]:
+    """Every steered class over all prompts; empty where a prompt has too few decided images, or is the only one."""
+    rows = []
+    for edit, group in _groups(runs, readings).items():
+        for a in lens.attributes:
+            found = [r.predictions[a.name] for r in group]
+            if len(group) < 2 or min(int(p.certain.sum()) for p in found) < stats.MIN_PAIRS:
+                continue
+            for column, label in enumerate(a.classes):
+                values = [np.where(p.certain, p.labels == column, np.nan) for p in found]
+                estimate = stats.cluster_bootstrap(values, paired_seeds=True, fixed_prompts=True)
+                rows.append(Pooled(a.name, label, edit, estimate))
+    return tuple(rows)
+
+
+def _crossings(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> tuple[Crossing, ...]:
+    rows = []
+    for edit, group in _groups(runs, readings).items():
+        for a, b in combinations(lens.attributes, 2):
+            counts = sum(metrics.intersections(r.predictions[a.name], r.predictions[b.name]) for r in group)
+            rows.append(Crossing(a, b, edit, np.asarray(counts)))
+    return tuple(rows)
+
+
+def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
+    """Write ``audit.html``, ``audit.json`` and ``audit.csv`` into ``folder``; returns their paths."""
+    page, values, rows = (Path(folder) / name for name in FILES)
+    with atomic_path(page) as partial:
+        partial.write_text(render(found), encoding="utf-8")
+    write_json(values, plain_audit(found))
+    with atomic_path(rows) as partial:
+        partial.write_text(table_text(found), encoding="utf-8")
+    return page, values, rows
+
+
+def plain_audit(found: Audit) -> dict[str, Any]:
+    """The audit as JSON values, without pictures."""
+    bare = tuple(replace(finding, examples=np.zeros(0)) for finding in found.findings)
+    plain: dict[str, Any] = to_plain(replace(found, findings=bare))
+    for finding in plain["findings"]:
+        del finding["examples"]
+    return plain
+
+
+COLUMNS = (
+    "prompt", "edit", "attribute", "class", "count", "decided", "undecided", "share", "share_low", "share_high",
+    "corrected", "corrected_low", "corrected_high", "planted",
+)  # fmt: skip
+
+
+def table_text(found: Audit) -> str:
+    """One CSV line per prompt, edit, attribute and class; shares between 0 and 1."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for finding in found.findings:
+        for name, evaluation in finding.evaluations.items():
+            for s in evaluation.shares:
+                planted = finding.planted.get(name, {}).get(s.label, "")
+                numbers = (s.raw, *s.raw_interval, s.corrected, *s.corrected_interval)
+                writer.writerow([
+                    _cell(finding.prompt or ""), _cell(finding.edit or ""), name, s.label, s.count, s.n, s.n_uncertain,
+                    *(f"{x:.6g}" for x in numbers), planted,
+                ])  # fmt: skip
+    return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text that a spreadsheet will not take for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def render(found: Audit) -> str:
+    """The audit as one HTML page that needs nothing from elsewhere, no script included."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    pictures = [_picture(finding.examples) for finding in found.findings]
+    captions = [_caption(finding, found.steered) for finding in found.findings]
+    return environment.get_template("audit.html").render(
+        audit=found, findings=list(zip(found.findings, pictures, captions, strict=True))
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.1f}" if np.isfinite(value) else "–"
+
+
+def _picture(images: np.ndarray) -> str:
+    """A contact sheet as a data address."""
+    buffer = io.BytesIO()
+    sheet(images, min(8, len(images))).save(buffer, "WEBP", quality=88)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _caption(finding: Finding, steered: Sequence[str]) -> str:
+    """What the pictures are, and what was read in all images of this prompt: their alt text."""
+    parts = []
+    for name in steered:
+        counted: Mapping[str, int] = {s.label: s.count for s in finding.evaluations[name].shares}
+        parts.append(f"{name}: " + ", ".join(f"{count} {label}" for label, count in counted.items()))
+    kind = "edited" if finding.edit else "unedited"
+    return f"The first {len(finding.examples)} {kind} images. Of all images, {'; '.join(parts)}."
