@@ -6,6 +6,7 @@ done: a fit that is killed goes on where it was, and a changed configuration rep
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ def prepare(config: FitConfig, models: Models, work: Path, on_stage: OnStage | N
     if model.is_text != bool(config.sampling_prompts):
         raise LensError("A text model needs sampling_prompts, an unconditional one takes none.")
     scheduler = model.pipeline.scheduler
+    # Keys with an underscore are diffusers' own notes: versions and file names.
+    sampler = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     identities = {
-        "scheduler": f"{type(scheduler).__name__} {sorted(scheduler.config.items(), key=str)}",
+        "scheduler": f"{type(scheduler).__name__} {json.dumps(sampler, sort_keys=True, default=str)}",
         "dtype": str(model.dtype),
         **{n: weights_digest(part) for n, part in model.pipeline.components.items() if isinstance(part, nn.Module)},
         "classifier": models.classifier.classifier_id,

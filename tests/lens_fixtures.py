@@ -29,21 +29,28 @@ GLASSES = Attribute("glasses", ("none", "glasses"))
 
 
 def make_classifier(model: DiffusionModel) -> HeadsClassifier:
-    """A classifier of the model's own images that errs on one in twenty.
-
-    Its network is random. Its heads cut the main directions in which the images' features vary, so that every
-    class is common; the labels it is calibrated on are its own answers, a twentieth of them changed.
-    """
-    images = np.concatenate([
+    """A classifier of the text model's own images that errs on one in twenty."""
+    parts = [
         generate(model, request(model, prompt, range(10_000, 10_128), STEPS, 2.0), batch_size=64).images
         for prompt in PROMPTS
-    ])  # fmt: skip
+    ]
+    return classifier_of(*parts)
+
+
+def classifier_of(*parts: np.ndarray) -> HeadsClassifier:
+    """A classifier of images ``uint8 [n, H, W, 3]``, each part from one prompt.
+
+    Its network is random. Its heads cut the main directions in which features vary within a prompt, so that
+    every class is common; the labels it is calibrated on are its own answers, a twentieth of them changed.
+    """
+    images = np.concatenate(parts)
     attributes = (GENDER, AGE, GLASSES)
     blank = torch.zeros(len(images), len(attributes), dtype=torch.int64)
-    pixels = torch.from_numpy(images)
+    enlarge = max(1, 16 // images.shape[1])
+    pixels = torch.from_numpy(images.repeat(enlarge, axis=1).repeat(enlarge, axis=2))
     made = train_heads(pixels, blank, attributes, n_steps=1, lr=1e-9, widths=(8, 8, 8, 16), augment=lambda x, _: x)
     features = torch.from_numpy(made.features(images)).double()
-    within = torch.cat([part - part.mean(dim=0) for part in features.chunk(len(PROMPTS))])
+    within = torch.cat([part - part.mean(dim=0) for part in features.chunk(len(parts))])
     axes = torch.linalg.svd(within, full_matrices=False)[2][:3]
     score = features @ axes.T
     axes, score = 6 * axes / score.std(dim=0)[:, None], 6 * score / score.std(dim=0)
