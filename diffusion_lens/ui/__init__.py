@@ -62,7 +62,7 @@ def _connect(
 
 
 def launch(lens: DiffusionLens, **options: Any) -> None:
-    """Serve the app until it is stopped; ``options`` go to gradio's ``launch`` (``server_name``, ``server_port``, …)."""
+    """Serve the app until it is stopped; ``options`` go to gradio's ``launch``, e.g. ``server_port=8000``."""
     demo = build(lens, warm_up=True)
     demo.launch(**{**launch_options(), **options})
 

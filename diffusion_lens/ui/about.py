@@ -74,7 +74,8 @@ def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
     """(prompt, attribute) → shares of the unedited images that the stored sweeps counted."""
     found: dict[tuple[str, str], tuple[Share, ...]] = {}
     for result in lens.sweeps:
-        identity = identity_beta(lens.settings[result.attribute.name].mode) if result.attribute.name in lens.settings else None
+        setting = lens.settings.get(result.attribute.name)
+        identity = identity_beta(setting.mode) if setting else None
         for point in result.points:
             if point.beta == identity and result.request.prompt is not None:
                 found.setdefault((result.request.prompt, result.attribute.name), point.shares)
@@ -136,11 +137,13 @@ def lens_html(lens: DiffusionLens) -> str:
     """What is open: enough to find the same lens again."""
     m = lens.manifest
     rows = [
-        ("lens", f"{m.name}, {m.lens_id}"), ("model", m.base_model.id), ("sampler", f"{m.scheduler}, {m.n_steps} steps"),
+        ("lens", f"{m.name}, {m.lens_id}"), ("model", m.base_model.id),
+        ("sampler", f"{m.scheduler}, {m.n_steps} steps"),
         ("guidance", f"{m.guidance_scale:g}"), ("bottleneck", m.hook_name),
         ("SAE", f"{m.sae_id}, {lens.atlas.density.size} features"), ("judged by", m.classifier_id),
     ]  # fmt: skip
-    rows += [(f"shipped turn for {n}", describe_setting(s) + (f"; {s.note}" if s.note else "")) for n, s in lens.settings.items()]
+    for name, setting in lens.settings.items():
+        rows.append((f"turn for {name}", describe_setting(setting) + (f"; {setting.note}" if setting.note else "")))
     body = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
     return f"<h2>This lens</h2><div class='dl-scroll' tabindex='0'><table><tbody>{body}</tbody></table></div>"
 
@@ -173,4 +176,5 @@ def layout(studio: Studio, tab: gr.Tab) -> None:
         compared = comparison(lens, prompt or "", attribute) if found else None
         return compared, planted_html(lens, attribute), *confusion(studio, attribute)
 
-    gr.on([attribute.input, prompt.input, tab.select], refresh, [attribute, prompt], [shares, table, errors, says], **quick)
+    outputs = [shares, table, errors, says]
+    gr.on([attribute.input, prompt.input, tab.select], refresh, [attribute, prompt], outputs, **quick)

@@ -113,9 +113,9 @@ def layout(studio: Studio) -> tuple[gr.State, gr.Button]:
         with gr.Column(scale=5, min_width=320):
             plot = figure(opened[2], elem_id="dl-atlas-map", min_height=460)
             rows = gr.Dataframe(
-                table(studio, colour_now), headers=HEADERS, datatype=["number", "str", "number", "str"], interactive=False,
-                max_height=320, show_search="search", label="Features, strongest first", type="array",
-                elem_id="dl-atlas-table", buttons=[],
+                table(studio, colour_now), headers=HEADERS, datatype=["number", "str", "number", "str"],
+                interactive=False, max_height=320, show_search="search", label="Features, strongest first",
+                type="array", elem_id="dl-atlas-table", buttons=[],
             )  # fmt: skip
         with gr.Column(scale=4, min_width=320):
             card = gr.HTML(opened[0], elem_id="dl-atlas-card")

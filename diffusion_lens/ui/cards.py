@@ -48,12 +48,12 @@ def small_card(lens: DiffusionLens, view: View, feature: int) -> str:
     totals = lens.attributions[view.attribute].total(label)
     share = float(np.clip(score / max(float(totals.max()), 1e-12), 0, 1))
     rank = card.rank.get(view.attribute, {}).get(label)
-    place = f"rank {rank} for {label}" if rank else ""
+    place = f"rank {rank}" if rank else ""
     return (
         f'<article class="dl-card dl-{part}" aria-label="Feature {feature}, {escape(names[part])}">'
         f'<header><b>#{feature}</b><span class="dl-tag">{escape(names[part])}</span></header>'
         f"{_label(card)}{thumbs(card.top, THUMBS, feature)}"
-        f'<div class="dl-meter" role="img" aria-label="Attribution {score:.3g}, {escape(place)}">'
+        f'<div class="dl-meter" role="img" aria-label="Attribution to {escape(label)} {score:.3g}, {escape(place)}">'
         f'<i style="width:{share:.0%}"></i></div>'
         f"<p><span>{escape(place)}</span><span>fires on {_percent(card.density)}</span></p></article>"
     )

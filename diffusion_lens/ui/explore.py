@@ -25,14 +25,12 @@ COPY = """() => {
 }"""
 
 
-class Strength(gr.Slider):
+def strength(low: float, high: float, value: float, **options: Any) -> gr.Slider:
     """A slider whose limits are checked by the handlers, which say what is wrong in one sentence."""
-
-    is_template = True  # gradio then draws it as the slider that it is
-
-    def preprocess(self, payload: float) -> float:
-        """The number as it came."""
-        return payload
+    slider = gr.Slider(low, high, value, **options)
+    # A subclass would be a custom component to gradio, with its own front end.
+    setattr(slider, "preprocess", lambda payload: payload)  # noqa: B010 - mypy refuses the plain assignment
+    return slider
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def _choose(studio: Studio, values: list[Any]) -> list[Any]:
         target = gr.Radio(
             list(lens.attribute_named(values[1]).classes), value=values[2], label="Turn towards", scale=3, min_width=200
         )
-        n_seeds = gr.Radio(list(state.SEED_COUNTS), value=values[3], label="Images", scale=1, min_width=120)
+        n_seeds = gr.Radio(list(state.SEED_COUNTS), value=values[3], label="Images", scale=2, min_width=150)
     return [prompt, attribute, target, n_seeds]
 
 
@@ -118,7 +116,7 @@ def _features(
                 checks.append(gr.Checkbox(
                     values[10 + k], label="turns with the set", container=False, visible=k < len(slots)
                 ))  # fmt: skip
-                own.append(Strength(
+                own.append(strength(
                     ends.low, ends.high, values[10 + N_SLOTS + k], step=ends.step, container=False, visible=False,
                     label=f"β of #{slots[k]} alone" if k < len(slots) else "", elem_classes="dl-own",
                 ))  # fmt: skip
@@ -130,7 +128,7 @@ def _turn(studio: Studio, view: View, values: list[Any]) -> tuple[Any, list[Any]
     n_steps = studio.lens.manifest.n_steps
     gr.HTML(texts.section(texts.TURN))
     with gr.Row(elem_id="dl-turn", equal_height=True):
-        beta = Strength(
+        beta = strength(
             ends.low, ends.high, view.beta, step=ends.step, label="Strength β of the whole set", scale=6, min_width=240,
             elem_id="dl-beta", buttons=[], info=f"{ends.identity:g} leaves the model as it is",
         )  # fmt: skip
@@ -145,9 +143,9 @@ def _turn(studio: Studio, view: View, values: list[Any]) -> tuple[Any, list[Any]
             info="asymmetric turns the predicted image alone, symmetric the direction too",
         )  # fmt: skip
         limit = min(state.MAX_FEATURES, studio.lens.atlas.density.size)
-        n_features = Strength(1, limit, values[6], step=1, label="Features per pole", min_width=180)
-        first_step = Strength(1, n_steps, values[7], step=1, label="Turn from step", min_width=180)
-        last_step = Strength(1, n_steps, values[8], step=1, label="to step", min_width=180)
+        n_features = strength(1, limit, values[6], step=1, label="Features per pole", min_width=180)
+        first_step = strength(1, n_steps, values[7], step=1, label="Turn from step", min_width=180)
+        last_step = strength(1, n_steps, values[8], step=1, label="to step", min_width=180)
     return beta, [first_seed, sampler, n_features, first_step, last_step], reset, balance, stop
 
 

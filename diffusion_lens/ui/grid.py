@@ -125,8 +125,8 @@ def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -
         low, high = share.corrected_interval
         words.append(
             f"The stored sweep counted {share.n} images at β = {stored.beta:g}: "
-            f"<b>{share.corrected:.0%}</b> {escape(share.label)} ({low:.0%} to {high:.0%}, classifier's error corrected, "
-            f"{share.n_uncertain} uncertain)."
+            f"<b>{share.corrected:.0%}</b> {escape(share.label)} ({low:.0%} to {high:.0%}, corrected for the "
+            f"classifier's error, {share.n_uncertain} uncertain)."
         )
     if picture.activation_ratio is not None and abs(np.log(max(picture.activation_ratio, 1e-9))) > np.log(1.5):
         words.append(f"The bottleneck is now {picture.activation_ratio:.1f} × its usual size: expect odd images.")

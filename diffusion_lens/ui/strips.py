@@ -63,7 +63,8 @@ def _row(point: SweepPoint, result: SweepResult) -> str:
     cells = [f"{share.corrected:.0%} ({low:.0%} to {high:.0%})"]
     if len(result.attribute.classes) == 2:
         ratio = point.log_ratio_corrected
-        cells.append("–" if ratio is None else f"{ratio.value:+.2f} ({ratio.interval[0]:+.2f} to {ratio.interval[1]:+.2f})")
+        low, high = ratio.interval if ratio else (0.0, 0.0)
+        cells.append("–" if ratio is None else f"{ratio.value:+.2f} ({low:+.2f} to {high:+.2f})")
     within = " (within noise)" if point.fd <= point.fd_floor else ""
     cells += [f"{point.fd:.3f}{within}", str(share.n), str(share.n_uncertain)]
     return f"<tr><th scope='row'>{point.beta:g}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
@@ -75,4 +76,5 @@ def download_html(results: Sequence[SweepResult]) -> str:
         return ""
     text = base64.b64encode(as_json(tuple(results)).encode()).decode()
     name = f"sweep-{results[0].attribute.name}.json"
-    return f'<a class="dl-download" download="{escape(name)}" href="data:application/json;base64,{text}">Download JSON</a>'
+    href = f"data:application/json;base64,{text}"
+    return f'<a class="dl-download" download="{escape(name)}" href="{href}">Download JSON</a>'

@@ -53,7 +53,8 @@ def run(
     """Measure point by point. Yields the outputs of ``shown``, status, the sweeps, run button, stop button."""
     from diffusion_lens.generate import Cancelled
 
-    busy, idle = (gr.update(visible=False), gr.update(visible=True)), (gr.update(visible=True), gr.update(visible=False))
+    on, off = gr.update(visible=True), gr.update(visible=False)
+    busy, idle = (off, on), (on, off)
     same = tuple(gr.skip() for _ in range(5))
     results: tuple[SweepResult, ...] = ()
     try:

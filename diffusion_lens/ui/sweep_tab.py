@@ -19,7 +19,7 @@ def layout(studio: Studio, page: gr.State) -> None:
     lens = studio.lens
     view = state.default_view(lens)
     suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
-    opened = handlers.open_stored(studio, view.prompt if view.prompt else texts.EMPTY_PROMPT, view.attribute, "log ratio")
+    opened = handlers.open_stored(studio, view.prompt, view.attribute, "log ratio")
     gr.HTML(f'<p class="dl-intro">{texts.SWEEP_INTRO}</p>')
     with gr.Row(elem_classes="dl-choose"):
         prompt = gr.Dropdown(
