@@ -31,7 +31,7 @@ from diffusion_lens.fit_stages import (
     label,
     sample,
 )
-from diffusion_lens.fit_write import write_lens
+from diffusion_lens.fit_write import check_target, write_lens
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.pipelines import DiffusionModel, load_model
 from diffusion_lens.types import LensError

@@ -70,17 +70,19 @@ def write_lens(work: Work, out: Path) -> Manifest:
     return write_manifest(out, manifest)
 
 
-def _clear(out: Path) -> None:
-    """Remove a former lens's own parts; a folder with anything else in it is refused."""
-    if not out.exists():
-        out.mkdir(parents=True)
-        return
+def check_target(out: Path) -> None:
+    """Raise ``LensError`` if ``out`` holds anything that is no part of a lens."""
     known = {*OWN_FOLDERS, "pipeline", MANIFEST, "README.md"}
-    strangers = [
-        p.name for p in out.iterdir() if p.name not in known and p.suffix != ".safetensors" and p.name[0] != "."
-    ]
+    found = [path for path in out.iterdir() if not path.name.startswith(".")] if out.exists() else []
+    strangers = sorted(path.name for path in found if path.name not in known and path.suffix != ".safetensors")
     if strangers:
         raise LensError(f"{out} holds '{strangers[0]}', which is no part of a lens; choose another folder.")
+
+
+def _clear(out: Path) -> None:
+    """Remove a former lens's own parts, its pipeline excepted."""
+    check_target(out)
+    out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)

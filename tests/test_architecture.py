@@ -16,7 +16,10 @@ FOUNDATION = {
     "artifacts", "sheets", "records", "pipelines", "hooks", "codec", "weights", "sae", "probes", "stats", "settings",
     "calibration", "resume",
 }  # fmt: skip
-TOP = {"lens", "lens_folder", "report", "fit", "fit_config", "fit_estimate", "fit_measure", "fit_stages", "fit_write"}
+TOP = {
+    "lens", "lens_folder", "report", "check", "checks", "fit", "fit_config", "fit_estimate", "fit_measure",
+    "fit_stages", "fit_write",
+}  # fmt: skip
 APP = {"ui", "app", "__main__", "cli"}
 MODEL_MODULES = {"pipelines", "hooks", "generate", "denoise", "activations", "lens", "lens_folder"}
 

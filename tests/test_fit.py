@@ -185,6 +185,7 @@ def test_a_folder_with_other_things_in_it_is_not_overwritten(tiny_fit_models: Mo
     (tmp_path / "l" / "thesis.docx").write_text("precious")
     with pytest.raises(LensError, match=r"'thesis\.docx', which is no part of a lens"):
         fit(quick(), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models)
+    assert not (tmp_path / "w").exists()
 
 
 def test_no_path_of_this_machine_enters_a_bundled_lens(tiny_lens_folder: Path) -> None:
