@@ -117,6 +117,7 @@ def fit(
     Raises:
         LensError: what does not fit together, or a class that too few images show.
     """
+    check_target(Path(out))
     ready = prepare(
         config, models or load_models(config, device=device, dtype=dtype, offline=offline), Path(work), on_stage
     )
