@@ -21,6 +21,7 @@ from diffusion_lens.train import (
     _batches,
     _calibrated_temperature,
     _losses,
+    _project_decoder_gradient,
     evaluate_sae,
     train_probe,
     train_sae,
@@ -110,6 +111,22 @@ def test_auxiliary_loss_equals_a_slow_twin_whatever_the_residuals_scale() -> Non
     tiny = _auxiliary(sae, pre[:, dead], dead, residual * 1e-3, 2)
     assert float(tiny) == pytest.approx(slow, rel=1e-3)
     assert float(_losses(sae, x, dead, 0)[1]) == 0
+
+
+def test_the_decoders_gradient_keeps_its_rows_on_the_sphere() -> None:
+    sae = random_sae().requires_grad_(True)
+    with torch.no_grad():
+        sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+    _losses(sae, torch.randn(50, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([]).long(), 0)[
+        0
+    ].backward()
+    assert sae.W_dec.grad is not None
+    before = sae.W_dec.grad.clone()
+    _project_decoder_gradient(sae)
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(12), atol=1e-6, rtol=0)
+    along = (before * sae.W_dec).sum(1, keepdim=True)
+    assert along.abs().max() > 1e-3
+    torch.testing.assert_close(sae.W_dec.grad + along * sae.W_dec.detach(), before, atol=1e-6, rtol=1e-4)
 
 
 def test_chunks_are_read_again_and_an_iterator_that_ends_is_named() -> None:
