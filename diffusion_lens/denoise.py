@@ -7,7 +7,7 @@ other modules speak. Under classifier-free guidance only the conditional half is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -45,7 +45,8 @@ class Edit(Protocol):
     """A change of the bottleneck. ``description`` is stable text: provenance and cache key.
 
     An edit may also have ``model_context``, a callable ``DiffusionModel -> context manager`` for edits of weights;
-    it is entered once per batch. Runs happen in inference mode: an edit that needs gradients opens
+    it is entered once per batch; and ``prompts``, a callable ``GenerationRequest -> one prompt per image``, for edits
+    of what each image is told. Runs happen in inference mode: an edit that needs gradients opens
     ``torch.inference_mode(False)`` and ``torch.enable_grad()`` and clones ``h`` there.
     """
 
@@ -168,7 +169,8 @@ class BatchRun:
             latents, scheduler = self._walk(self.request.n_steps, on_step, keep)
             images = model.decode(latents, len(self.request.seeds))
         activations = None if self.capture is None else self._activations(scheduler, self.capture)
-        return Generation(images, self.request, None if edit is None else edit.description, activations, self.stats.mean)
+        told = None if edit is None else edit.description
+        return Generation(images, self.request, told, activations, self.stats.mean)
 
     def read(self, on_step: Callable[[int], None]) -> Activations:
         """Run to the last captured step and no further; nothing is decoded. Needs a ``capture``."""
@@ -180,7 +182,7 @@ class BatchRun:
     def _walk(self, stop: int, on_step: Callable[[int], None], keep: Keep | None) -> tuple[Tensor, Any]:
         model, request = self.model, self.request
         scheduler = model.scheduler(request.n_steps)
-        conditioning = model.condition(request.prompt, len(request.seeds), request.guidance_scale)
+        conditioning = self._conditioning()
         latents, generators = self._begin(scheduler)
         with torch.inference_mode():
             for index in range(self.first, stop):
@@ -189,6 +191,13 @@ class BatchRun:
                 latents = self._step(index, latents, scheduler, conditioning, generators)
                 on_step(index - self.first + 1)
         return latents, scheduler
+
+    def _conditioning(self) -> Conditioning:
+        request = self.request
+        prompts = getattr(self.edit, "prompts", None)
+        if prompts is None:
+            return self.model.condition(request.prompt, len(request.seeds), request.guidance_scale)
+        return condition_each(self.model, prompts(request), request.guidance_scale)
 
     def _begin(self, scheduler: Any) -> tuple[Tensor, list[torch.Generator]]:
         generators = seed_generators(self.request.seeds)
@@ -325,6 +334,25 @@ def _asymmetric(
     alpha_bar = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
     shift = alpha_bar**0.5 * (x0 - previous.pred_original_sample[rows])
     return previous.prev_sample.index_add(0, rows, shift.to(previous.prev_sample.dtype))
+
+
+def condition_each(model: DiffusionModel, prompts: Sequence[str | None], guidance_scale: float) -> Conditioning:
+    """The U-Net's conditioning for one image per prompt; row ``i`` equals that of ``prompts[i]`` alone."""
+    n = len(prompts)
+    parts = {prompt: model.condition(prompt, n, guidance_scale) for prompt in dict.fromkeys(prompts)}
+    whole, *others = parts.items()
+    kwargs = whole[1].kwargs
+    for prompt, part in others:
+        own = [i for i, told in enumerate(prompts) if told == prompt]
+        kwargs = _put_rows(kwargs, part.kwargs, own + [n + i for i in own] * part.guided)
+    return replace(whole[1], kwargs=kwargs)
+
+
+def _put_rows(into: Any, value: Any, rows: list[int]) -> Any:
+    if isinstance(value, dict):
+        return {name: _put_rows(into[name], item, rows) for name, item in value.items()}
+    index = torch.tensor(rows, device=value.device)
+    return into.index_copy(0, index, value[index])
 
 
 def _guide(prediction: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
