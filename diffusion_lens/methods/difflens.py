@@ -1,0 +1,60 @@
+"""DiffLens (Shi et al., CVPR 2025, arXiv 2503.20483): integrated gradients over SAE features, then scaling."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from diffusion_lens.attribute import integrated_gradients
+from diffusion_lens.denoise import Edit
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
+from diffusion_lens.methods.sae_features import SaeOptions, attribute_draws, feature_edit, rebuild
+from diffusion_lens.types import Attribution
+
+
+class DiffLensOptions(SaeOptions):
+    """Which attribution ranks the features, and how they are turned."""
+
+    attribution: Literal["shipped", "fitted"] = Field(
+        "shipped", title="Attribution", description="The lens's own, or one on the images drawn for this fit."
+    )
+
+
+def difflens_attribution(fitted: Fitted) -> Attribution:
+    """The attribution that a fitted DiffLens ranks features by."""
+    if fitted.options.attribution == "shipped":
+        return fitted.lens.attributions[fitted.record.attribute]
+    return rebuild(fitted, "integrated_gradients")
+
+
+class DiffLens(Method):
+    """SAE features by integrated gradients."""
+
+    key = "difflens"
+    name = "DiffLens"
+    kind = "SAE features"
+    source = "Shi et al. 2025, Dissecting and Mitigating Diffusion Bias via Mechanistic Interpretability, CVPR"
+    explanation = (
+        "Ranks the features of a sparse autoencoder at the U-Net's bottleneck by integrated gradients of an attribute "
+        "probe, takes the top ones, and multiplies their activations by β (or adds β to them) at every step. The edit "
+        "is by difference, h' = h + (s' − s) W_dec, so that β = 1 changes nothing at all. Each image is steered to a "
+        "class drawn for it from the target shares, by its own seed, which is our working form; the published code "
+        "draws one class per batch (Shi et al., CVPR 2025, arXiv 2503.20483)."
+    )
+    options = DiffLensOptions
+    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strength_name = "β − 1"
+
+    def learn(self, task: Task) -> Learned:
+        """Nothing for the shipped attribution; else integrated gradients on the task's images."""
+        if task.options.attribution == "shipped":
+            return Learned(notes={"attribution": "shipped with the lens; its fitting time is not counted"})
+        found = attribute_draws(task, partial(integrated_gradients, task.lens.sae, task.probe))
+        return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        return feature_edit(fitted, difflens_attribution(fitted), strength, seeds)

@@ -1,0 +1,101 @@
+"""What the methods that turn SAE features share: options, and the edit from an attribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from diffusion_lens.config import Setting
+from diffusion_lens.denoise import Edit
+from diffusion_lens.intervene import compile, draw_classes
+from diffusion_lens.methods.draws import Counter, Drawn
+from diffusion_lens.methods.edits import NoEdit
+from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
+from diffusion_lens.settings import identity_beta, make_intervention
+from diffusion_lens.types import Attribution, Intervention, LensError, Mode, Sampler
+
+Change = Callable[[Intervention], Intervention]
+
+
+class SaeOptions(MethodOptions):
+    """How features are turned; ``None`` takes the lens's shipped setting."""
+
+    n_features: int | None = Field(None, ge=1, title="Features", description="Features per pole, best first.")
+    poles: Literal["one", "both"] | None = Field(None, title="Poles", description="Turn the other pole back, too.")
+    mode: Mode | None = Field(None, title="Mode", description="Multiply activations, or add to them.")
+    sampler: Sampler | None = Field(None, title="Sampler", description="Asymmetric moves the predicted image alone.")
+
+
+def turn_setting(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting:
+    """The shipped setting with what the options replace; where the lens ships none, 30 features scaled."""
+    shipped = lens.settings.get(attribute)
+    setting = shipped or Setting(
+        attribute=attribute, target=lens.probes[attribute].attribute.classes[-1], n_features=30, poles="one",
+        mode="scale", sampler="asymmetric", betas=(1.0,),
+    )  # fmt: skip
+    told = options.model_dump(exclude={"draw_seed"}, exclude_none=True)
+    known = {name: value for name, value in told.items() if name in Setting.model_fields}
+    return setting.model_copy(update=known)
+
+
+def feature_edit(
+    fitted: Fitted, attribution: Attribution, strength: float, seeds: tuple[int, ...], change: Change | None = None
+) -> Edit:
+    """Turn the features of each image's own class: β = 1 + strength for ``scale``, β = strength otherwise.
+
+    ``change`` turns every intervention into another one (controls do).
+    """
+    setting = turn_setting(fitted.lens, fitted.record.attribute, fitted.options)
+    beta = identity_beta(setting.mode) + strength
+    target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
+    drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
+    turns = []
+    for label, group in drawn.items():
+        if target[label] > 0 and (group or target[label] == 1):
+            turn = make_intervention(attribution, setting, label, beta)
+            turns.append(replace(turn, only_seeds=None if target[label] == 1 else group))
+    turns = turns if change is None else [change(turn) for turn in turns]
+    return compile(turns, fitted.lens.sae) if turns else NoEdit(fitted.describe(strength))
+
+
+def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:
+    """``score(h)`` of every batch of the task's draws, averaged over images; the worst completeness gap."""
+    counter = Counter(task.on_step, task.draws.steps_left + len(task.draws.plan()))
+    return average_attributions(task.draws.batches(counter), score, counter)
+
+
+def average_attributions(
+    batches: tuple[Drawn, ...], score: Callable[[torch.Tensor], Attribution], counter: Counter
+) -> Attribution:
+    """The same for batches at hand."""
+    total: np.ndarray | None = None
+    parts: list[Attribution] = []
+    for batch in batches:
+        parts.append(score(batch.h))
+        scaled = parts[-1].scores.astype(np.float64) * len(batch.seeds)
+        total = scaled if total is None else total + scaled
+        counter.advance()
+    n = sum(len(batch.seeds) for batch in batches)
+    assert total is not None
+    gap = max(part.completeness_gap for part in parts)
+    return replace(parts[0], scores=(total / n).astype(np.float32), completeness_gap=gap, n_images=n)
+
+
+def rebuild(fitted: Fitted, method: str) -> Attribution:
+    """The attribution that a fit stored as the tensor ``scores``."""
+    if "scores" not in fitted.tensors:
+        raise LensError(f"{fitted.method.name} has no stored scores; fit it again.")
+    return Attribution(
+        scores=fitted.tensors["scores"].numpy(),
+        completeness_gap=float(fitted.record.notes["completeness_gap"]),
+        attribute=fitted.attribute,
+        method=method,
+        baseline="zero",
+        sae_id=fitted.lens.sae.sae_id,
+        n_images=len(fitted.record.seeds),
+    )
