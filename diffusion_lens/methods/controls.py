@@ -1,0 +1,210 @@
+"""Controls: what a steering method has to beat. Random features, exchanged poles, noise, and plainly asking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_lens.denoise import Edit, StepContext
+from diffusion_lens.intervene import draw_classes
+from diffusion_lens.methods.edits import NoEdit
+from diffusion_lens.methods.prompts import name_class
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.sae_features import Change, SaeOptions, feature_edit, turn_setting
+from diffusion_lens.settings import control_turn, opposite_set
+from diffusion_lens.types import Attribute, GenerationRequest, Intervention, LensError, Sampler
+
+
+class ControlOptions(SaeOptions):
+    """As DiffLens', which the control imitates."""
+
+    control_seed: int = Field(0, ge=0, title="Seed of the control")
+
+
+class _SaeControl(Method):
+    """A control that imitates DiffLens' edit with the lens's shipped attribution."""
+
+    kind = "control"
+    options: ClassVar[type[MethodOptions]] = ControlOptions
+    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strength_name = "β − 1"
+    is_control = True
+
+    def learn(self, task: Task) -> Learned:
+        """Nothing."""
+        if task.attribute.name not in task.lens.attributions:
+            raise LensError(f"This lens ships no attribution for {task.attribute.name}; fit it with one.")
+        return Learned()
+
+    def _edit(self, fitted: Fitted, strength: float, seeds: tuple[int, ...], change: Change | None) -> Edit:
+        return feature_edit(fitted, fitted.lens.attributions[fitted.record.attribute], strength, seeds, change)
+
+
+class RandomFeatures(_SaeControl):
+    """Live features drawn at random."""
+
+    key = "control-random"
+    name = "Control: random features"
+    source = "ours"
+    explanation = (
+        "Turns as many live SAE features as DiffLens does, drawn at random, just as far. What this moves, any push of "
+        "that size would move: the effect of the chosen features is what goes beyond it (our control)."
+    )
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """Each class's features replaced by random ones."""
+        density, seed = fitted.lens.atlas.density, fitted.options.control_seed
+        return self._edit(fitted, strength, seeds, lambda turn: control_turn(turn, "random", density, seed))
+
+
+class SignFlip(_SaeControl):
+    """The poles exchanged."""
+
+    key = "control-flip"
+    name = "Control: poles exchanged"
+    source = "ours"
+    explanation = (
+        "Turns the features of the opposite pole instead of the target's, so the share should move the other way. If "
+        "it does not, the features carry no direction (our control)."
+    )
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """Each turn with its poles exchanged; one of a single pole turns the opposite's features."""
+        attribution = fitted.lens.attributions[fitted.record.attribute]
+        setting = turn_setting(fitted.lens, fitted.record.attribute, fitted.options)
+
+        def flip(turn: Intervention) -> Intervention:
+            if turn.opposite is not None:
+                return replace(turn, features=turn.opposite, opposite=turn.features)
+            other = opposite_set(attribution, turn.features, setting.n_features, setting.window)
+            if other is None:
+                raise LensError(f"No feature speaks against {turn.features.target}; there is nothing to exchange.")
+            return replace(turn, features=other)
+
+        return self._edit(fitted, strength, seeds, flip)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseEdit:
+    """``h' = h + ‖δ‖ z / ‖z‖`` where δ is what ``inner`` would add to that image at that step, and z is noise.
+
+    Noise comes from the image's seed and the step alone.
+    """
+
+    inner: Edit
+    seed: int
+    description: str
+    sampler: Sampler
+    window: tuple[int, int] | None
+
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """The edited ``h [n, c, y, x]``; images that ``inner`` leaves alone stay as they are."""
+        delta = (self.inner.apply(h, context) - h).flatten(1).norm(dim=1)
+        if not bool((delta > 0).any()):
+            return h
+        noise = torch.from_numpy(np.stack([self._noise(s, context.index, tuple(h.shape[1:])) for s in context.seeds]))
+        noise = noise.to(h)
+        size = delta / noise.flatten(1).norm(dim=1)
+        moved = h + size[:, None, None, None] * noise
+        return torch.where((delta > 0)[:, None, None, None], moved, h)
+
+    def _noise(self, image: int, step: int, shape: tuple[int, ...]) -> np.ndarray:
+        return np.random.default_rng([self.seed, image, step]).standard_normal(shape, dtype=np.float32)
+
+
+class MatchedNoise(_SaeControl):
+    """Noise as large as the edit."""
+
+    key = "control-noise"
+    name = "Control: matched noise"
+    source = "ours"
+    explanation = (
+        "Adds noise to the bottleneck, in every image and at every step exactly as large as DiffLens' edit would be "
+        "there. Tells what comes of pushing h at all from what comes of pushing it in the right direction (our "
+        "control)."
+    )
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """Noise of the size of the feature edit at ``strength``."""
+        inner = self._edit(fitted, strength, seeds, None)
+        return NoiseEdit(
+            inner, fitted.options.control_seed, fitted.describe(strength), inner.sampler, inner.window
+        )
+
+
+class PromptOptions(MethodOptions):
+    """How a class is said."""
+
+    template: str = Field("", title="Prompt template", description="With {prompt} and {label}; empty: our own rule.")
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEdit:
+    """Tells each image a prompt that names its class; the bottleneck is left alone."""
+
+    attribute: Attribute
+    classes: dict[int, str]
+    template: str
+    description: str
+    sampler: Sampler = "symmetric"
+    window: tuple[int, int] | None = None
+
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """``h`` itself."""
+        return h
+
+    def prompts(self, request: GenerationRequest) -> Sequence[str | None]:
+        """One prompt per image; images without a class keep the request's."""
+        return [
+            name_class(request.prompt, self.attribute, self.classes[seed], template=self.template)
+            if seed in self.classes
+            else request.prompt
+            for seed in request.seeds
+        ]
+
+
+class PromptRewriting(Method):
+    """Asking for it."""
+
+    key = "control-prompt"
+    name = "Control: prompt rewriting"
+    kind = "control"
+    source = "ours"
+    explanation = (
+        "Names a class in the prompt (\"a portrait of a female firefighter\"), drawn for each image from the target "
+        "shares, and leaves the model alone. The obvious remedy, which any method has to be compared with; it works "
+        "only for models that take prompts and know the word. Strength is the share of images that are rewritten (our "
+        "control)."
+    )
+    options = PromptOptions
+    strengths = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+    strength_name = "share rewritten"
+    is_control = True
+
+    def learn(self, task: Task) -> Learned:
+        """Nothing; refuses models without prompts."""
+        if not task.model.is_text:
+            raise LensError("This model takes no prompt, so a class cannot be named in it.")
+        return Learned()
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """Rewrite for the images whose own draw lies below ``strength``, from 0 to 1."""
+        if not 0 <= strength <= 1:
+            raise LensError(f"The share of rewritten prompts lies from 0 to 1; it is {strength:g}.")
+        if strength == 0:
+            return NoEdit(fitted.describe(strength))
+        target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
+        drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
+        classes = {
+            seed: label
+            for label, group in drawn.items()
+            for seed in group
+            if np.random.default_rng([fitted.options.draw_seed, seed, 1]).random() < strength
+        }
+        return PromptEdit(fitted.attribute, classes, fitted.options.template, fitted.describe(strength))
