@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
-from diffusion_lens.cli.options import DeviceOption, JsonOption, pick_device
+from diffusion_lens.cli.options import DeviceOption, JsonOption, hide_loading_bars, pick_device
 from diffusion_lens.types import Attribute, LensError
 
 
@@ -44,6 +44,7 @@ def fit(
     chosen = pick_device(device)
     settings = fitting.load_config(config)
     say("Loading the models…")
+    hide_loading_bars()
     models = fitting.load_models(settings, device=chosen, offline=offline)
     cost = fitting.estimate(settings, models.model, models.classifier)
     if estimate and as_json:

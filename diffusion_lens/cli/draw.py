@@ -79,6 +79,8 @@ def generate(
 
       python -m diffusion_lens generate '' --turn gender=male:2 --turn age=old:1.5 --out pair.png --json
     """
+    if out.suffix and out.suffix.lower() not in PICTURES:
+        raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
     opened = open_lens(lens, device)
     seeds = seeds_of(images, first_seed)
     request = opened.request(checked_prompt(opened, prompt), seeds, n_steps=steps, guidance_scale=guidance)
@@ -112,8 +114,6 @@ def save_images(drawn: list[Generation], out: Path) -> list[str]:
         with atomic_path(out) as partial:
             sheet(np.concatenate(rows), columns).save(partial)
         return [str(out)]
-    if out.suffix:
-        raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
     written = []
     for generation, kind in zip(drawn, ("", "-edited"), strict=False):
         for seed, image in zip(generation.request.seeds, generation.images, strict=True):
@@ -168,6 +168,7 @@ def attribute(
     wanted = opened.attribute_named(attribute)
     target = target or opened.setting(attribute).target
     wanted.index(target)
+    opened.attributions[attribute].top_k(top, target=target)  # refuses a number of features that there is not
     seeds = seeds_of(images, first_seed)
     with progress("drawing") as bar:
         drawn = opened.generate(

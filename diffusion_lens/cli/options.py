@@ -47,10 +47,20 @@ def pick_device(name: str) -> str:
     return name
 
 
+def hide_loading_bars() -> None:
+    """Keep the libraries' bars over a pipeline's parts and weights off standard error; downloads still show theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def open_lens(source: str, device: str = "auto") -> DiffusionLens:
     """Open a lens, after checking its files; the bundled one is found from any working directory."""
     from diffusion_lens.lens import DiffusionLens
 
+    hide_loading_bars()
     if not source:
         beside = Path(__file__).resolve().parents[2] / BUNDLED
         source = str(BUNDLED if BUNDLED.is_dir() else beside)

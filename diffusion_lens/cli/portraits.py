@@ -11,7 +11,15 @@ import typer
 
 from diffusion_lens.artifacts import atomic_path, write_json
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
-from diffusion_lens.cli.options import DeviceOption, FirstSeedOption, ImagesOption, JsonOption, pick_device, seeds_of
+from diffusion_lens.cli.options import (
+    DeviceOption,
+    FirstSeedOption,
+    ImagesOption,
+    JsonOption,
+    hide_loading_bars,
+    pick_device,
+    seeds_of,
+)
 from diffusion_lens.types import LensError
 
 if TYPE_CHECKING:
@@ -160,6 +168,7 @@ def _sampled(pipeline: Path, prompt: str, seeds: range, steps: int) -> np.ndarra
     from diffusion_lens.generate import generate, request
     from diffusion_lens.pipelines import load_model
 
+    hide_loading_bars()
     model = load_model(pipeline, offline=True)
     wanted = request(model, prompt if model.is_text else None, seeds, steps)
     with progress("sampling") as bar:

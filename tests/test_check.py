@@ -1,0 +1,246 @@
+"""``check``: verdicts and intervals by hand, its slow references, a planted world of known shares, whole runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
+from scipy.stats import norm
+
+from diffusion_lens.attribute import integrated_gradients
+from diffusion_lens.check import plain_report, row_texts, run_check
+from diffusion_lens.checks import steering, world
+from diffusion_lens.checks.inside import Reconstruction, fidelity
+from diffusion_lens.checks.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
+from diffusion_lens.checks.runs import FIRST_SEED, Job, Sizes, Tally
+from diffusion_lens.generate import StepContext
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.portraits import world as portraits
+from diffusion_lens.reference import autograd_scores
+from diffusion_lens.stats import wilson
+from diffusion_lens.sweep import Reading
+from diffusion_lens.train import evaluate_sae
+from diffusion_lens.types import Attribute, LensError, Predictions, SweepResult
+
+TINY = Sizes(
+    shares=16, again=16, drawings=40, inside=12, attribution=6, reference=2, reference_steps=2, sweep=16, strengths=2,
+    controls=1, batch_size=16,
+)  # fmt: skip
+
+
+def test_verdicts() -> None:
+    assert at_least(1, "", 0.96, (0.9, 0.99), 0.95, "share", 9).verdict == "holds"
+    assert at_least(1, "", 0.94, (0.9, 0.97), 0.95, "share", 9).verdict == "open"
+    assert at_least(1, "", 0.9, (0.85, 0.94), 0.95, "share", 9).verdict == "fails"
+    assert at_least(1, "", 0.9, None, 0.95, "share", 9).verdict == "fails"
+    assert at_most(1, "", 0.03, (0.01, 0.08), 0.04, "points", 9).verdict == "holds"
+    assert at_most(1, "", 0.05, (0.02, 0.08), 0.04, "points", 9).verdict == "open"
+    assert at_most(1, "", 0.07, (0.05, 0.09), 0.04, "points", 9).verdict == "fails"
+    assert at_most(1, "", float("nan"), None, 0.04, "points", 9).verdict == "fails"
+
+
+def test_stretched_intervals_hold_together() -> None:
+    assert stretch(0.5, (0.4, 0.7), 1) == pytest.approx((0.4, 0.7))
+    low, high = stretch(0.5, (0.4, 0.7), 20)
+    factor = norm.ppf(1 - 0.05 / 40) / norm.ppf(0.975)
+    assert (0.5 - low, high - 0.5) == pytest.approx((0.1 * factor, 0.2 * factor))
+
+
+def test_distance_of_an_interval_from_zero() -> None:
+    assert distance((-0.1, 0.3)) == (0.0, 0.3)
+    assert distance((-0.3, -0.1)) == (0.1, 0.3)
+    assert distance((0.1, 0.2)) == (0.1, 0.2)
+
+
+def test_worst_is_the_gravest_then_the_tightest() -> None:
+    wide, tight = at_most(1, "wide", 0.01, None, 0.04, "points", 1), at_most(1, "tight", 0.03, None, 0.04, "points", 1)
+    unclear = at_most(1, "open", 0.05, (0.0, 0.1), 0.04, "points", 1)
+    assert worst([wide, tight]) is tight
+    assert worst([wide, unclear, tight]) is unclear
+
+
+def report(full: bool, *verdicts: Any) -> CheckReport:
+    rows = tuple(Row(1, "row", "bar", verdict) for verdict in verdicts)
+    return CheckReport(rows, full, "lens", "id", "classifier", 0, "cpu", 1.0)
+
+
+def test_an_open_row_passes_the_quick_check_alone() -> None:
+    assert report(False, "holds", "open", "not applicable", "information").holds
+    assert not report(True, "holds", "open").holds
+    assert report(True, "holds", "not applicable").holds
+    assert not report(False, "holds", "fails").holds
+    assert report(True, "holds", "open").summary.startswith("full check not passed: 1 holds, 1 open")
+
+
+@pytest.mark.parametrize("layout", ["position", "map"])
+def test_fidelity_equals_the_trainers_own_measure(layout: str) -> None:
+    sae, h = random_sae(layout), random_maps(3, 2).numpy()
+    samples = torch.cat([sae.to_samples(torch.from_numpy(h[:, step])) for step in range(2)])
+    found = fidelity(sae, h)
+    assert found.fvu == pytest.approx(evaluate_sae(sae, samples)[0], rel=1e-5)
+    assert found.fired.tolist() == (sae.encode(samples) > 0).any(0).tolist()
+    alone = fidelity(sae, h[1:2])
+    assert found.error[1] == pytest.approx(alone.error[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["position", "map"])
+@pytest.mark.parametrize("attribute", [GENDER, AGE])
+def test_reference_is_complete_and_equals_the_closed_form(layout: str, attribute: Attribute) -> None:
+    sae, probe, h = random_sae(layout), random_probe(attribute), random_maps(3, 3)
+    slow = autograd_scores(sae, probe, h, steps=[0, 2])
+    np.testing.assert_allclose(slow, integrated_gradients(sae, probe, h).scores[:, [0, 2]], atol=1e-6)
+    for row, step in enumerate((0, 2)):
+        samples = sae.to_samples(h[:, step])
+        end = probe.probs(sae.from_samples(sae(samples)), step)
+        start = probe.probs(sae.from_samples(sae.decode(torch.zeros(len(samples), sae.cfg.d_sae))), step)
+        np.testing.assert_allclose(slow[:, row].sum(-1), (end - start).mean(0).detach().numpy(), atol=1e-5)
+
+
+def test_reconstruction_puts_the_saes_output_in_place() -> None:
+    sae, h = random_sae(), random_maps(2, 1)[:, 0]
+    context = StepContext(0, 4, 900, (1, 2), None, 0.5, torch.zeros(2, 4, 8, 8))
+    out = Reconstruction(sae).apply(h, context)
+    assert torch.equal(out, sae.from_samples(sae(sae.to_samples(h))))
+    assert sae.sae_id in Reconstruction(sae).description
+
+
+def test_thinned_grids_keep_both_ends_and_the_identity() -> None:
+    grid = (-3.0, -1.0, 0.0, 1.0, 2.0, 3.0, 5.0)
+    assert steering.thin(grid, 9, 1.0) == grid
+    for n in (3, 4, 5):
+        kept = steering.thin(grid, n, 1.0)
+        assert len(kept) == n and (kept[0], kept[-1]) == (-3.0, 5.0) and 1.0 in kept
+    assert steering.thin((0.0, 1.0, 2.0, 3.0), 3, 9.0) == (0.0, 2.0, 3.0)
+
+
+def reading(male: np.ndarray) -> Reading:
+    probs = np.stack([~male, male], axis=1).astype(float)
+    found = Predictions(probs, np.ones(len(male), bool), GENDER, "c")
+    return Reading({"gender": found}, np.zeros((len(male), 2)), np.zeros((0, 1, 1, 3), np.uint8), 1.0)
+
+
+def swept(*shares: float) -> Any:
+    runs = tuple(reading(np.arange(100) < 100 * share) for share in shares)
+    return SimpleNamespace(result=SimpleNamespace(attribute=GENDER), readings=runs)
+
+
+def test_order_fails_on_a_fall_that_chance_does_not_explain() -> None:
+    male = GENDER.index("male")
+    rising = steering.order_row(swept(0.2, 0.5, 0.8), male, "x")
+    assert (rising.verdict, rising.value) == ("holds", 0.0)
+    wobble = steering.order_row(swept(0.2, 0.81, 0.8), male, "x")
+    assert wobble.verdict == "holds" and wobble.value == pytest.approx(0.01)
+    fall = steering.order_row(swept(0.2, 0.9, 0.5), male, "x")
+    assert fall.verdict == "fails" and fall.value == pytest.approx(0.4)
+    falling = steering.order_row(swept(0.8, 0.2), GENDER.index("female"), "x")
+    assert falling.verdict == "holds"
+
+
+SOME = ("", "a portrait of a nurse")
+
+
+def planted_lens() -> Any:
+    """A stand-in for a lens of the planted world whose classifier never errs."""
+    confusion = {a.name: np.eye(len(a.classes), dtype=int) * 5000 for a in portraits.ATTRIBUTES}
+    classifier = SimpleNamespace(attributes=portraits.ATTRIBUTES, confusion=confusion)
+    return SimpleNamespace(prompts=SOME, classifier=classifier)
+
+
+def planted_tallies(n: int) -> dict[str | None, Tally]:
+    found: dict[str | None, Tally] = {}
+    for prompt in SOME:
+        counts = {}
+        for name, shares in portraits.planted_shares(prompt).items():
+            counts[name] = np.floor(shares * n).astype(int)
+            counts[name][np.argmax(shares)] += n - counts[name].sum()
+        found[prompt] = Tally(counts, dict.fromkeys(counts, 0), n)
+    return found
+
+
+def test_shares_are_compared_with_the_planted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "has_truth", lambda lens: True)
+    tallies = planted_tallies(1000)
+    job = Job(planted_lens(), replace(TINY, again=0), lambda *_: None)
+    rows = world.share_rows(job, tallies)
+    assert [row.verdict for row in rows] == ["holds"] * len(portraits.ATTRIBUTES)
+    tallies["a portrait of a nurse"].counts["gender"] = np.array([700, 300])  # planted: 900, 100
+    rows = world.share_rows(job, tallies)
+    assert [row.verdict for row in rows] == ["fails"] + ["holds"] * (len(portraits.ATTRIBUTES) - 1)
+    assert "nurse" in rows[0].note and rows[0].value == pytest.approx(0.2, abs=2e-3)
+    tallies["a portrait of a nurse"].counts["gender"] = np.array([855, 145])  # 4.5 points off: within chance
+    assert world.share_rows(job, tallies)[0].verdict == "open"
+
+
+def test_chance_of_a_perfect_model_to_miss_the_bar() -> None:
+    lens = planted_lens()
+    smile = [c for c in world.compare(lens, planted_tallies(1000)) if c.share.label == "smile"]
+    spread = np.sqrt(0.45 * 0.55 / 1000)
+    assert smile[0].chance == pytest.approx(2 * norm.sf(0.04 / spread))
+    assert 0.01 < smile[0].chance < 0.02
+
+
+def test_no_two_groups_or_prompts_share_a_seed() -> None:
+    job = Job(planted_lens(), TINY, lambda *_: None)
+    ranges = [job.seeds(part, place, 1000, skip) for part in (1, 3, 5) for place in range(13) for skip in (0, 1000)]
+    assert len({seed for some in ranges for seed in some}) == 1000 * len(ranges)
+    with pytest.raises(LensError, match="up to 50,000"):
+        job.seeds(1, 0, 60_000)
+
+
+def test_a_lens_is_not_checked_on_seeds_that_it_was_chosen_on(tiny_lens: DiffusionLens) -> None:
+    with pytest.raises(LensError, match="fitted on seeds from 1,000,000"):
+        run_check(tiny_lens, first_seed=1_000_000, sizes=TINY)
+
+
+def test_unknown_parts_are_refused(tiny_lens: DiffusionLens) -> None:
+    for parts in ((), (7,)):
+        with pytest.raises(LensError, match="has the parts 1, 2, 3, 4, 5"):
+            run_check(tiny_lens, parts=parts)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_lens: DiffusionLens) -> tuple[CheckReport, list[str]]:
+    stages: list[str] = []
+    found = run_check(tiny_lens, sizes=TINY, on_stage=lambda stage, done, total: stages.append(stage))
+    return found, stages
+
+
+def test_a_whole_check_measures_every_part(whole: tuple[CheckReport, list[str]]) -> None:
+    found, stages = whole
+    assert sorted({row.part for row in found.rows}) == [1, 2, 3, 4, 5]
+    assert {stage[0] for stage in stages} == {"1", "3", "4", "5"}
+    by_part = {part: [row for row in found.rows if row.part == part] for part in range(1, 6)}
+    assert [row.verdict for row in by_part[1]] == ["not applicable"]
+    assert by_part[2][0].verdict == "not applicable"
+    assert {row.verdict for row in by_part[4]} == {"holds"}  # true of any lens
+    measured = [row for row in found.rows if row.interval is not None and row.value is not None]
+    assert measured and all(row.interval[0] <= row.value + 1e-12 for row in measured if row.interval and row.value)
+    assert found.first_seed == FIRST_SEED
+
+
+def test_undecided_images_are_counted(whole: tuple[CheckReport, list[str]], tiny_lens: DiffusionLens) -> None:
+    row = next(row for row in whole[0].rows if row.name.startswith("gender: undecided"))
+    n = TINY.shares * len(tiny_lens.prompts)
+    job = Job(tiny_lens, TINY, lambda *_: None)
+    images = [
+        tiny_lens.generate(prompt, seeds=job.seeds(1, place, TINY.shares)).images
+        for place, prompt in enumerate(tiny_lens.prompts)
+    ]
+    k = sum(tiny_lens.classify(part)["gender"].n_uncertain for part in images)
+    assert (row.n, row.value, row.interval) == (n, k / n, wilson(k, n))
+
+
+def test_sweeps_come_with_their_control_and_serialise(whole: tuple[CheckReport, list[str]]) -> None:
+    found, _ = whole
+    sweeps: tuple[SweepResult, ...] = found.sweeps
+    assert [sweep.is_control for sweep in sweeps] == [False] * (len(sweeps) - 1) + [True]
+    assert sweeps[0].request == sweeps[-1].request
+    plain = json.loads(json.dumps(plain_report(found), allow_nan=False))
+    assert plain["holds"] == found.holds and len(plain["rows"]) == len(found.rows)
+    assert all(len(row_texts(row)) == 7 for row in found.rows)
