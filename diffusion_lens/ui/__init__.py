@@ -14,12 +14,16 @@ from diffusion_lens.ui.theme import theme
 
 QUEUE = 64
 WARM_UP_DELAY = 1.5
-"""Seconds between the start and the loading of torch, so that the first page is served before."""
+"""Seconds between the launch and the loading of torch, so that the first page is served before."""
 
 
-def build(lens: DiffusionLens, *, warm_up: bool = False) -> gr.Blocks:
-    """The whole app on one lens; ``warm_up`` loads the model in the background right after the start."""
-    studio = Studio(lens)
+def build(lens: DiffusionLens) -> gr.Blocks:
+    """The whole app on one lens. Launch it with ``launch_options``, or both at once with ``launch``."""
+    return _assemble(Studio(lens))
+
+
+def _assemble(studio: Studio) -> gr.Blocks:
+    lens = studio.lens
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.HTML(texts.header(lens.manifest.name))
         with gr.Tabs(selected="explore") as tabs:
@@ -33,8 +37,6 @@ def build(lens: DiffusionLens, *, warm_up: bool = False) -> gr.Blocks:
                 about.layout(studio, about_tab)
         _connect(demo, studio, tab, tabs, feature, turn)
     demo.queue(max_size=QUEUE, api_open=False)
-    if warm_up:
-        studio.warm_up(WARM_UP_DELAY)
     return demo
 
 
@@ -62,9 +64,16 @@ def _connect(
 
 
 def launch(lens: DiffusionLens, **options: Any) -> None:
-    """Serve the app until it is stopped; ``options`` go to gradio's ``launch``, e.g. ``server_port=8000``."""
-    demo = build(lens, warm_up=True)
-    demo.launch(**{**launch_options(), **options})
+    """Serve the app until it is stopped; ``options`` go to gradio's ``launch``, e.g. ``server_port=8000``.
+
+    The first page shows stored results; torch and the model load in the background meanwhile.
+    """
+    studio = Studio(lens)
+    demo = _assemble(studio)
+    demo.launch(**{**launch_options(), **options, "prevent_thread_lock": True})
+    studio.warm_up(WARM_UP_DELAY)
+    if not options.get("prevent_thread_lock"):
+        demo.block_thread()
 
 
 def launch_options() -> dict[str, Any]:

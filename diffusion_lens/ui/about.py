@@ -13,7 +13,7 @@ from diffusion_lens.plots import confusion_figure, describe_confusion, describe_
 from diffusion_lens.settings import describe_setting, identity_beta
 from diffusion_lens.types import Share
 from diffusion_lens.ui.figure import figure, figure_value
-from diffusion_lens.ui.studio import Studio
+from diffusion_lens.ui.studio import Studio, import_engine
 
 WHAT = """
 ## What this is
@@ -124,6 +124,7 @@ def _seen(shares: tuple[Share, ...] | None, i: int) -> str:
 
 def confusion(studio: Studio, attribute: str) -> tuple[Any, str]:
     """How often the classifier errs, as a figure and a sentence (waits for the model on first use)."""
+    import_engine()
     classifier = studio.lens.classifier
     read = {a.name: a for a in classifier.attributes}
     if attribute not in read or attribute not in classifier.confusion:

@@ -49,8 +49,12 @@ def drawn(studio: Studio, colour: str, feature: int | None) -> dict[str, str]:
     values, name = scores(studio, colour)
     chosen = [] if feature is None else [feature]
     atlas = studio.lens.atlas
+    made = atlas_figure(atlas, scores=values, score_name=name, chosen=chosen)
+    title = {"text": name, "side": "top"}
+    bar = {"orientation": "h", "y": -0.02, "yanchor": "top", "x": 0.5, "len": 0.9, "title": title}
+    made.update_traces(marker_colorbar=bar, selector={"name": "features"})  # fits any width
     return figure_value(
-        atlas_figure(atlas, scores=values, score_name=name, chosen=chosen),
+        made,
         describe_atlas(atlas, scores=values, score_name=name, chosen=chosen),
     )
 

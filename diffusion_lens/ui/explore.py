@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,12 +26,17 @@ COPY = """() => {
 }"""
 
 
-def strength(low: float, high: float, value: float, **options: Any) -> gr.Slider:
-    """A slider whose limits are checked by the handlers, which say what is wrong in one sentence."""
-    slider = gr.Slider(low, high, value, **options)
-    # A subclass would be a custom component to gradio, with its own front end.
-    setattr(slider, "preprocess", lambda payload: payload)  # noqa: B010 - mypy refuses the plain assignment
-    return slider
+# Made without gradio's metaclass, which would write a stub file beside this one.
+Strength: Any = ABCMeta.__new__(
+    type(gr.Slider),
+    "Strength",
+    (gr.Slider,),
+    {
+        "__doc__": "A slider whose limits are checked by the handlers, which say what is wrong in one sentence.",
+        "is_template": True,  # drawn as the slider that it is
+        "preprocess": lambda self, payload: payload,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,11 @@ def layout(studio: Studio) -> Explore:
     values = handlers.control_values(studio, view, slots)
     subject = _choose(studio, values)
     shown, checks, own = _features(studio, view, slots, values)
-    beta, advanced, reset, balance, stop = _turn(studio, view, values)
-    status, before, after, measures, link = _see(studio, view)
+    beta, reset, balance, stop = _turn(studio, view)
+    status, before, after, drawing, measures, link = _see(studio, view)
+    advanced = _advanced(studio, values)
     controls = [*subject, *advanced, beta, *checks, *own]
-    outputs = [before, after, measures, status, link, page]
+    outputs = [before, after, drawing, measures, status, link, page]
     live: dict[str, Any] = {
         "fn": lent(30)(partial(handlers.draw, studio)), "inputs": [page, *controls], "outputs": outputs,
         "show_progress": "minimal", "show_progress_on": status, "concurrency_id": "live", "concurrency_limit": 8,
@@ -116,26 +123,30 @@ def _features(
                 checks.append(gr.Checkbox(
                     values[10 + k], label="turns with the set", container=False, visible=k < len(slots)
                 ))  # fmt: skip
-                own.append(strength(
+                own.append(Strength(
                     ends.low, ends.high, values[10 + N_SLOTS + k], step=ends.step, container=False, visible=False,
                     label=f"β of #{slots[k]} alone" if k < len(slots) else "", elem_classes="dl-own",
                 ))  # fmt: skip
     return shown, checks, own
 
 
-def _turn(studio: Studio, view: View, values: list[Any]) -> tuple[Any, list[Any], Any, Any, Any]:
+def _turn(studio: Studio, view: View) -> tuple[Any, Any, Any, Any]:
     ends = state.scale(studio.lens.setting(view.attribute))
-    n_steps = studio.lens.manifest.n_steps
     gr.HTML(texts.section(texts.TURN))
     with gr.Row(elem_id="dl-turn", equal_height=True):
-        beta = strength(
+        beta = Strength(
             ends.low, ends.high, view.beta, step=ends.step, label="Strength β of the whole set", scale=6, min_width=240,
             elem_id="dl-beta", buttons=[], info=f"{ends.identity:g} leaves the model as it is",
         )  # fmt: skip
-        with gr.Column(scale=2, min_width=200, elem_classes="dl-actions"):
+        with gr.Column(scale=3, min_width=220, elem_classes="dl-actions"):
             balance = gr.Button("Balance", variant="primary", elem_id="dl-balance")
             reset = gr.Button("Reset", elem_id="dl-reset")
             stop = gr.Button("Stop", variant="stop", visible=False, elem_id="dl-stop")
+    return beta, reset, balance, stop
+
+
+def _advanced(studio: Studio, values: list[Any]) -> list[Any]:
+    n_steps = studio.lens.manifest.n_steps
     with gr.Accordion("Advanced: features, sampler, steps, seeds", open=False), gr.Row():
         first_seed = gr.Number(values[4], label="First seed", precision=None, min_width=120)
         sampler = gr.Radio(
@@ -143,20 +154,20 @@ def _turn(studio: Studio, view: View, values: list[Any]) -> tuple[Any, list[Any]
             info="asymmetric turns the predicted image alone, symmetric the direction too",
         )  # fmt: skip
         limit = min(state.MAX_FEATURES, studio.lens.atlas.density.size)
-        n_features = strength(1, limit, values[6], step=1, label="Features per pole", min_width=180)
-        first_step = strength(1, n_steps, values[7], step=1, label="Turn from step", min_width=180)
-        last_step = strength(1, n_steps, values[8], step=1, label="to step", min_width=180)
-    return beta, [first_seed, sampler, n_features, first_step, last_step], reset, balance, stop
+        n_features = Strength(1, limit, values[6], step=1, label="Features per pole", min_width=180)
+        first_step = Strength(1, n_steps, values[7], step=1, label="Turn from step", min_width=180)
+        last_step = Strength(1, n_steps, values[8], step=1, label="to step", min_width=180)
+    return [first_seed, sampler, n_features, first_step, last_step]
 
 
 def _see(studio: Studio, view: View) -> tuple[Any, ...]:
     picture = studio.stored(view)
     attribute = studio.lens.attribute_named(view.attribute)
-    before = after = measures = ""
+    before = after = drawing = measures = ""
     said = "Press a slider to draw."
     if picture is not None:
         before, after = (grid.row_html(picture, attribute, edited=e) for e in (False, True))
-        measures = grid.measure_html(studio.lens, picture, studio.stored_point(view))
+        drawing, measures = handlers.drawing(studio, picture), handlers.measures(studio, picture)
         said = grid.summary(picture, attribute)
     gr.HTML(texts.section(texts.SEE))
     status = gr.HTML(texts.status(said), elem_id="dl-status")
@@ -164,13 +175,14 @@ def _see(studio: Studio, view: View) -> tuple[Any, ...]:
         with gr.Column(scale=5, min_width=320):
             before_html = gr.HTML(before, elem_id="dl-before")
             after_html = gr.HTML(after, elem_id="dl-after")
+            curve_html = gr.HTML(drawing, elem_id="dl-curve")
         with gr.Column(scale=3, min_width=280):
             measure_html = gr.HTML(measures, elem_id="dl-measures")
     with gr.Row(elem_classes="dl-share"):
         link = gr.HTML(texts.link(state.to_query(view)))
         copy = gr.Button("Copy link", size="sm", elem_id="dl-copy")
         copy.click(None, js=COPY)
-    return status, before_html, after_html, measure_html, link
+    return status, before_html, after_html, curve_html, measure_html, link
 
 
 def _wire(

@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from diffusion_lens.types import LensError
-from diffusion_lens.ui import cards, grid, jobs, state, texts
+from diffusion_lens.ui import cards, curve, grid, jobs, state, texts
+from diffusion_lens.ui.lane import Stopped
 from diffusion_lens.ui.state import View
 from diffusion_lens.ui.studio import Picture, Studio
 
@@ -104,7 +105,7 @@ def card_values(studio: Studio, view: View, slots: Sequence[int]) -> list[str]:
 
 
 def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
-    """before, after, measures, status, link, page: for a picture that was just made."""
+    """before, after, curve, measures, status, link, page: for a picture that was just made."""
     attribute = studio.lens.attribute_named(picture.view.attribute)
     key = (picture.view.prompt, tuple(picture.view.seeds), attribute.name, picture.stored)
     before = gr.skip() if page.before == key else grid.row_html(picture, attribute, edited=False)
@@ -112,43 +113,56 @@ def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
     return (
         before,
         grid.row_html(picture, attribute, edited=True),
-        grid.measure_html(studio.lens, picture, _nearby(studio, picture.view)),
+        drawing(studio, picture),
+        measures(studio, picture),
         texts.status(said),
         texts.link(state.to_query(picture.view)),
         replace(page, before=key, linked=False),
     )
 
 
-def _nearby(studio: Studio, view: View) -> Any:
-    point = studio.stored_point(view)
-    return point if point is not None and abs(point.beta - view.beta) < 1e-6 else None
+def measures(studio: Studio, picture: Picture) -> str:
+    """What the images measure, beside what the stored sweep counted at this strength, if it did."""
+    point = studio.stored_point(picture.view)
+    counted = point if point is not None and abs(point.beta - picture.beta) < 1e-6 else None
+    return grid.measure_html(studio.lens, picture, counted)
 
 
-def say(text: str, page: Any, *, bad: bool = False) -> tuple[Any, ...]:
+def drawing(studio: Studio, picture: Picture) -> str:
+    """The stored sweep with a mark at this strength; empty where it is of another turn."""
+    if studio.stored_point(replace(picture.view, own=())) is None:
+        return ""
+    return curve.curve_html(studio, picture.view, picture.beta)
+
+
+def say(status: str, page: Any) -> tuple[Any, ...]:
     """The outputs of ``show`` with nothing changed but the status line."""
-    return gr.skip(), gr.skip(), gr.skip(), texts.status(text, bad=bad), gr.skip(), page
+    return gr.skip(), gr.skip(), gr.skip(), gr.skip(), status, gr.skip(), page
+
+
+def explain(error: Exception) -> str:
+    """The status line for whatever ended some work; surprises are logged."""
+    if isinstance(error, LensError):
+        return texts.status(str(error), bad=True)
+    if isinstance(error, Stopped):
+        return texts.status(texts.STOPPED)
+    log.error("Work for a visitor failed.", exc_info=error)
+    return texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True)
 
 
 def draw(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
     """Draw what the controls ask for; while the model loads, the nearest stored picture stands in."""
-    from diffusion_lens.generate import Cancelled
-
     try:
         view = read_view(studio, page, values)
         if not studio.lens.is_ready:
             stored = studio.stored(view)
             if stored is not None:
                 outputs = list(show(studio, page, stored))
-                outputs[3], page = texts.status(texts.WAKING), outputs[5]
+                outputs[4], page = texts.status(texts.WAKING), outputs[6]
                 yield tuple(outputs)
         yield show(studio, page, studio.draw(view, page.visitor))
-    except LensError as error:
-        yield say(str(error), page, bad=True)
-    except Cancelled:
-        yield say(texts.STOPPED, page)
     except Exception as error:
-        log.exception("Drawing failed.")
-        yield say(texts.FAILED.format(kind=type(error).__name__), page, bad=True)
+        yield say(explain(error), page)
 
 
 def change_attribute(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -217,7 +231,7 @@ def draw_linked(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any,
     if page.linked:
         yield from draw(studio, page, *values)
     else:
-        yield tuple(gr.skip() for _ in range(6))
+        yield tuple(gr.skip() for _ in range(7))
 
 
 def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -225,8 +239,6 @@ def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...
 
     Read off the stored sweep where there is one; otherwise measured now, stoppable.
     """
-    from diffusion_lens.generate import Cancelled
-
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
     try:
         view = read_view(studio, page, values)
@@ -244,13 +256,8 @@ def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...
         ends = state.scale(studio.lens.setting(view.attribute))
         beta = min(max(found.beta, ends.low), ends.high)
         yield gr.update(value=round(beta, 2)), texts.status(found.note), hidden
-    except LensError as error:
-        yield gr.skip(), texts.status(str(error), bad=True), hidden
-    except Cancelled:
-        yield gr.skip(), texts.status("Stopped; β stays as it was."), hidden
     except Exception as error:
-        log.exception("Balancing failed.")
-        yield gr.skip(), texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True), hidden
+        yield gr.skip(), explain(error), hidden
 
 
 def _number(value: Any, name: str) -> float:

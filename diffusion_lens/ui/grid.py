@@ -56,7 +56,7 @@ def measure_html(lens: DiffusionLens, picture: Picture, stored: SweepPoint | Non
     )
     return (
         f'<section class="dl-measure" aria-label="What the images on screen measure">'
-        f"<h3>Read as {escape(view.target)}</h3>{bars}{table}{_limits(picture, attribute, stored)}</section>"
+        f"<h3>Read as {escape(view.target)}, on screen</h3>{bars}{table}{_limits(picture, attribute, stored)}</section>"
     )
 
 

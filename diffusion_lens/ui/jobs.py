@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from diffusion_lens.settings import Control, describe_setting, identity_beta
 from diffusion_lens.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
 from diffusion_lens.ui.state import View, check_prompt
-from diffusion_lens.ui.studio import Studio
+from diffusion_lens.ui.studio import Studio, import_engine
 
 MAX_SWEEP_IMAGES = 512
 BALANCE_IMAGES = 48
@@ -98,7 +98,7 @@ def stream(job: Callable[[Callable[[Event], None]], None], stop: Callable[[], No
 
 
 def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sweep") -> Iterator[Event]:
-    """Measure strength by strength; raises ``LensError`` for a bad job and ``Cancelled`` when stopped."""
+    """Measure strength by strength; raises ``LensError`` for a bad job and ``Stopped`` when stopped."""
     _check(studio, job)
     owner = f"{visitor}:{purpose}"
     return stream(lambda emit: _sweep(studio, owner, job, emit), lambda: studio.stops.stop(owner))
@@ -114,6 +114,7 @@ def stored_balance(studio: Studio, view: View) -> Balance | None:
 
 def find_balance(studio: Studio, result: SweepResult) -> Balance:
     """Where the sweep's target class has its even share."""
+    import_engine()
     from diffusion_lens.sweep import balance
 
     share = 1 / len(result.attribute.classes)
@@ -139,6 +140,7 @@ def _check(studio: Studio, job: SweepJob) -> None:
 
 
 def _sweep(studio: Studio, owner: str, job: SweepJob, emit: Callable[[Event], None]) -> None:
+    import_engine()
     from diffusion_lens.sweep import measure_baseline
 
     lens = studio.lens

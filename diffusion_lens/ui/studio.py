@@ -17,7 +17,7 @@ import numpy as np
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.settings import identity_beta
 from diffusion_lens.types import GenerationRequest, Predictions, SweepPoint, SweepResult
-from diffusion_lens.ui.lane import Lane, Stops
+from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.state import View, check, interventions
 
 if TYPE_CHECKING:
@@ -27,10 +27,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+_importing = threading.Lock()
 
 KEPT_BASES = 16
 BASE_BYTES = 16 * 2**20
 KEPT_ROWS = 64
+
+
+def import_engine() -> None:
+    """Import torch, diffusers and what stands on them, one thread at a time.
+
+    diffusers fills its modules lazily: two threads that import it at once get half of it.
+    """
+    with _importing:
+        import diffusion_lens.sweep  # noqa: F401
 
 
 class Recent(Generic[T]):
@@ -117,6 +127,7 @@ class Studio:
         def load() -> None:
             time.sleep(delay)
             try:
+                import_engine()
                 self.lens.warm_up().join()
             except Exception:
                 log.exception("The model could not be loaded ahead of time.")
@@ -155,7 +166,7 @@ class Studio:
     def draw(self, view: View, visitor: str = "") -> Picture:
         """Draw the view now: unedited images from the cache where they are, edited ones restarted from them.
 
-        Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor stopped it.
+        Raises ``LensError`` for a view that cannot be drawn and ``Stopped`` when the visitor ended it.
         """
         check(self.lens, view)
         began = time.monotonic()
@@ -197,14 +208,13 @@ class Studio:
 
         ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step.
         """
-        from diffusion_lens.generate import Cancelled
-
+        import_engine()
         flag = self.stops.start(owner)
         with self.lane.hold(urgent=urgent) as turn:
 
             def on_step(done: int, total: int) -> None:
                 if flag.is_set():
-                    raise Cancelled
+                    raise Stopped
                 if tell is not None:
                     tell(done, total)
                 turn.give_way()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -12,12 +12,11 @@ from diffusion_lens.plots import describe_sweep, sweep_figure
 from diffusion_lens.settings import Control, identity_beta
 from diffusion_lens.types import LensError, SweepResult
 from diffusion_lens.ui import jobs, strips, texts
-from diffusion_lens.ui.explore_handlers import Page, read_prompt
+from diffusion_lens.ui.explore_handlers import Page, explain, read_prompt
 from diffusion_lens.ui.figure import figure_value
 from diffusion_lens.ui.jobs import SweepJob
 from diffusion_lens.ui.studio import Studio
 
-log = logging.getLogger(__name__)
 CONTROLS: dict[str, Control] = {"random features": "random", "poles exchanged": "flip"}
 MEASURES = {"log ratio": "log_ratio", "share": "share"}
 GRIDS = {"shipped strengths": 0, "5 strengths": 5, "9 strengths": 9}
@@ -27,6 +26,7 @@ def shown(results: Sequence[SweepResult], measure: str) -> tuple[Any, ...]:
     """figure, sentence, strips, table, download: for the sweeps of one attribute."""
     if not results:
         return None, "", "", "", ""
+    full, results = results, [replace(r, setting=_short(r)) for r in results]
     two = len(results[0].attribute.classes) == 2
     kind: Any = MEASURES.get(measure, "log_ratio") if two else "share"
     alt = describe_sweep(results, measure=kind)
@@ -34,9 +34,17 @@ def shown(results: Sequence[SweepResult], measure: str) -> tuple[Any, ...]:
         figure_value(sweep_figure(results, measure=kind), alt),
         f'<p class="dl-says">{alt}</p>',
         strips.strips_html(next((r for r in results if not r.is_control), None)),
-        strips.table_html(results),
-        strips.download_html(results),
+        strips.table_html(full),
+        strips.download_html(full),
     )
+
+
+def _short(result: SweepResult) -> str:
+    """A name that fits a legend on a phone; the whole setting stands in the table."""
+    names = {code: name for name, code in CONTROLS.items()}
+    if result.is_control:
+        return next((n for code, n in names.items() if code == result.provenance.get("control")), "another turn")
+    return f"features for {result.target}"
 
 
 def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tuple[Any, ...]:
@@ -51,8 +59,6 @@ def run(
     studio: Studio, page: Page, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str], measure: str
 ) -> Iterator[tuple[Any, ...]]:
     """Measure point by point. Yields the outputs of ``shown``, status, the sweeps, run button, stop button."""
-    from diffusion_lens.generate import Cancelled
-
     on, off = gr.update(visible=True), gr.update(visible=False)
     busy, idle = (off, on), (on, off)
     same = tuple(gr.skip() for _ in range(5))
@@ -66,13 +72,8 @@ def run(
             results = event.results
             yield (*(shown(results, measure) if fresh else same), said, results if fresh else gr.skip(), *busy)
         yield (*same, texts.status(f"Done: {job.n} images at each of {len(job.betas)} strengths."), gr.skip(), *idle)
-    except Cancelled:
-        yield (*same, texts.status(texts.STOPPED), gr.skip(), *idle)
-    except LensError as error:
-        yield (*same, texts.status(str(error), bad=True), gr.skip(), *idle)
     except Exception as error:
-        log.exception("A sweep failed.")
-        yield (*same, texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True), gr.skip(), *idle)
+        yield (*same, explain(error), gr.skip(), *idle)
 
 
 def _n_points(results: Sequence[SweepResult]) -> int:

@@ -28,18 +28,17 @@ def layout(studio: Studio, page: gr.State) -> None:
         )  # fmt: skip
         attribute = gr.Radio(list(state.steerable(lens)), value=view.attribute, label="Attribute (perceived)", scale=3,
                              min_width=200)  # fmt: skip
-        measure = gr.Radio(list(handlers.MEASURES), value="log ratio", label="Axis", scale=2, min_width=160,
-                           info="attributes of three or more classes show a share")  # fmt: skip
+        measure = gr.Radio(list(handlers.MEASURES), value="log ratio", label="Axis", scale=3, min_width=200)
     with gr.Row(elem_classes="dl-choose"):
         grid = gr.Radio(list(handlers.GRIDS), value="shipped strengths", label="Strengths", scale=4, min_width=260)
         n = gr.Radio([16, 32, 64, 128, 256], value=32, label="Images per strength", scale=3, min_width=240)
         controls = gr.CheckboxGroup(
             list(handlers.CONTROLS), value=["random features"], label="Controls", scale=3, min_width=200
         )
-        with gr.Column(scale=1, min_width=140, elem_classes="dl-actions"):
-            start = gr.Button("Run sweep", variant="primary", elem_id="dl-run")
-            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="dl-stop-sweep")
-    status = gr.HTML(opened[5], elem_id="dl-sweep-status")
+    with gr.Row(elem_classes="dl-go"):
+        start = gr.Button("Run sweep", variant="primary", elem_id="dl-run", scale=0, min_width=180)
+        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="dl-stop-sweep", scale=0, min_width=180)
+        status = gr.HTML(opened[5], elem_id="dl-sweep-status")
     plot = figure(opened[0], elem_id="dl-sweep-plot")
     says, strip, table, download = (gr.HTML(opened[i]) for i in range(1, 5))
     results = gr.State(opened[6])
