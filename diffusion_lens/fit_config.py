@@ -35,6 +35,7 @@ class FitConfig(StrictConfig):
         settings: shipped turns; attributes without one get theirs by ``choose``.
         effect_features, effect_images: per class, how many top features are turned alone, on how many images;
             0 leaves causal effects out.
+        sweep_attributes: what is swept (empty: every attribute).
         sweep_prompts: prompts swept with ``sweep_images`` images per strength from ``sweep_first_seed`` on.
         sweep_controls: also sweep random features with the same setting.
     """
@@ -66,6 +67,7 @@ class FitConfig(StrictConfig):
     choose: ChooseConfig = ChooseConfig()
     effect_features: int = Field(default=0, ge=0)
     effect_images: int = Field(default=64, ge=1)
+    sweep_attributes: tuple[str, ...] = ()
     sweep_prompts: tuple[str, ...] = ()
     sweep_images: int = Field(default=100, ge=2)
     sweep_first_seed: int = Field(default=0, ge=0)
@@ -77,6 +79,8 @@ class FitConfig(StrictConfig):
         steered = [setting.attribute for setting in self.settings]
         if len(set(steered)) != len(steered) or not set(steered) <= set(self.attributes):
             raise ValueError("settings must name attributes of this lens, each once")
+        if not set(self.sweep_attributes) <= set(self.attributes):
+            raise ValueError("sweep_attributes must name attributes of this lens")
         if not self.sampling_prompts and (self.prompts or self.sweep_prompts):
             raise ValueError("a model without sampling prompts is unconditional and takes no prompts")
         return self
@@ -85,6 +89,11 @@ class FitConfig(StrictConfig):
     def draws(self) -> tuple[str | None, ...]:
         """The prompts sampled from; ``(None,)`` for unconditional models."""
         return self.sampling_prompts or (None,)
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """The attributes that are swept."""
+        return self.sweep_attributes or self.attributes
 
     @property
     def sweeps(self) -> tuple[str | None, ...]:
@@ -105,7 +114,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "atlas": ("pool_images", "atlas"),
     "settings": ("settings", "choose"),
     "effects": ("effect_features", "effect_images"),
-    "sweeps": ("sweep_prompts", "sweep_images", "sweep_first_seed", "sweep_controls"),
+    "sweeps": ("sweep_attributes", "sweep_prompts", "sweep_images", "sweep_first_seed", "sweep_controls"),
 }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
     chosen = [name for name in config.attributes if name not in setting]
     tried = sum(len(s.betas) - 1 for s in candidates("", "", config.choose)) * EDITED + 1
     edited = (run * EDITED + speed.decode) * config.sweep_images
-    strengths = sum(setting.get(name, len(config.choose.betas)) - 1 for name in config.attributes)
+    strengths = sum(setting.get(name, len(config.choose.betas)) - 1 for name in config.swept)
     n_sweeps = len(config.sweeps) * (2 if config.sweep_controls else 1)
     effects = 2 * config.effect_features * len(config.attributes) * config.effect_images
     probe = sum(n * classes[name] for name, n in images.items()) * numbers * 3 * PROBE_PASSES / speed.multiply_adds

@@ -126,7 +126,7 @@ def fit_sweeps(work: Work) -> None:
     """Sweep every attribute on every prompt (and its control), a folder of points each."""
     settings, config = read_settings(work), work.config
     controls: Sequence[Control | None] = (None, "random") if config.sweep_controls else (None,)
-    plan = [(p, name, c) for p in range(len(config.sweeps)) for name in config.attributes for c in controls]
+    plan = [(p, name, c) for p in range(len(config.sweeps)) for name in config.swept for c in controls]
     base: Baseline | None = None
     for number, (p, name, control) in enumerate(plan):
         stem = f"{p:02d}-{name}{'' if control is None else f'-{control}'}"

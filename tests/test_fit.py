@@ -95,6 +95,7 @@ def test_a_resumed_stage_repeats_nothing_that_is_there(tiny_fit_models: Models, 
         ({"n_images": 50}, "sample"),
         ({"atlas": AtlasConfig(seed=5)}, "atlas"),
         ({"sweep_images": 13}, "sweeps"),
+        ({"sweep_attributes": ("gender",)}, "sweeps"),
         ({"name": "other", "prompts": ("",), "vocabulary": None, "model": "elsewhere", "classifier": "moved"}, None),
     ],
 )

@@ -187,14 +187,19 @@ def save_pipeline(nets: Denoiser, vae: AutoencoderTiny, folder: Path) -> Path:
     make_pipeline(nets, vae).save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
     for module in modules:
         module.float()
+    # diffusers writes a key that it then warns of; it sets the value itself
+    _edit_json(folder / ("vqvae" if nets.text_encoder is None else "vae") / "config.json", remove="block_out_channels")
     if nets.text_encoder is not None:
         # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
-        path = folder / "text_encoder" / "config.json"
-        values = json.loads(path.read_text())
-        values["dtype"] = "float32"
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
     (folder / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
     return folder
+
+
+def _edit_json(path: Path, *, remove: str = "", **changes: str) -> None:
+    values = json.loads(path.read_text())
+    values.pop(remove, None)
+    path.write_text(json.dumps({**values, **changes}, indent=2) + "\n")
 
 
 def sample(
