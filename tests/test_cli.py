@@ -28,7 +28,7 @@ from diffusion_lens.types import LensError
 
 COMMANDS = (
     "generate", "attribute", "sweep", "balance", "check", "audit", "fit", "convert-p2", "import-difflens", "serve",
-    "portraits train", "portraits sheet", "portraits table",
+    "portraits train", "portraits export", "portraits sheet", "portraits table",
 )  # fmt: skip
 DOCTOR = PROMPTS[0]
 Run = Callable[..., Any]
@@ -196,6 +196,7 @@ MISTAKES = [
      "Say where the feature lists of gender lie"),
     (("portraits", "train", "--stage", "eyes"), "There is no stage 'eyes'"),
     (("portraits", "train", "--steps", 3), "Name one --stage"),
+    (("portraits", "export", "--work", "nowhere"), "autoencoder is missing; train first"),
     (("portraits", "table", "-a", "height"), "no attribute 'height'"),
     (("portraits", "table", "--prompt", "a wizard"), "not a sentence of this world"),
     (("portraits", "sheet", "x.png", "-n", 0), "Ask for 1 to 20,000 images"),

@@ -112,6 +112,27 @@ def recipe_config(
     return config.model_copy(update={"classifier_steps": steps})
 
 
+@app.command("export")
+@guarded
+def export(
+    unconditional: Annotated[bool, typer.Option("--unconditional", help="The pipeline that takes no prompt.")] = False,
+    work: Annotated[Path, typer.Option(help="Folder of stages and checkpoints.")] = Path("runs/portraits"),
+) -> None:
+    """Write the moving averages of a training that still runs, or was stopped, as a stock pipeline.
+
+    python -m diffusion_lens portraits export
+    """
+    from diffusion_lens.portraits.recipe import Paths, RecipeConfig, export_stage
+
+    name = "unconditional" if unconditional else "pipeline"
+    paths = Paths(work)
+    for needed in (paths.autoencoder, paths.checkpoint(name)):
+        if not needed.is_dir():
+            raise LensError(f"{needed} is missing; train first, with: python -m diffusion_lens portraits train.")
+    hide_loading_bars()
+    say(f"Wrote {export_stage(RecipeConfig(), paths, unconditional=unconditional)}")
+
+
 @app.command("sheet")
 @guarded
 def sheet(
