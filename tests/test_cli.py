@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lens_fixtures import PROMPTS
 from PIL import Image
 from test_check import TINY
@@ -228,6 +229,19 @@ def test_stopping_leaves_no_half_file(run: Run, monkeypatch: pytest.MonkeyPatch,
     result = run("generate", DOCTOR)
     assert result.exit_code == STOPPED and result.stderr.startswith("Stopped.")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_named(run: Run) -> None:
+    Path("plain").write_text("", encoding="utf-8")
+    assert mistake(run("portraits", "table", "--out", "plain/table.json")).startswith("plain")
+
+
+def test_too_little_memory_is_said_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def burst(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffusion_lens.generate.generate", burst)
+    assert "lower --batch-size" in mistake(run("generate", DOCTOR))
 
 
 def test_fit_estimates_before_it_begins(run: Run, tiny_lens_folder: Path) -> None:

@@ -62,6 +62,18 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             say("Stopped. What was finished is kept; no half-written file is left.")
             raise typer.Exit(STOPPED) from None
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough; typer ends quietly
+        except OSError as error:
+            if error.filename is None:
+                raise
+            say(f"{error.filename}: {error.strerror or error}.")
+            raise typer.Exit(MISTAKE) from None
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            say("There is not enough memory; lower --batch-size or --images, or choose another --device.")
+            raise typer.Exit(MISTAKE) from None
 
     return run
 

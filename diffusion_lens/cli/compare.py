@@ -1,0 +1,174 @@
+"""``compare`` and ``dissect``, and ``portraits depth``: the long measurements, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion_lens.cli import portraits
+from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
+from diffusion_lens.cli.options import BatchOption, DeviceOption, JsonOption, LensOption, checked_prompt, open_lens
+from diffusion_lens.types import LensError
+
+PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; '' is the empty prompt.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this family's commands."""
+    app.command("compare")(compare)
+    app.command("dissect")(dissect)
+    portraits.app.command("depth")(depth)
+
+
+@guarded
+def compare(
+    attribute: Annotated[
+        list[str] | None, typer.Option("--attribute", "-a", help="May be repeated; all that the lens steers by default.")
+    ] = None,
+    prompt: PromptOption = None,
+    methods: Annotated[str, typer.Option("--methods", "-m", help="Keys with commas between them, or all.")] = "all",
+    n: Annotated[int, typer.Option("--n", "-n", help="Images of every final row.")] = 1000,
+    tune: Annotated[int, typer.Option("--tune", help="Images per strength for tuning, on other seeds.")] = 96,
+    fit: Annotated[int, typer.Option("--fit", help="Images that a method may be fitted on, on other seeds.")] = 128,
+    approach: Annotated[str, typer.Option(help="auto, draw or shift; see docs.")] = "auto",
+    work: Annotated[Path, typer.Option(help="Folder of finished pieces; a stopped run goes on.")] = Path("runs/compare"),
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, CSV and the table.")] = None,
+    store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,
+    batch_size: BatchOption = 16,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run every method on the same seeds, each at its best setting, and print the paper's table.
+
+    python -m diffusion_lens compare --attribute gender --prompt 'a portrait of a firefighter' --methods all --n 1000
+
+    python -m diffusion_lens compare -a age -p '' -m difflens,bypass --n 200 --out runs/age
+    """
+    from diffusion_lens.compare import CompareConfig, run_compare
+    from diffusion_lens.compare_tables import COLUMNS, add_to_lens, cells, save_comparison
+
+    opened = open_lens(lens, device)
+    told = checked_prompt(opened, prompt if prompt is not None or opened.prompts == (None,) else opened.prompts[0])
+    found = {}
+    for name in attribute or [a.name for a in opened.attributes]:
+        config = CompareConfig.parse({
+            "attribute": name, "prompt": told, "methods": tuple(k.strip() for k in methods.split(",")), "n": n,
+            "n_tune": tune, "n_fit": fit, "approach": approach, "batch_size": batch_size,
+        }, where="the comparison")  # fmt: skip
+        with progress(name) as bar:
+            found[name] = run_compare(opened, config, work, on_stage=bar.stage)
+    for name, comparison in found.items():
+        if out is not None:
+            save_comparison(comparison, out / name.replace(" ", "-"))
+            say(f"Wrote {out / name.replace(' ', '-')}")
+        if store:
+            say(f"Wrote {add_to_lens(comparison, opened.folder)}")
+        if not as_json:
+            show_table(name, tuple(COLUMNS.values()), [tuple(cells(row)) for row in comparison.rows])
+            say("\n".join([comparison.rule, *comparison.labels.values()]))
+    if as_json:
+        show_json({name: list(comparison.rows) for name, comparison in found.items()})
+
+
+@guarded
+def dissect(
+    prompt: PromptOption = None,
+    n: Annotated[int, typer.Option("--images", "-n", help="Images per feature, on paired seeds.")] = 64,
+    beta: Annotated[float, typer.Option(help="How far every feature is turned; 1 changes nothing.")] = 5.0,
+    feature: Annotated[list[int] | None, typer.Option(help="A feature; may be repeated. All that fire by default.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder of finished features; a stopped run goes on.")] = Path("runs/dissect"),
+    store: Annotated[bool, typer.Option("--store", help="Keep effects and names in the lens's atlas.")] = False,
+    batch_size: BatchOption = 16,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn every SAE feature alone and group them by what that changes: hair, glasses, beard, smile, …
+
+    python -m diffusion_lens dissect --prompt '' --images 64
+
+    python -m diffusion_lens dissect -p 'a portrait of a doctor' --feature 12 --feature 90 --json
+    """
+    from diffusion_lens.dissect import DissectConfig, groups, store_in_lens
+    from diffusion_lens.dissect import dissect as run
+
+    opened = open_lens(lens, device)
+    told = checked_prompt(opened, prompt if prompt is not None or opened.prompts == (None,) else opened.prompts[0])
+    values: dict[str, Any] = {"prompt": told, "n": n, "beta": beta, "batch_size": batch_size}
+    config = DissectConfig.parse({**values, "features": tuple(feature) if feature else None}, where="the dissection")
+    with progress("dissecting") as bar:
+        found = run(opened, config, work, on_step=bar.step)
+    grouped = groups(found)
+    if store:
+        say(f"Wrote {store_in_lens(found, opened.folder)}")
+    if as_json:
+        show_json({name: list(effects) for name, effects in grouped.items()})
+        return
+    rows = [
+        (name, str(e.feature), e.label, f"{e.difference * 100:+.0f} ({e.interval[0] * 100:+.0f} to {e.interval[1] * 100:+.0f})",
+         f"{e.q_value:.2g}", f"{e.specificity:.0%}")
+        for name, effects in grouped.items() for e in effects[:5]
+    ]  # fmt: skip
+    show_table("what single features control", ("attribute", "feature", "class", "points", "q", "specific"), rows)
+    none = [name for name, effects in grouped.items() if not effects]
+    sure = sum(len(effects) for effects in grouped.values())
+    say(f"{sure} of {len(found.features)} features have a sure effect, {found.source}.")
+    if none:
+        say(f"No feature controls {', '.join(none)} above all else.")
+
+
+@guarded
+def depth(
+    work: Annotated[Path, typer.Option(help="Folder of trainings and drawings; a stopped run goes on.")] = Path(
+        "runs/depth"
+    ),
+    parts: Annotated[Path, typer.Option(help="Folder with the trained autoencoder/ and classifier/.")] = Path(
+        "runs/portraits"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every training.")] = 3000,
+    drawings: Annotated[int, typer.Option(min=1, help="Pictures they all learn from.")] = 20_000,
+    n: Annotated[int, typer.Option("--images", "-n", help="Images per prompt and setting.")] = 300,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train U-Nets of three depths on the same drawings, and measure how each amplifies what was planted.
+
+    python -m diffusion_lens portraits depth --work runs/depth
+    """
+    import torch
+    from diffusers import AutoencoderTiny
+
+    from diffusion_lens.classify import HeadsClassifier
+    from diffusion_lens.cli.options import pick_device
+    from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
+    from diffusion_lens.portraits.depth import DepthConfig, run_depth
+
+    if not (parts / "autoencoder" / "config.json").is_file():
+        raise LensError(f"There is no trained autoencoder in {parts}; run: portraits train --stage autoencoder.")
+    place = torch.device(pick_device(device))
+    config = DepthConfig.parse(
+        {"train": DenoiserTrainConfig(n_steps=steps), "n_drawings": drawings, "n": n}, where="the depth experiment"
+    )
+    vae = AutoencoderTiny.from_pretrained(parts / "autoencoder").to(place).eval()
+    with progress("depth") as bar:
+        result = run_depth(config, vae, HeadsClassifier.load(parts / "classifier"), work, device=place, on_stage=bar.stage)
+    if as_json:
+        show_json(result)
+        return
+    rows = [
+        (p.depth, "yes" if p.bypass else "no", f"'{p.prompt}'", f"{p.guidance_scale:g}", p.attribute, p.majority,
+         *_amplified(p.shares, p.amplification, p.intervals, p.majority))
+        for p in result.points
+    ]  # fmt: skip
+    show_table("amplification", ("depth", "bypass", "prompt", "guidance", "attribute", "majority", "share", "points"), rows)
+    say(result.caveat)
+    say(f"Wrote {work / 'depth.json'}")
+
+
+def _amplified(shares: Any, amplification: Any, intervals: Any, label: str) -> tuple[str, str]:
+    column = [share.label for share in shares].index(label)
+    low, high = intervals[column]
+    return f"{shares[column].corrected:.0%}", f"{amplification[column] * 100:+.0f} ({low * 100:+.0f} to {high * 100:+.0f})"
