@@ -78,4 +78,11 @@ def launch(lens: DiffusionLens, **options: Any) -> None:
 
 def launch_options() -> dict[str, Any]:
     """What ``gr.Blocks.launch`` needs for the app's look."""
-    return {"theme": theme(), "css_paths": [ASSETS / "app.css"], "footer_links": [], "ssr_mode": False}
+    script = (ASSETS / "app.js").read_text(encoding="utf-8")
+    return {
+        "theme": theme(),
+        "css_paths": [ASSETS / "app.css"],
+        "head": f"<script>{script}</script>",
+        "footer_links": [],
+        "ssr_mode": False,
+    }

@@ -124,7 +124,8 @@ def _features(
                     values[10 + k], label="turns with the set", container=False, visible=k < len(slots)
                 ))  # fmt: skip
                 own.append(Strength(
-                    ends.low, ends.high, values[10 + N_SLOTS + k], step=ends.step, container=False, visible=False,
+                    ends.low, ends.high, values[10 + N_SLOTS + k], step=ends.step, buttons=[],
+                    visible=k < len(slots) and not values[10 + k],
                     label=f"β of #{slots[k]} alone" if k < len(slots) else "", elem_classes="dl-own",
                 ))  # fmt: skip
     return shown, checks, own

@@ -15,7 +15,8 @@ from diffusion_lens.ui.studio import Picture, Row
 def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:
     """One row of images, each with what the classifier reads in it; edited images that changed class say so."""
     row, before = (picture.after, picture.before) if edited else (picture.before, picture.before)
-    title = f"After, β = {picture.beta:g}" if edited else "Before, the model as it is"
+    apart = "".join(f", #{i} at {b:g}" for i, b in picture.view.own)
+    title = f"After, β = {picture.beta:g}{apart}" if edited else "Before, the model as it is"
     figures = "".join(
         _figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(picture.view.seeds)
     )

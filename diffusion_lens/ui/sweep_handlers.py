@@ -65,8 +65,9 @@ def run(
     results: tuple[SweepResult, ...] = ()
     try:
         job = read_job(studio, prompt, attribute, grid, n, controls)
+        events = jobs.sweep_events(studio, page.visitor, job)
         yield (*same, texts.status("Drawing the unedited images …"), gr.skip(), *busy)
-        for event in jobs.sweep_events(studio, page.visitor, job):
+        for event in events:
             said = texts.status(f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
             fresh = event.results != () and _n_points(event.results) != _n_points(results)
             results = event.results

@@ -22,8 +22,8 @@ SWEEP_INTRO = (
     "features drawn at random, or the two poles exchanged: what moves there is not due to these features."
 )
 ATLAS_INTRO = (
-    "Every point is a feature; near points write similar directions into the model. Click a point, or pick a row of "
-    "the table with the keyboard."
+    "Every point is a feature; near points write similar directions into the model. Click a point; or walk through "
+    "the table with the arrow keys and press Enter."
 )
 FAILED = "That went wrong on our side ({kind}). Nothing you set is lost; try again."
 

@@ -1,0 +1,9 @@
+// Enter or space on a cell of the atlas table chooses its row, as a click does: gradio tells of clicks alone.
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" && event.key !== " ") return;
+  const cell = event.target.closest?.("#dl-atlas-table [role=gridcell]");
+  if (!cell) return;
+  event.preventDefault();
+  event.stopPropagation();
+  cell.click();
+}, true);

@@ -1,0 +1,195 @@
+"""The app in a real browser: everything by keyboard, every tab opens, nothing on the console."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from diffusion_lens import ui
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.ui.studio import import_engine
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+        "--disable-component-update", "--no-first-run"]  # fmt: skip
+PATIENCE = 60_000
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def address(tiny_lens: DiffusionLens) -> Iterator[str]:
+    """The app, served on the tiny lens."""
+    import_engine()
+    demo = ui.build(tiny_lens)
+    _, url, _ = demo.launch(
+        **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
+    )
+    yield url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the console and failed scripts said."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Any, address: str, complaints: list[str]) -> Iterator[Any]:
+    """The app, opened and showing images; the test fails if anything complained."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(PATIENCE)
+    tab = context.new_page()
+    tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda e: complaints.append(str(e)))
+    tab.goto(address)
+    tab.wait_for_selector("#dl-after img")
+    yield tab
+    context.close()
+    assert complaints == []
+
+
+def status(page: Any) -> str:
+    """The status line of Explore."""
+    return str(page.locator("#dl-status p").inner_text())
+
+
+def wait_for_status(page: Any, pattern: str) -> str:
+    """Wait until the status line matches; returns it."""
+    page.wait_for_function(
+        "p => new RegExp(p).test(document.querySelector('#dl-status p')?.innerText ?? '')", arg=pattern
+    )
+    return status(page)
+
+
+def sources(page: Any, row: str) -> list[str]:
+    """The images of one row."""
+    return [i.get_attribute("src") for i in page.locator(f"{row} img").all()]
+
+
+def test_beta_by_keyboard_changes_images_and_ratio(page: Any) -> None:
+    before, after = sources(page, "#dl-before"), sources(page, "#dl-after")
+    measured = page.locator("#dl-measures").inner_text()
+    assert len(before) == len(after) == 8
+    slider = page.locator("#dl-beta input[type=range]")
+    slider.focus()
+    start = float(slider.input_value())
+    for _ in range(16):
+        page.keyboard.press("ArrowLeft")
+    moved = float(slider.input_value())
+    assert moved < start
+    wait_for_status(page, f"β = {moved:g}: .*drawn in")
+    assert sources(page, "#dl-after") != after
+    assert page.locator("#dl-measures").inner_text() != measured
+    assert f"b={moved:g}" in page.locator(".dl-permalink").get_attribute("href")
+    alts = [i.get_attribute("alt") for i in page.locator("#dl-after img").all()]
+    assert all(re.fullmatch(r"Seed \d+, after the turn: read as .+", alt) for alt in alts)
+
+
+def test_one_feature_turns_alone_by_keyboard(page: Any) -> None:
+    box = page.locator("#dl-cards input[type=checkbox]").first
+    box.focus()
+    page.keyboard.press("Space")
+    slider = page.locator("#dl-cards input[type=range]:visible").first
+    slider.focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    own = slider.input_value()
+    page.wait_for_function("v => document.querySelector('.dl-permalink').href.includes(v)", arg=f"%3A{float(own):g}")
+    assert f"at {float(own):g}" in page.locator("#dl-after h3").inner_text()
+
+
+def test_bad_input_is_said_and_loses_nothing(page: Any) -> None:
+    prompt = page.locator("#dl-prompt input")
+    prompt.fill("a portrait of an astronaut")
+    prompt.press("Enter")
+    said = wait_for_status(page, "never saw")
+    assert "astronaut" in said and "portrait" in said
+    assert len(sources(page, "#dl-after")) == 8
+    prompt.fill("a portrait of a nurse")
+    prompt.press("Enter")
+    wait_for_status(page, "drawn in")
+    number = page.locator("#dl-beta input[type=number]")
+    number.fill("99")
+    number.press("Enter")
+    wait_for_status(page, "must lie between")
+    page.locator("#dl-reset").focus()
+    page.keyboard.press("Enter")
+    wait_for_status(page, "β = 1: .*drawn in")
+
+
+def test_a_link_opens_the_same_view(page: Any, address: str) -> None:
+    page.goto(f"{address}?v=1&p=a+portrait+of+a+nurse&a=age&t=young&b=2.5&n=16&s=3&k=2&m=symmetric&w=0-2")
+    wait_for_status(page, "β = 2.5: .*young.*drawn in")
+    assert len(sources(page, "#dl-after")) == 16
+    assert page.locator("#dl-prompt input").input_value() == "a portrait of a nurse"
+
+
+def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
+    page.get_by_role("tab", name="Sweep").click()
+    page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
+    page.get_by_label("256").check()
+    page.locator("#dl-run").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dl-stop-sweep")
+    page.locator("#dl-stop-sweep").click()
+    page.wait_for_function("() => /Stopped/.test(document.querySelector('#dl-sweep-status').innerText)")
+    page.wait_for_selector("#dl-run")
+
+
+def test_the_atlas_by_mouse_and_by_keyboard(page: Any) -> None:
+    page.get_by_role("tab", name="Atlas").click()
+    point = page.locator("#dl-atlas-map .scatterlayer .trace:first-child .point").nth(3)
+    point.wait_for()
+    heading = page.locator("#dl-atlas-card h3")
+    first = heading.inner_text()
+    point.click(force=True)
+    page.wait_for_function("t => document.querySelector('#dl-atlas-card h3').innerText !== t", arg=first)
+    clicked = heading.inner_text()
+    cell = page.locator("#dl-atlas-table [role=gridcell]").first
+    cell.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_function("t => document.querySelector('#dl-atlas-card h3').innerText !== t", arg=clicked)
+    number = heading.inner_text().split("#")[1]
+    page.locator("#dl-turn-feature").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"#dl-cards .dl-slot:first-child article[aria-label^='Feature {number},']")
+    wait_for_status(page, "drawn in")
+
+
+def test_about_shows_the_classifiers_errors(page: Any) -> None:
+    page.get_by_role("tab", name="About").click()
+    page.wait_for_selector("#dl-errors .heatmaplayer")
+    assert "perceived gender presentation" in page.locator(".dl-prose").inner_text()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_never_scrolls_sideways(browser: Any, address: str, theme: str) -> None:
+    tab = browser.new_page(viewport={"width": 400, "height": 800})
+    tab.set_default_timeout(PATIENCE)
+    tab.goto(f"{address}?__theme={theme}")
+    tab.wait_for_selector("#dl-after img")
+    for name in ("Explore", "Sweep", "Atlas", "About"):
+        tab.get_by_role("tab", name=name).click()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 400, name
+    tab.close()

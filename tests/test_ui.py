@@ -1,0 +1,440 @@
+"""The interface without a browser: views and links, the fair lane, handlers as plain functions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusion_lens import ui
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.types import LensError
+from diffusion_lens.ui import atlas_tab, cards, explore, explore_handlers, grid, jobs, state, sweep_handlers
+from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
+from diffusion_lens.ui.lane import Lane, Stopped, Stops
+from diffusion_lens.ui.pictures import spotlight
+from diffusion_lens.ui.state import View
+from diffusion_lens.ui.studio import Recent, Studio
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_lens: DiffusionLens) -> Studio:
+    """All visitors' studio on the tiny lens."""
+    return Studio(tiny_lens)
+
+
+@pytest.fixture
+def view(tiny_lens: DiffusionLens) -> View:
+    """The opening prompt and attribute, at the identity."""
+    return state.default_view(tiny_lens)
+
+
+def page_of(studio: Studio, view: View, visitor: str = "a") -> tuple[Page, list[Any]]:
+    """A page that shows ``view``, and its controls' values."""
+    slots = cards.slots(studio.lens, view)
+    return Page(visitor, slots), explore_handlers.control_values(studio, view, slots)
+
+
+class TestViews:
+    def test_controls_and_view_say_the_same(self, studio: Studio, view: View) -> None:
+        own = ((cards.slots(studio.lens, view)[0], -1.5), (cards.slots(studio.lens, view)[-1], 3.0))
+        for wanted in (view, replace(view, beta=2.25, window=(1, 3), sampler="symmetric", own=own, n_seeds=16)):
+            page, values = page_of(studio, wanted)
+            assert explore_handlers.read_view(studio, page, values) == replace(
+                wanted, own=tuple(sorted(wanted.own, key=lambda pair: page.slots.index(pair[0])))
+            )
+
+    def test_the_empty_prompt_survives_the_dropdown(self, studio: Studio, view: View) -> None:
+        page, values = page_of(studio, replace(view, prompt=""))
+        assert values[0] != "" and explore_handlers.read_view(studio, page, values).prompt == ""
+
+    @pytest.mark.parametrize("changes", [
+        {}, {"prompt": ""}, {"beta": -3.75, "own": ((0, 2.5), (31, -4.0))}, {"window": (0, 2), "sampler": "symmetric"},
+        {"window": None, "n_seeds": 16, "first_seed": 2**40, "n_features": 1},
+    ])  # fmt: skip
+    def test_links_open_the_view_they_were_made_of(
+        self, tiny_lens: DiffusionLens, view: View, changes: dict[str, Any]
+    ) -> None:
+        from urllib.parse import parse_qsl
+
+        wanted = replace(view, **changes)
+        query = dict(parse_qsl(state.to_query(wanted).lstrip("?"), keep_blank_values=True))
+        assert state.from_query(tiny_lens, query) == wanted
+
+    def test_no_link_is_no_view(self, tiny_lens: DiffusionLens) -> None:
+        assert state.from_query(tiny_lens, {"__theme": "dark"}) is None
+
+    @pytest.mark.parametrize(("key", "value"), [
+        ("v", "99"), ("a", "wealth"), ("t", "robot"), ("b", "nan"), ("b", "inf"), ("b", "1e9"), ("n", "100000"),
+        ("s", "-1"), ("s", "1" * 30), ("k", "0"), ("w", "3-1"), ("w", "0-99"), ("w", "x"), ("m", "psychic"),
+        ("f", "1:2,1:3"), ("f", "999999:1"), ("f", "x"), ("p", "astronaut"), ("p", "a " * 500),
+    ])  # fmt: skip
+    def test_broken_links_are_refused_in_one_sentence(
+        self, tiny_lens: DiffusionLens, view: View, key: str, value: str
+    ) -> None:
+        query = {"v": "1", "p": str(view.prompt), "a": view.attribute, "t": view.target, "b": "1", "n": "8", "s": "0",
+                 "k": "3", "m": "asymmetric", "w": "all"}  # fmt: skip
+        assert state.from_query(tiny_lens, query) is not None
+        with pytest.raises(LensError, match="opening view"):
+            state.from_query(tiny_lens, {**query, key: value})
+
+    def test_a_missing_part_of_a_link_is_refused(self, tiny_lens: DiffusionLens) -> None:
+        with pytest.raises(LensError, match="incomplete"):
+            state.from_query(tiny_lens, {"v": "1", "a": "gender"})
+
+    def test_the_identity_lies_on_the_slider(self, tiny_lens: DiffusionLens) -> None:
+        ends = state.scale(tiny_lens.setting("gender"))
+        moves = (ends.identity - ends.low) / ends.step
+        assert ends.low <= -4 and ends.high >= 6 and moves == pytest.approx(round(moves))
+
+    def test_unknown_words_are_named_with_the_known_ones(self, tiny_lens: DiffusionLens) -> None:
+        with pytest.raises(LensError, match=r"astronaut.*portrait"):
+            state.check_prompt(tiny_lens, "a portrait of an astronaut")
+
+
+class TestTurns:
+    def test_nothing_is_turned_at_the_identity(self, tiny_lens: DiffusionLens, view: View) -> None:
+        assert state.interventions(tiny_lens, view) == ()
+
+    def test_the_set_is_the_shipped_turn(self, tiny_lens: DiffusionLens, view: View) -> None:
+        (turn,) = state.interventions(tiny_lens, replace(view, beta=2.5))
+        assert turn == tiny_lens.intervention(view.attribute, view.target, 2.5)
+
+    def test_a_card_turns_its_own_feature_by_its_own_strength(self, tiny_lens: DiffusionLens, view: View) -> None:
+        """Whatever pole a feature stands in, its card's number is what the feature is multiplied by."""
+        from diffusion_lens.intervene import _turns
+
+        features, opposite = state.poles(tiny_lens, view)
+        assert opposite is not None
+        for feature in (features.ids[0], opposite.ids[0]):
+            (turn,) = state.interventions(tiny_lens, replace(view, own=((feature, 3.0),)))
+            scales = {i: gain for i, gain, _ in _turns(turn)}
+            assert scales.pop(feature) == 3.0
+            assert set(scales.values()) == {1.0}
+
+    def test_a_feature_outside_the_set_is_turned_beside_it(self, tiny_lens: DiffusionLens, view: View) -> None:
+        features, opposite = state.poles(tiny_lens, view)
+        known = {*features.ids, *(opposite.ids if opposite else ())}
+        other = next(i for i in range(32) if i not in known)
+        alone = state.interventions(tiny_lens, replace(view, own=((other, 3.0),)))
+        assert [t.features.ids for t in alone] == [(other,)]
+        both = state.interventions(tiny_lens, replace(view, beta=2.0, own=((other, 3.0),)))
+        assert len(both) == 2 and tiny_lens.edit(*both)
+
+
+class TestDrawing:
+    def test_images_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
+        wanted = replace(view, beta=3.0)
+        picture = studio.draw(wanted)
+        lens = studio.lens
+        request = lens.request(view.prompt, range(8))
+        turned = lens.generate(request, lens.intervention(view.attribute, view.target, 3.0), batch_size=8)
+        assert np.array_equal(picture.before.images, lens.generate(request, batch_size=8).images)
+        assert np.array_equal(picture.after.images, turned.images)
+        assert np.array_equal(picture.after.labels, lens.classify(turned.images)[view.attribute].labels)
+
+    def test_a_return_to_a_strength_is_not_drawn_again(self, studio: Studio, view: View) -> None:
+        wanted = replace(view, beta=3.0)
+        assert studio.draw(wanted).after.images is studio.draw(wanted).after.images
+
+    def test_the_opening_shows_what_was_stored_on_the_same_seeds(self, studio: Studio) -> None:
+        opened = explore.opening(studio)
+        picture = studio.stored(opened)
+        assert picture is not None and picture.stored and picture.beta == opened.beta
+        live = studio.draw(opened)
+        assert np.array_equal(picture.before.labels, live.before.labels)
+        assert np.array_equal(picture.after.labels, live.after.labels)
+
+    def test_nothing_stored_is_shown_for_other_seeds_or_settings(self, studio: Studio, view: View) -> None:
+        assert studio.stored(view) is not None
+        for changes in ({"first_seed": 5}, {"own": ((0, 2.0),)}, {"sampler": "symmetric"}, {"prompt": ""},
+                        {"n_features": 2}):  # fmt: skip
+            assert studio.stored(replace(view, **changes)) is None
+
+    def test_every_image_says_what_it_shows(self, studio: Studio, view: View) -> None:
+        picture = studio.draw(replace(view, beta=3.0))
+        html = grid.row_html(picture, studio.lens.attribute_named(view.attribute), edited=True)
+        assert html.count("<img") == html.count(' alt="Seed ') == 8
+        changed = ((picture.before.labels != picture.after.labels) | (picture.before.certain != picture.after.certain))
+        assert html.count("dl-moved") <= 8 and (html.count("dl-moved") > 0) == bool(changed.any())
+
+    def test_shares_come_with_n_interval_and_uncertain(self, studio: Studio, view: View) -> None:
+        picture = studio.draw(replace(view, beta=3.0))
+        rows = (picture.before, picture.after)
+        html = grid.measure_html(studio.lens, picture, None)
+        for row in rows:
+            k, n = int(((row.labels == 1) & row.certain).sum()), int(row.certain.sum())
+            assert f"{k} of {n}" in html and ("uncertain" in html or n == 8)
+        assert "95 %" in html and "8 images show what the turn does" in html and "ln(male / female)" in html
+
+    def test_the_page_of_another_visitor_is_never_touched(self, studio: Studio, view: View) -> None:
+        """Two visitors draw at once; each gets their own view back."""
+        views = [replace(view, beta=b, first_seed=s) for b, s in ((2.0, 0), (5.0, 100), (-3.0, 200))]
+        pictures: dict[int, Any] = {}
+
+        def visit(i: int) -> None:
+            pictures[i] = studio.draw(views[i], f"visitor {i}")
+
+        threads = [threading.Thread(target=visit, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, wanted in enumerate(views):
+            assert pictures[i].view == wanted
+            assert np.array_equal(pictures[i].after.images, Studio(studio.lens).draw(wanted).after.images)
+
+
+class TestHandlers:
+    def test_drawing_fills_the_page(self, studio: Studio, view: View) -> None:
+        page, values = page_of(studio, replace(view, beta=2.0))
+        *_, last = explore_handlers.draw(studio, page, *values)
+        before, after, curve, measures, status, link, shown = last
+        assert before.count("<img") == after.count("<img") == 8
+        assert "β = 2" in status and "<svg" in curve and "dl-measure" in measures and "b=2" in link
+        *_, again = explore_handlers.draw(studio, shown, *page_of(studio, replace(view, beta=3.0))[1])
+        assert not isinstance(again[0], str), "the unedited row is sent once"
+
+    @pytest.mark.parametrize(("place", "value", "said"), [
+        (9, float("nan"), "β must lie"), (9, float("inf"), "β must lie"), (9, 99, "β must lie"), (9, None, "β must be"),
+        (0, "a portrait of an astronaut", "never saw"), (4, -1, "first seed"), (4, 1.5, "whole number"),
+        (6, 10**6, "features per pole"), (7, 4, "steps"), (3, 7, "images at once"), (5, "psychic", "sampler"),
+    ])  # fmt: skip
+    def test_bad_input_is_one_sentence_and_loses_nothing(
+        self, studio: Studio, view: View, place: int, value: Any, said: str
+    ) -> None:
+        page, values = page_of(studio, view)
+        values[place] = value
+        if place == 7:
+            values[8] = 2
+        (outputs,) = explore_handlers.draw(studio, page, *values)
+        assert said in outputs[4] and 'role="alert"' in outputs[4]
+        assert outputs[6] == page and not any(isinstance(o, str) for o in (*outputs[:4], outputs[5]))
+
+    def test_a_failing_run_leaves_the_app_usable(
+        self, studio: Studio, view: View, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        page, values = page_of(studio, replace(view, beta=2.75))
+        with monkeypatch.context() as patch:
+            patch.setattr(DiffusionLens, "edit", lambda *_: 1 / 0)
+            (outputs,) = explore_handlers.draw(studio, page, *values)
+        assert "ZeroDivisionError" in outputs[4] and "lost" in outputs[4]
+        *_, outputs = explore_handlers.draw(studio, page, *values)
+        assert "drawn in" in outputs[4]
+
+    def test_another_attribute_brings_its_classes_and_cards(self, studio: Studio, view: View) -> None:
+        page, values = page_of(studio, replace(view, beta=3.0))
+        values[1] = "age"
+        *updates, fresh = explore_handlers.change_attribute(studio, page, values)
+        assert len(updates) == 10 + 3 * N_SLOTS
+        assert updates[2]["choices"] == ["young", "adult", "old"] and updates[2]["value"] == "old"
+        assert updates[9]["value"] == 1.0
+        assert fresh.slots == cards.slots(studio.lens, state.default_view(studio.lens, "age"))
+        assert all(f"#{i}<" in html for i, html in zip(fresh.slots, updates[10 + 2 * N_SLOTS :], strict=False))
+
+    def test_reset_goes_back_to_the_identity(self, studio: Studio, view: View) -> None:
+        first = cards.slots(studio.lens, view)[0]
+        page, values = page_of(studio, replace(view, beta=3.0, own=((first, 4.0),), n_seeds=16))
+        *updates, _ = explore_handlers.reset(studio, page, values)
+        assert updates[9]["value"] == 1.0 and updates[3]["value"] == 16
+        assert all(u["value"] is True for u in updates[10 : 10 + N_SLOTS])
+
+    def test_a_feature_from_the_atlas_comes_first_and_is_turned(self, studio: Studio, view: View) -> None:
+        known = cards.slots(studio.lens, view)
+        other = next(i for i in range(32) if i not in known)
+        page, values = page_of(studio, view)
+        *updates, fresh = explore_handlers.turn_feature(studio, page, other, values)
+        assert fresh.slots[0] == other and len(fresh.slots) == N_SLOTS
+        plain = [u["value"] for u in updates[: 10 + 2 * N_SLOTS]]
+        assert dict(explore_handlers.read_view(studio, fresh, plain).own)[other] == 6.0
+
+    def test_balance_is_read_off_the_stored_sweep(self, studio: Studio, view: View) -> None:
+        page, values = page_of(studio, view)
+        *_, (slider, status, stop) = explore_handlers.balance(studio, page, *values)
+        assert -4 <= slider["value"] <= 6 and "β" in status and stop["visible"] is False
+
+    def test_balance_is_measured_where_nothing_is_stored(
+        self, studio: Studio, view: View, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jobs, "BALANCE_IMAGES", 24)
+        page, values = page_of(studio, replace(view, prompt="a portrait of a nurse"))
+        steps = list(explore_handlers.balance(studio, page, *values))
+        assert len(steps) > 2 and "value" in steps[-1][0], steps[-1][1]
+
+    def test_arriving_with_a_link_sets_the_controls(self, studio: Studio, view: View) -> None:
+        from urllib.parse import parse_qsl
+
+        wanted = replace(view, prompt="a portrait of a nurse", beta=2.5)
+        query = dict(parse_qsl(state.to_query(wanted).lstrip("?")))
+        *updates, page, _ = explore_handlers.open_link(studio, "me", query)
+        values = [u["value"] for u in updates[: 10 + 2 * N_SLOTS]]
+        assert page.linked and page.visitor == "me"
+        assert explore_handlers.read_view(studio, page, values) == wanted
+
+    def test_arriving_with_a_broken_link_says_so(self, studio: Studio) -> None:
+        *_, page, status = explore_handlers.open_link(studio, "me", {"v": "1", "b": "x"})
+        assert "cannot be opened" in status and not page.linked and page.slots
+
+
+class TestSweeps:
+    def test_stored_sweeps_are_shown_at_once(self, studio: Studio, view: View) -> None:
+        figure, says, strip, table, download, status, results = sweep_handlers.open_stored(
+            studio, view.prompt, view.attribute, "log ratio"
+        )
+        assert figure["alt"] in says and "Stored" in status and len(results) == 2
+        assert strip.count("<img") == 4 * len(results[0].points) and table.count("<table") == 2
+        assert "base64" in download
+
+    def test_a_prompt_without_sweep_says_so(self, studio: Studio) -> None:
+        figure, *_, status, results = sweep_handlers.open_stored(studio, "a portrait of a nurse", "gender", "share")
+        assert figure is None and results == () and "Run sweep" in status
+
+    def test_points_come_one_by_one(self, studio: Studio, view: View) -> None:
+        steps = list(sweep_handlers.run(
+            studio, Page("a"), view.prompt, "gender", "5 strengths", 16, ["random features"], "log ratio"
+        ))  # fmt: skip
+        seen = [[len(r.points) for r in step[6]] for step in steps if isinstance(step[6], tuple)]
+        assert seen == [[1], [2], [3], [4], [5], *([5, n] for n in range(1, 6))]
+        assert "Done" in steps[-1][5] and steps[-1][7]["visible"] is True
+
+    def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
+        job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])
+        *_, last = jobs.sweep_events(studio, "a", job)
+        expected = studio.lens.sweep(view.prompt, "gender", n=16)
+        assert last.done == pytest.approx(1.0)
+        assert [p.shares for p in last.results[0].points] == [p.shares for p in expected.points]
+
+    def test_stop_keeps_what_was_measured(self, studio: Studio, view: View) -> None:
+        run = sweep_handlers.run(studio, Page("b"), view.prompt, "gender", "9 strengths", 64, [], "log ratio")
+        steps = [next(run)]
+        while not isinstance(steps[-1][6], tuple):
+            steps.append(next(run))
+        studio.stops.stop("b:sweep")
+        steps += list(run)
+        assert "Stopped" in steps[-1][5] and steps[-1][8]["visible"] is False
+        assert studio.draw(view), "the lane is free again"
+
+    def test_leaving_ends_the_work(self, studio: Studio, view: View) -> None:
+        job = sweep_handlers.read_job(studio, view.prompt, "gender", "9 strengths", 256, [])
+        events = jobs.sweep_events(studio, "gone", job)
+        next(events)
+        events.close()
+        with studio.lane.hold(urgent=False):
+            pass  # free: the job's thread has let go
+
+    @pytest.mark.parametrize(("changes", "said"), [
+        ({"prompt": "an astronaut"}, "never saw"), ({"n": 10**6}, "images per strength"),
+        ({"attribute": "wealth"}, "does not steer"),
+    ])  # fmt: skip
+    def test_bad_sweeps_are_refused(self, studio: Studio, changes: dict[str, Any], said: str) -> None:
+        values = {"prompt": "a portrait of a nurse", "attribute": "gender", "n": 16, **changes}
+        (step,) = sweep_handlers.run(
+            studio, Page("a"), values["prompt"], values["attribute"], "5 strengths", values["n"], [], "share"
+        )
+        assert said in step[5] and 'role="alert"' in step[5]
+
+
+class TestAtlas:
+    @pytest.mark.parametrize("bad", [None, -1, 32, 1.5, float("nan"), float("inf"), "3", True, [1]])
+    def test_a_page_cannot_choose_what_is_not_there(self, studio: Studio, bad: Any) -> None:
+        assert atlas_tab.valid(studio, bad) is None
+        assert "no feature" in atlas_tab.chosen(studio, "gender: male", bad)[0]
+
+    def test_choosing_shows_the_card_everywhere(self, studio: Studio) -> None:
+        card, profile, plot, number, chosen, button = atlas_tab.chosen(studio, "gender: male", 7.0)
+        assert "Feature #7" in card and "#7" in profile["alt"] and "#7" in plot["alt"]
+        assert number == chosen == 7 and "#7" in button["value"]
+
+    def test_the_table_is_in_step_with_the_colours(self, studio: Studio) -> None:
+        for colour in atlas_tab.colourings(studio):
+            values, _ = atlas_tab.scores(studio, colour)
+            ids = [row[0] for row in atlas_tab.table(studio, colour)]
+            assert ids[0] == int(values.argmax()) and np.all(np.diff(values[ids]) <= 0)
+
+
+class TestLane:
+    def test_one_at_a_time_and_urgent_work_first(self) -> None:
+        lane, order = Lane(), []
+
+        def job(name: str, urgent: bool) -> None:
+            with lane.hold(urgent=urgent):
+                order.append(name)
+
+        with lane.hold(urgent=True):
+            threads = []
+            for name, urgent in (("sweep", False), ("slider", True)):
+                threads.append(threading.Thread(target=job, args=(name, urgent)))
+                threads[-1].start()
+                while lane.waiting < len(threads):
+                    time.sleep(0.001)
+        for thread in threads:
+            thread.join()
+        assert order == ["slider", "sweep"]
+
+    def test_a_sweep_gives_way_between_steps_and_goes_on(self) -> None:
+        lane, order = Lane(), []
+
+        def slider() -> None:
+            with lane.hold(urgent=True):
+                order.append("slider")
+
+        with lane.hold(urgent=False) as turn:
+            turn.give_way()
+            order.append("step 1")
+            thread = threading.Thread(target=slider)
+            thread.start()
+            while not lane.waiting:
+                time.sleep(0.001)
+            turn.give_way()
+            order.append("step 2")
+        thread.join()
+        assert order == ["step 1", "slider", "step 2"]
+
+    def test_an_error_frees_the_lane(self) -> None:
+        lane = Lane()
+        with pytest.raises(Stopped), lane.hold(urgent=True):
+            raise Stopped
+        with lane.hold(urgent=False):
+            pass
+
+    def test_a_visitor_stops_their_own_work_alone(self) -> None:
+        stops = Stops()
+        mine, yours = stops.start("me:sweep"), stops.start("you:sweep")
+        stops.stop("me:sweep")
+        stops.stop("nobody")
+        assert mine.is_set() and not yours.is_set()
+        assert yours is not stops.start("you:sweep") and yours.is_set(), "new work ends the old"
+
+
+def test_caches_are_bounded() -> None:
+    cache: Recent[int] = Recent(2)
+    for i in range(3):
+        cache.put(i, i)
+    assert cache.get(0) is None and cache.get(2) == 2
+    assert cache.get(1) == 1
+    cache.put(3, 3)
+    assert cache.get(2) is None and cache.get(1) == 1, "what was used last stays"
+
+
+def test_the_spotlight_keeps_lit_places_and_greys_dark_ones() -> None:
+    image = np.zeros((96, 96, 3), np.uint8)
+    image[..., 0] = 200
+    heat = np.zeros((4, 4))
+    heat[0, 0] = 2.0
+    lit = spotlight(image, heat)
+    assert np.abs(lit[2, 2].astype(int) - [200, 0, 0]).max() <= 12
+    dark = lit[90, 90].astype(int)
+    assert dark.max() - dark.min() <= 2
+    assert np.array_equal(spotlight(image, np.zeros((4, 4))), image)
+
+
+def test_the_app_is_built_and_limits_its_queue(tiny_lens: DiffusionLens) -> None:
+    demo = ui.build(tiny_lens)
+    assert demo._queue.max_size == ui.QUEUE
+    drawing = [fn for fn in demo.fns.values() if fn.concurrency_id == "live"]
+    assert len(drawing) >= 2 and any(fn.trigger_mode == "always_last" and len(fn.targets) > 10 for fn in drawing)
+    assert "script" in ui.launch_options()["head"]
