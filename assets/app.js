@@ -5,5 +5,5 @@ document.addEventListener("keydown", (event) => {
   if (!cell) return;
   event.preventDefault();
   event.stopPropagation();
-  cell.click();
+  for (const type of ["mousedown", "mouseup", "click"]) cell.dispatchEvent(new MouseEvent(type, { bubbles: true }));
 }, true);
