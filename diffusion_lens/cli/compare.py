@@ -10,9 +10,11 @@ import typer
 from diffusion_lens.cli import portraits
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import BatchOption, DeviceOption, JsonOption, LensOption, checked_prompt, open_lens
+from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
 
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; '' is the empty prompt.")]
+WorkOption = Annotated[Path, typer.Option(help="Folder of finished pieces; a stopped run goes on there.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +27,7 @@ def register(app: typer.Typer) -> None:
 @guarded
 def compare(
     attribute: Annotated[
-        list[str] | None, typer.Option("--attribute", "-a", help="May be repeated; all that the lens steers by default.")
+        list[str] | None, typer.Option("--attribute", "-a", help="May be repeated; all of the lens's by default.")
     ] = None,
     prompt: PromptOption = None,
     methods: Annotated[str, typer.Option("--methods", "-m", help="Keys with commas between them, or all.")] = "all",
@@ -33,7 +35,7 @@ def compare(
     tune: Annotated[int, typer.Option("--tune", help="Images per strength for tuning, on other seeds.")] = 96,
     fit: Annotated[int, typer.Option("--fit", help="Images that a method may be fitted on, on other seeds.")] = 128,
     approach: Annotated[str, typer.Option(help="auto, draw or shift; see docs.")] = "auto",
-    work: Annotated[Path, typer.Option(help="Folder of finished pieces; a stopped run goes on.")] = Path("runs/compare"),
+    work: WorkOption = Path("runs/compare"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, CSV and the table.")] = None,
     store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,
     batch_size: BatchOption = 16,
@@ -48,7 +50,7 @@ def compare(
     python -m diffusion_lens compare -a age -p '' -m difflens,bypass --n 200 --out runs/age
     """
     from diffusion_lens.compare import CompareConfig, run_compare
-    from diffusion_lens.compare_tables import COLUMNS, add_to_lens, cells, save_comparison
+    from diffusion_lens.compare_tables import COLUMNS, PARTS, add_to_lens, cells, save_comparison
 
     opened = open_lens(lens, device)
     told = checked_prompt(opened, prompt if prompt is not None or opened.prompts == (None,) else opened.prompts[0])
@@ -67,10 +69,12 @@ def compare(
         if store:
             say(f"Wrote {add_to_lens(comparison, opened.folder)}")
         if not as_json:
-            show_table(name, tuple(COLUMNS.values()), [tuple(cells(row)) for row in comparison.rows])
+            for part, fields in PARTS.items():
+                rows = [tuple(cells(row, fields)) for row in comparison.rows]
+                show_table(f"{name}: {part}", tuple(COLUMNS[field] for field in fields), rows)
             say("\n".join([comparison.rule, *comparison.labels.values()]))
     if as_json:
-        show_json({name: list(comparison.rows) for name, comparison in found.items()})
+        show_json(to_plain({name: comparison.rows for name, comparison in found.items()}))
 
 
 @guarded
@@ -78,8 +82,10 @@ def dissect(
     prompt: PromptOption = None,
     n: Annotated[int, typer.Option("--images", "-n", help="Images per feature, on paired seeds.")] = 64,
     beta: Annotated[float, typer.Option(help="How far every feature is turned; 1 changes nothing.")] = 5.0,
-    feature: Annotated[list[int] | None, typer.Option(help="A feature; may be repeated. All that fire by default.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder of finished features; a stopped run goes on.")] = Path("runs/dissect"),
+    feature: Annotated[
+        list[int] | None, typer.Option(help="A feature; may be repeated. All that fire by default.")
+    ] = None,
+    work: WorkOption = Path("runs/dissect"),
     store: Annotated[bool, typer.Option("--store", help="Keep effects and names in the lens's atlas.")] = False,
     batch_size: BatchOption = 16,
     lens: LensOption = "",
@@ -105,13 +111,13 @@ def dissect(
     if store:
         say(f"Wrote {store_in_lens(found, opened.folder)}")
     if as_json:
-        show_json({name: list(effects) for name, effects in grouped.items()})
+        show_json(to_plain(grouped))
         return
     rows = [
-        (name, str(e.feature), e.label, f"{e.difference * 100:+.0f} ({e.interval[0] * 100:+.0f} to {e.interval[1] * 100:+.0f})",
-         f"{e.q_value:.2g}", f"{e.specificity:.0%}")
-        for name, effects in grouped.items() for e in effects[:5]
-    ]  # fmt: skip
+        (name, str(e.feature), e.label, _points(e.difference, e.interval), f"{e.q_value:.2g}", f"{e.specificity:.0%}")
+        for name, effects in grouped.items()
+        for e in effects[:5]
+    ]
     show_table("what single features control", ("attribute", "feature", "class", "points", "q", "specific"), rows)
     none = [name for name, effects in grouped.items() if not effects]
     sure = sum(len(effects) for effects in grouped.values())
@@ -122,9 +128,7 @@ def dissect(
 
 @guarded
 def depth(
-    work: Annotated[Path, typer.Option(help="Folder of trainings and drawings; a stopped run goes on.")] = Path(
-        "runs/depth"
-    ),
+    work: WorkOption = Path("runs/depth"),
     parts: Annotated[Path, typer.Option(help="Folder with the trained autoencoder/ and classifier/.")] = Path(
         "runs/portraits"
     ),
@@ -154,21 +158,26 @@ def depth(
     )
     vae = AutoencoderTiny.from_pretrained(parts / "autoencoder").to(place).eval()
     with progress("depth") as bar:
-        result = run_depth(config, vae, HeadsClassifier.load(parts / "classifier"), work, device=place, on_stage=bar.stage)
+        judge = HeadsClassifier.load(parts / "classifier")
+        result = run_depth(config, vae, judge, work, device=place, on_stage=bar.stage)
     if as_json:
-        show_json(result)
+        show_json(to_plain(result))
         return
     rows = [
         (p.depth, "yes" if p.bypass else "no", f"'{p.prompt}'", f"{p.guidance_scale:g}", p.attribute, p.majority,
          *_amplified(p.shares, p.amplification, p.intervals, p.majority))
         for p in result.points
     ]  # fmt: skip
-    show_table("amplification", ("depth", "bypass", "prompt", "guidance", "attribute", "majority", "share", "points"), rows)
+    headings = ("depth", "bypass", "prompt", "guidance", "attribute", "majority", "share", "points")
+    show_table("amplification", headings, rows)
     say(result.caveat)
     say(f"Wrote {work / 'depth.json'}")
 
 
 def _amplified(shares: Any, amplification: Any, intervals: Any, label: str) -> tuple[str, str]:
     column = [share.label for share in shares].index(label)
-    low, high = intervals[column]
-    return f"{shares[column].corrected:.0%}", f"{amplification[column] * 100:+.0f} ({low * 100:+.0f} to {high * 100:+.0f})"
+    return f"{shares[column].corrected:.0%}", _points(amplification[column], intervals[column])
+
+
+def _points(value: float, interval: tuple[float, float]) -> str:
+    return f"{value * 100:+.0f} ({interval[0] * 100:+.0f} to {interval[1] * 100:+.0f})"
