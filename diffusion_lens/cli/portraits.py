@@ -66,6 +66,7 @@ def train(
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings), recipe.Paths(work)
     place = torch.device(pick_device(device))
+    hide_loading_bars()
     for name in STAGES:
         if name not in chosen:
             continue
