@@ -1,0 +1,288 @@
+"""The bench: one table of all methods, its rule, its metrics against slow forms, its files and its resumption."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lens_fixtures import PROMPTS
+
+from diffusion_lens import compare, metrics
+from diffusion_lens.artifacts import verify
+from diffusion_lens.compare import CompareConfig, Comparison, run_compare
+from diffusion_lens.compare_rows import (
+    NORM_FLAG,
+    Clock,
+    choose,
+    flag,
+    kept,
+    likeness,
+    share_statistics,
+    timed,
+)
+from diffusion_lens.compare_tables import (
+    COLUMNS,
+    PARTS,
+    add_to_lens,
+    cells,
+    csv_text,
+    load_comparison,
+    markdown,
+    save_comparison,
+    stored_comparisons,
+)
+from diffusion_lens.generate import Cancelled, generate_batches
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.types import LensError
+
+METHODS = ("difflens", "bypass", "h-distribution", "control-prompt")
+
+
+def small(**changes: Any) -> CompareConfig:
+    """A table of seconds."""
+    values: dict[str, Any] = {
+        "attribute": "gender", "prompt": PROMPTS[0], "methods": METHODS, "n": 56, "n_tune": 12, "n_fit": 8,
+        "options": {}, "batch_size": 56, "n_examples": 2, **changes,
+    }  # fmt: skip
+    return CompareConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shared comparison keeps its pieces."""
+    return tmp_path_factory.mktemp("compare")
+
+
+@pytest.fixture(scope="module")
+def comparison(tiny_lens: DiffusionLens, work: Path) -> Comparison:
+    """A finished table."""
+    return run_compare(tiny_lens, small(), work)
+
+
+def test_every_cell_is_filled(comparison: Comparison) -> None:
+    assert [row.method for row in comparison.rows] == ["unsteered", *METHODS]
+    for row in comparison.rows:
+        assert not row.note
+        empty = [name for name, value in vars(row).items() if value is None]
+        assert not empty, (row.method, empty)
+        assert row.n == 56 and "–" not in cells(row)[2:]
+    unsteered = comparison.rows[0]
+    assert unsteered.fid == pytest.approx(0, abs=1e-6) and unsteered.kept == 1 and unsteered.activation_ratio == 1
+    assert unsteered.image_likeness is not None and unsteered.image_likeness.value == pytest.approx(1)
+    assert set(comparison.rows[1].agreement or {}) == {"age", "glasses"}
+
+
+def test_rows_agree_with_a_plain_run_of_the_same_seeds(
+    comparison: Comparison, tiny_lens: DiffusionLens, work: Path
+) -> None:
+    from diffusion_lens.methods.registry import load_fitted
+
+    row = next(r for r in comparison.rows if r.method == "difflens")
+    (folder,) = work.glob("gender-*")
+    fitted = load_fitted(folder / "difflens" / "fitted", tiny_lens)
+    seeds = comparison.config.seeds("final")
+    edit = fitted.edit(row.strength, seeds) if row.strength else None
+    edits = () if edit is None else (edit,)
+    images = tiny_lens.generate(PROMPTS[0], *edits, seeds=seeds, batch_size=56).images
+    plain = tiny_lens.generate(PROMPTS[0], seeds=seeds, batch_size=56).images
+    read, before = tiny_lens.classify(images), tiny_lens.classify(plain)
+    own = read["gender"]
+    assert [s.count for s in row.shares] == own.counts.tolist()
+    shares = own.counts / own.counts.sum()
+    assert row.fd is not None and row.fd.value == pytest.approx(float(np.linalg.norm(shares - 0.5)))
+    assert row.fd.interval[0] <= row.fd.value <= row.fd.interval[1]
+    assert row.spd is not None and row.spd.value == pytest.approx(abs(shares[0] - shares[1]))
+    assert row.agreement == {name: metrics.agreement(before[name], read[name]) for name in ("age", "glasses")}
+    assert row.certain == pytest.approx(own.certain.mean())
+    features = tiny_lens.classifier.features
+    assert row.fid == pytest.approx(metrics.frechet_distance(features(plain), features(images)), abs=1e-6)
+    cosine = metrics.cosine_to_unit(features(images).astype(float), features(plain).astype(float)).mean()
+    assert row.image_likeness is not None and row.image_likeness.value == pytest.approx(cosine)
+    heads = [metrics.inception_score(read[name].probs, splits=5)[0] for name in ("age", "glasses")]
+    assert row.inception == pytest.approx(np.mean(heads))
+
+
+def test_curves_are_on_the_tuning_seeds_and_hold_the_identity(comparison: Comparison) -> None:
+    assert set(comparison.curves) == set(METHODS)
+    for key, curve in comparison.curves.items():
+        assert len(curve.points) == 7 and 0.0 in curve.betas
+        assert curve.request.seeds == tuple(comparison.config.seeds("tune"))
+        row = next(r for r in comparison.rows if r.method == key)
+        assert row.strength == choose(curve.points).beta
+        identity = next(p for p in curve.points if p.beta == 0)
+        assert set(identity.agreement.values()) == {1.0}
+    final, tune, fit = (set(comparison.config.seeds(p)) for p in ("final", "tune", "fit"))
+    assert not final & tune and not final & fit and not tune & fit
+
+
+def test_nothing_is_drawn_twice(
+    comparison: Comparison, tiny_lens: DiffusionLens, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was drawn again")
+
+    for name in ("generate_batches", "measure_baseline", "sweep_points", "generate"):
+        monkeypatch.setattr(compare, name, never)
+    again = run_compare(tiny_lens, small(), work)
+    assert again.rows == comparison.rows and set(again.curves) == set(comparison.curves)
+
+
+def test_a_stopped_run_goes_on(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+        assert 0 < done <= total
+        if stage.startswith("Mid-block bypass: λ max 0.35"):
+            raise Cancelled
+
+    config = small(methods=("bypass",))
+    with pytest.raises(Cancelled):
+        run_compare(tiny_lens, config, tmp_path, on_stage=stop)
+    kept_points = sorted(path.name for path in tmp_path.glob("*/bypass/curve/*.json") if "examples" not in path.name)
+    assert kept_points == ["000.json", "001.json", "002.json"]
+    stages.clear()
+    with pytest.raises(Cancelled):
+        run_compare(tiny_lens, config, tmp_path, on_stage=stop)
+    assert not [s for s in stages if "λ max 0.1" in s]
+
+
+def test_goals_follow_the_approach(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    from diffusion_lens.methods.registry import METHODS as ALL
+
+    def bench(**changes: Any) -> compare.Bench:
+        return compare.Bench(tiny_lens, small(**changes), tmp_path, None, None)
+
+    two, three = bench(), bench(attribute="age")
+    even = {"female": 0.5, "male": 0.5}
+    counts = two.tuning.reading.predictions["gender"].counts
+    assert two.goal(ALL["difflens"]) == ("female", "male")[int(counts.argmin())]
+    assert two.goal(ALL["h-distribution"]) == even and two.goal(ALL["bypass"]) == even
+    assert bench(approach="draw").goal(ALL["difflens"]) == even
+    assert three.goal(ALL["difflens"]) == {"young": 1 / 3, "adult": 1 / 3, "old": 1 / 3}
+    uneven = {"female": 0.99, "male": 0.01}
+    assert bench(target=uneven).goal(ALL["difflens"]) == "female"
+    assert bench(target=uneven).goal(ALL["ddm"]) == uneven
+    assert bench(target=uneven).identity != two.identity == bench(methods=("ddm",)).identity
+
+
+def test_a_method_that_cannot_run_says_why(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    config = small(methods=("fine-tuning",), options={"fine-tuning": {"adapter": str(tmp_path / "none.safetensors")}})
+    found = run_compare(tiny_lens, config, tmp_path)
+    assert "none.safetensors is missing" in found.rows[1].note and not found.curves
+    assert "not run" in cells(found.rows[1])[1] and "not run" in markdown(found)
+    assert run_compare(tiny_lens, config, tmp_path).rows == found.rows
+
+
+def test_mistakes_are_found_before_anything_is_drawn(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    for config, message in (
+        (small(methods=("magic",)), "no method"),
+        (small(options={"bypass": {"colour": 1}}), "colour"),
+        (small(attribute="height"), "does not read"),
+    ):
+        with pytest.raises(LensError, match=message):
+            run_compare(tiny_lens, config, tmp_path, on_stage=lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(LensError, match="must not overlap"):
+        CompareConfig.parse({"attribute": "gender", "prompt": "", "first_seed": 0, "first_tune_seed": 50})
+
+
+def test_the_rule(comparison: Comparison) -> None:
+    point = comparison.curves["bypass"].points[0]
+
+    def made(beta: float, fd: float, keeps: float, floor: float = 0.1) -> Any:
+        return replace(point, beta=beta, fd=fd, fd_floor=floor, agreement={"age": keeps, "glasses": keeps})
+
+    assert choose([made(0, 0.4, 1), made(1, 0.2, 0.9), made(2, 0.3, 0.95)]).beta == 1  # least FD
+    # Both 1 and 2 lie within the noise: the one that changes less.
+    assert choose([made(0, 0.4, 1), made(1, 0.09, 0.7), made(2, 0.05, 0.6), made(3, 0.11, 0.9)]).beta == 1
+    assert choose([made(0, 0.09, 1), made(1, 0.02, 0.9)]).beta == 0  # nothing to mend: leave it alone
+    assert choose([made(0, 0.4, 1), made(1, float("nan"), 1)]).beta == 0
+    assert kept({}) == 1.0
+
+
+def test_share_statistics_by_hand() -> None:
+    labels = np.array([0] * 30 + [1] * 10 + [2] * 10)
+    certain = np.ones(50, dtype=bool)
+    certain[0] = False
+    fd, spd = share_statistics(labels, certain, np.full(3, 1 / 3))
+    p = np.array([29, 10, 10]) / 49
+    assert fd is not None and fd.value == pytest.approx(np.sqrt(((p - 1 / 3) ** 2).sum()))
+    assert spd is not None and spd.value == pytest.approx(19 / 49)
+    rng = np.random.default_rng(1)
+    draws = [rng.choice(labels[certain], 49) for _ in range(2000)]
+    slow = [np.ptp([np.mean(d == c) for c in range(3)]) for d in draws]
+    assert spd.interval == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=0.03)
+    assert share_statistics(labels[:5], certain[:5], np.full(3, 1 / 3)) == (None, None)
+    assert likeness(np.ones((3, 2)), np.ones((3, 2))) is None
+
+
+def test_the_activation_flag(comparison: Comparison) -> None:
+    row = comparison.rows[0]
+    assert not flag(row, 1.0).flagged and not flag(row, NORM_FLAG).flagged
+    assert flag(row, NORM_FLAG + 0.01).flagged and flag(row, 0.7).flagged
+    assert cells(flag(row, 2.0))[list(COLUMNS).index("activation_ratio")] == "2.00 !"
+
+
+def test_edits_of_the_model_have_their_activations_measured_too(comparison: Comparison) -> None:
+    row = next(r for r in comparison.rows if r.method == "control-prompt")
+    assert row.activation_ratio is not None and (row.strength == 0 or row.activation_ratio != 1.0)
+
+
+def test_only_drawing_is_timed(tiny_lens: DiffusionLens, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion_lens import compare_rows
+
+    ticks = iter(range(100))
+    monkeypatch.setattr(compare_rows.time, "perf_counter", lambda: float(next(ticks)))
+    clock = Clock()
+    parts = generate_batches(tiny_lens.model, tiny_lens.request(PROMPTS[0], range(4)), batch_size=2)
+    assert len(list(timed(parts, clock))) == 2
+    assert clock.seconds == 3.0 and not clock.saw_ratio  # one tick for each of two batches, one for the end
+
+
+def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
+    save_comparison(comparison, tmp_path)
+    loaded = load_comparison(tmp_path)
+    assert loaded.rows == comparison.rows and loaded.config == comparison.config and loaded.labels == comparison.labels
+    assert loaded.target == comparison.target and loaded.attribute == comparison.attribute
+    for key, curve in comparison.curves.items():
+        assert loaded.curves[key].betas == curve.betas and loaded.curves[key].setting == curve.setting
+    rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
+    assert [row["method"] for row in rows] == [row.method for row in comparison.rows]
+    assert comparison.rows[1].fd is not None
+    assert float(rows[1]["fd"]) == comparison.rows[1].fd.value and float(rows[1]["fd high"]) >= float(rows[1]["fd low"])
+    assert float(rows[1]["agreement age"]) == (comparison.rows[1].agreement or {})["age"]
+    text = markdown(comparison)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(comparison.rows)
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    (tmp_path / "comparison.json").write_text('{"config": {}}')
+    with pytest.raises(LensError, match="not a stored comparison"):
+        load_comparison(tmp_path)
+
+
+def test_a_comparison_can_live_in_the_lens(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
+    folder = copied_lens()
+    before = DiffusionLens.from_pretrained(folder)
+    add_to_lens(comparison, folder)
+    add_to_lens(comparison, folder)
+    verify(folder)
+    opened = DiffusionLens.from_pretrained(folder)
+    assert stored_comparisons(folder)["gender"].rows == comparison.rows
+    assert opened.manifest.sae_id == before.manifest.sae_id
+    assert compare.lens_key(opened) == comparison.lens_key  # fitted methods still belong to it
+
+
+def test_the_tradeoff_figure_takes_the_curves(comparison: Comparison) -> None:
+    from diffusion_lens.plots import describe_tradeoff, tradeoff_figure
+
+    named = {curve.setting: curve for curve in comparison.curves.values()}
+    figure = tradeoff_figure(named, lost="age")
+    assert set(COLUMNS) == {field for fields in PARTS.values() for field in fields}
+    assert {trace.name for trace in figure.data} == set(named)
+    assert "DiffLens" in describe_tradeoff(named, lost="age")
