@@ -1,0 +1,212 @@
+"""Several attributes steered at once, each to its own target: the joint table before and after, spillover,
+interference, and whether the order matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion_lens import metrics, stats
+from diffusion_lens.compare import JudgedLens
+from diffusion_lens.generate import OnStep, generate_batches, request
+from diffusion_lens.intervene import FeatureEdit, compile, draw_classes
+from diffusion_lens.methods.protocol import Target, target_shares
+from diffusion_lens.settings import identity_beta, make_intervention
+from diffusion_lens.sweep import Reading, read_images
+from diffusion_lens.types import Change, Intervention, LensError, Predictions, Sampler, Share
+
+TOGETHER = "together"
+
+
+@dataclass(frozen=True)
+class Steer:
+    """One attribute's part: ``target`` a class or shares; ``strength`` 0 is the identity, as for every method."""
+
+    target: Target
+    strength: float
+
+
+@dataclass(frozen=True)
+class JointTable:
+    """Images per combination of classes, among those decided in every attribute.
+
+    ``counts`` has one axis per attribute, in the order of ``attributes``; ``n`` images were drawn.
+    """
+
+    attributes: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]
+    counts: np.ndarray
+    n: int
+
+    @property
+    def shares(self) -> np.ndarray:
+        """``counts`` over their sum; NaN where nothing was decided."""
+        total = int(self.counts.sum())
+        return self.counts / total if total else np.full(self.counts.shape, np.nan)
+
+
+@dataclass(frozen=True)
+class JointResult:
+    """What came of steering several attributes.
+
+    Attributes:
+        before, after: the intersectional tables. shares: attribute → its corrected shares afterwards.
+        spillover: what was steered, alone and ``together`` → changes of every class the classifier reads
+            (``plots.spillover_figure`` draws it).
+        interference: attribute → class → change of its share together, minus that when steered alone.
+        shared_features: features that more than one attribute turns.
+        order_matters: share of images with another class of anything when the interventions' order is reversed.
+    """
+
+    before: JointTable
+    after: JointTable
+    shares: dict[str, tuple[Share, ...]]
+    spillover: dict[str, tuple[Change, ...]]
+    interference: dict[str, dict[str, float]]
+    shared_features: tuple[int, ...]
+    order_matters: float
+    description: str
+
+
+def interventions(
+    lens: JudgedLens, attribute: str, steer: Steer, seeds: Sequence[int], *, draw_seed: int, sampler: Sampler | None
+) -> list[Intervention]:
+    """One attribute's turns: the shipped setting, each image towards the class drawn for it."""
+    if attribute not in lens.settings:
+        raise LensError(f"This lens ships no setting for {attribute}; it has {', '.join(lens.settings)}.")
+    setting, attribution = lens.settings[attribute], lens.attributions[attribute]
+    shares = target_shares(attribution.attribute, steer.target)
+    target = dict(zip(attribution.attribute.classes, shares, strict=True))
+    drawn = draw_classes(attribution.attribute, target, seeds, draw_seed)
+    beta = identity_beta(setting.mode) + steer.strength
+    return [
+        make_intervention(
+            attribution, setting, label, beta, only_seeds=None if target[label] == 1 else group,
+            sampler=sampler or setting.sampler,
+        )
+        for label, group in drawn.items() if target[label] > 0
+    ]  # fmt: skip
+
+
+def joint_edit(
+    lens: JudgedLens,
+    steers: Mapping[str, Steer],
+    seeds: Sequence[int],
+    *,
+    draw_seed: int = 0,
+    sampler: Sampler | None = None,
+    reverse: bool = False,
+) -> FeatureEdit:
+    """One edit from all attributes' turns; classes are drawn independently from attribute to attribute.
+
+    Where settings differ in sampler, name one. ``reverse`` applies them in the opposite order.
+    """
+    turns = [
+        turn
+        for number, (name, steer) in enumerate(steers.items())
+        for turn in interventions(lens, name, steer, seeds, draw_seed=draw_seed + number, sampler=sampler)
+    ]
+    return compile(turns[::-1] if reverse else turns, lens.sae)
+
+
+def steer_together(
+    lens: JudgedLens,
+    prompt: str | None,
+    steers: Mapping[str, Steer],
+    seeds: Sequence[int],
+    *,
+    draw_seed: int = 0,
+    sampler: Sampler | None = None,
+    batch_size: int = 16,
+    on_step: OnStep | None = None,
+) -> JointResult:
+    """Draw unsteered, every attribute alone, all together, and all in reverse order, on the same seeds.
+
+    ``on_step(steps done, steps in total)`` over all runs may raise.
+    """
+    if len(steers) < 2:
+        raise LensError("Steering together takes at least two attributes.")
+    manifest = lens.manifest
+    wanted = request(lens.model, prompt, seeds, manifest.n_steps, manifest.guidance_scale)
+    alone = {
+        name: compile(interventions(lens, name, steer, seeds, draw_seed=draw_seed + i, sampler=sampler), lens.sae)
+        for i, (name, steer) in enumerate(steers.items())
+    }
+    both, backwards = (
+        joint_edit(lens, steers, seeds, draw_seed=draw_seed, sampler=sampler, reverse=r) for r in (False, True)
+    )
+    edits: dict[str, FeatureEdit | None] = {"": None, **alone, TOGETHER: both, "reversed": backwards}
+    readings: dict[str, Reading] = {}
+    steps = manifest.n_steps * -(-len(wanted.seeds) // batch_size)
+    for number, (name, edit) in enumerate(edits.items()):
+
+        def report(done: int, _: int, before: int = number * steps) -> None:
+            if on_step is not None:
+                on_step(before + done, len(edits) * steps)
+
+        parts = generate_batches(lens.model, wanted, edit=edit, batch_size=batch_size, on_step=report)
+        readings[name] = read_images(parts, lens.classifier, 0)
+    return _result(lens, steers, readings, alone, both)
+
+
+def _result(
+    lens: JudgedLens,
+    steers: Mapping[str, Steer],
+    readings: dict[str, Reading],
+    alone: Mapping[str, FeatureEdit],
+    both: FeatureEdit,
+) -> JointResult:
+    base, names = readings[""].predictions, list(steers)
+    spillover = {
+        name: tuple(change for other, p in base.items() for change in metrics.changes(p, reading.predictions[other]))
+        for name, reading in readings.items()
+        if name in (*names, TOGETHER)
+    }
+    after = readings[TOGETHER].predictions
+    turned = [{f for i in edit.interventions for f in _features(i)} for edit in alone.values()]
+    shared = {f for i, own in enumerate(turned) for other in turned[i + 1 :] for f in own & other}
+    return JointResult(
+        before=joint_table([base[name] for name in names]),
+        after=joint_table([after[name] for name in names]),
+        shares={
+            name: stats.shares(
+                after[name].counts, after[name].n_uncertain, after[name].attribute, lens.classifier.confusion[name]
+            )
+            for name in names
+        },
+        spillover=spillover,
+        interference={name: _interference(spillover, name) for name in names},
+        shared_features=tuple(sorted(shared)),
+        order_matters=_differ(readings[TOGETHER], readings["reversed"]),
+        description=both.description,
+    )
+
+
+def joint_table(readings: Sequence[Predictions]) -> JointTable:
+    """Count every combination of classes, among images decided in all of ``readings`` (of the same images)."""
+    decided = np.logical_and.reduce([p.certain for p in readings])
+    classes = tuple(p.attribute.classes for p in readings)
+    counts = np.zeros([len(c) for c in classes], dtype=np.int64)
+    np.add.at(counts, tuple(p.labels[decided] for p in readings), 1)
+    return JointTable(tuple(p.attribute.name for p in readings), classes, counts, len(decided))
+
+
+def _interference(spillover: Mapping[str, Sequence[Change]], name: str) -> dict[str, float]:
+    alone, together = (
+        {c.label: c.difference for c in spillover[key] if c.attribute == name} for key in (name, TOGETHER)
+    )
+    return {label: together[label] - alone[label] for label in alone if label in together}
+
+
+def _differ(a: Reading, b: Reading) -> float:
+    changed = [
+        metrics.decided_labels(p) != metrics.decided_labels(b.predictions[name]) for name, p in a.predictions.items()
+    ]
+    return float(np.logical_or.reduce(changed).mean())
+
+
+def _features(intervention: Intervention) -> tuple[int, ...]:
+    return (*intervention.features.ids, *(intervention.opposite.ids if intervention.opposite else ()))
