@@ -1,0 +1,344 @@
+"""The depth experiment on the bundled world (after Mian et al., Deeper Diffusion Models Amplify Bias, 2505.17560).
+
+U-Nets of several depths learn from the same drawings with the same seeds. The planted shares are known exactly, so
+amplification, generated minus planted share, is measured and not guessed: per attribute, prompt, depth, guidance
+scale, with and without mid-block bypass. Minority → majority flips are counted on paired seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from pydantic import Field, TypeAdapter, model_validator
+
+from diffusion_lens import metrics, stats
+from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.classify import Classifier
+from diffusion_lens.config import StrictConfig
+from diffusion_lens.denoise import Edit
+from diffusion_lens.generate import generate_batches, request
+from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
+from diffusion_lens.pipelines import DiffusionModel, load_model
+from diffusion_lens.portraits import world
+from diffusion_lens.portraits.autoencoder import encode_all
+from diffusion_lens.portraits.data import draw_many
+from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, train_denoiser
+from diffusion_lens.portraits.networks import DenoiserConfig
+from diffusion_lens.portraits.recipe import save_pipeline
+from diffusion_lens.records import to_plain
+from diffusion_lens.types import Attribute, LensError, Predictions, Share
+
+OnStage = Callable[[str, int, int], None]
+
+CAVEAT = (
+    "A small experiment on drawn faces: a few small networks, one training run each, so that depth, size and the luck "
+    "of one training cannot be told apart; the intervals count images alone, not trainings. It can show that these "
+    "networks over- or under-state their training shares, and by how much; it cannot show that depth as such does so, "
+    "nor anything about photographs or about large models. Deeper networks here have more parameters, too."
+)
+
+
+class DepthConfig(StrictConfig):
+    """What is trained and drawn.
+
+    Attributes:
+        shapes: name → U-Net, shallowest first; at least three.
+        train: steps, batch size and seed of every training (``shape`` is replaced).
+        n_drawings: pictures all of them learn from. prompts, guidance_scales: what is drawn from each.
+        n, first_seed: images per prompt, scale and setting, on the same seeds everywhere.
+        bypass: λ_max of the mid-block bypass; ``bypass_options`` its window and ramp.
+        attributes: those whose shares are compared with the planted ones.
+    """
+
+    shapes: dict[str, DenoiserConfig] = Field(
+        default_factory=lambda: {
+            "2 levels": DenoiserConfig(channels=(64, 96), attention=(False, True)),
+            "3 levels": DenoiserConfig(channels=(48, 64, 96), attention=(False, False, True)),
+            "4 levels": DenoiserConfig(channels=(48, 64, 80, 96), attention=(False, False, False, True)),
+        }
+    )
+    train: DenoiserTrainConfig = DenoiserTrainConfig(n_steps=3000)
+    n_drawings: int = Field(default=20_000, ge=1)
+    prompts: tuple[str, ...] = ("", "a portrait of a firefighter", "a portrait of a nurse")
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 4.0)
+    n: int = Field(default=300, ge=stats.MIN_PAIRS)
+    first_seed: int = 11_000_000
+    n_steps: int = Field(default=20, ge=1)
+    bypass: float = Field(default=0.5, gt=0, le=1)
+    bypass_options: BypassOptions = Field(default_factory=lambda: BypassOptions.parse({}))
+    attributes: tuple[str, ...] = tuple(a.name for a in world.STEERABLE)
+    batch_size: int = Field(default=50, ge=1)
+
+    @model_validator(mode="after")
+    def _deep_enough(self) -> DepthConfig:
+        if len(self.shapes) < 3:
+            raise ValueError("name at least three depths")
+        unknown = set(self.attributes) - {a.name for a in world.ATTRIBUTES}
+        if unknown:
+            raise ValueError(f"this world has no attribute {min(unknown)}")
+        return self
+
+
+@dataclass(frozen=True)
+class DepthPoint:
+    """One depth, prompt, guidance scale, with or without bypass: one attribute's shares against the planted ones.
+
+    Attributes:
+        shares: corrected and raw, with intervals. planted: ``[class]``.
+        amplification: corrected minus planted share, ``[class]``; ``intervals`` theirs, ``[class]`` pairs.
+        majority: the class planted most often.
+    """
+
+    depth: str
+    bypass: bool
+    prompt: str
+    guidance_scale: float
+    attribute: str
+    shares: tuple[Share, ...]
+    planted: tuple[float, ...]
+    amplification: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+    majority: str
+
+
+@dataclass(frozen=True)
+class Flips:
+    """The same seeds in two settings: images that left the minority for the majority class, and the other way.
+
+    ``p_value`` is McNemar's, exact, for "both ways alike"; ``n`` images decided both times.
+    """
+
+    first: str
+    second: str
+    prompt: str
+    guidance_scale: float
+    attribute: str
+    majority: str
+    to_majority: int
+    to_minority: int
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """All points and flips. ``parameters``: depth → weights of its U-Net. ``caveat``: what this can and can't show."""
+
+    points: tuple[DepthPoint, ...]
+    flips: tuple[Flips, ...]
+    parameters: dict[str, int]
+    config: dict[str, Any]
+    classifier_id: str
+    caveat: str = CAVEAT
+
+
+def run_depth(
+    config: DepthConfig,
+    vae: AutoencoderTiny,
+    classifier: Classifier,
+    work: Path,
+    *,
+    device: torch.device,
+    on_stage: OnStage | None = None,
+) -> DepthResult:
+    """Train every depth, draw from each, measure; every finished training and drawing in ``work`` is read back.
+
+    ``on_stage(stage, done, total)`` may raise to stop. Raises ``LensError`` where ``work`` holds another experiment.
+    """
+    _claim(work, config, classifier)
+    _train_all(config, vae, work, device, on_stage)
+    readings: dict[tuple[str, bool, str, float], dict[str, Predictions]] = {}
+    sizes: dict[str, int] = {}
+    for name in config.shapes:
+        model = load_model(_folder(work, name), device=device, offline=True)
+        sizes[name] = sum(p.numel() for p in model.unet.parameters())
+        for bypassed in (False, True):
+            for prompt in config.prompts:
+                for scale in config.guidance_scales:
+                    found = _read(config, model, classifier, work, (name, bypassed, prompt, scale), on_stage)
+                    readings[name, bypassed, prompt, scale] = found
+    result = DepthResult(
+        tuple(_points(config, readings, classifier)), tuple(_flips(config, readings)), sizes,
+        config.model_dump(mode="json"), classifier.classifier_id,
+    )  # fmt: skip
+    write_json(work / "depth.json", to_plain(result))
+    return result
+
+
+def load_depth(path: Path) -> DepthResult:
+    """Read ``depth.json``; raises ``LensError`` that names a bad file."""
+    try:
+        return TypeAdapter(DepthResult).validate_python(read_json(path))
+    except ValueError as error:
+        if isinstance(error, LensError):
+            raise
+        raise LensError(f"{path} is not a stored depth experiment; run it again.") from None
+
+
+def depth_series(
+    result: DepthResult, attribute: str, label: str, *, prompt: str, guidance_scale: float, bypass: bool = False
+) -> tuple[list[str], list[Share], float]:
+    """Depths, the shares of one class and its planted share, as ``plots.depth_figure`` takes them."""
+    chosen = [
+        p for p in result.points
+        if (p.attribute, p.prompt, p.guidance_scale, p.bypass) == (attribute, prompt, guidance_scale, bypass)
+    ]  # fmt: skip
+    if not chosen or label not in {s.label for s in chosen[0].shares}:
+        raise LensError(f"This experiment did not measure {attribute} = {label} there.")
+    column = [s.label for s in chosen[0].shares].index(label)
+    return [p.depth for p in chosen], [p.shares[column] for p in chosen], chosen[0].planted[column]
+
+
+def _train_all(
+    config: DepthConfig, vae: AutoencoderTiny, work: Path, device: torch.device, on_stage: OnStage | None
+) -> None:
+    missing = [name for name in config.shapes if not (_folder(work, name) / "planted.json").is_file()]
+    if not missing:
+        return
+    drawings = draw_many(config.n_drawings, first_seed=0, on_step=_step(on_stage, "drawing"))
+    latents = encode_all(vae, torch.from_numpy(drawings.images), device=device)
+    for name in missing:
+        checkpoint = work / f"checkpoint-{_slug(name)}"
+        nets = train_denoiser(
+            latents,
+            list(drawings.captions),
+            config.train.model_copy(update={"shape": config.shapes[name]}),
+            device=device,
+            checkpoint=checkpoint,
+            resume=(checkpoint / "state.safetensors").is_file(),
+            on_step=_training_step(on_stage, name),
+        )
+        save_pipeline(nets, vae, _folder(work, name))
+
+
+def _read(
+    config: DepthConfig,
+    model: DiffusionModel,
+    classifier: Classifier,
+    work: Path,
+    where: tuple[str, bool, str, float],
+    on_stage: OnStage | None,
+) -> dict[str, Predictions]:
+    """What the classifier reads in one setting's images, drawn once and kept."""
+    name, bypassed, prompt, scale = where
+    wanted = {a.name: a for a in classifier.attributes if a.name in config.attributes}
+    path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        seeds = range(config.first_seed, config.first_seed + config.n)
+        edit: Edit | None = BypassEdit(config.bypass, config.bypass_options, "bypass") if bypassed else None
+        stage = f"{name}{', bypassed' if bypassed else ''}, guidance {scale:g}"
+        drawn = generate_batches(
+            model, request(model, prompt, seeds, config.n_steps, scale), edit=edit, batch_size=config.batch_size,
+            on_step=_step(on_stage, stage),
+        )  # fmt: skip
+        parts = [classifier.predict(part.images) for part in drawn]
+        arrays = {f"{n}.probs": np.concatenate([p[n].probs for p in parts]) for n in wanted}
+        arrays |= {f"{n}.certain": np.concatenate([p[n].certain for p in parts]) for n in wanted}
+        save_tensors(path, arrays)
+    stored = load_tensors(path)
+    return {
+        n: Predictions(stored[f"{n}.probs"], stored[f"{n}.certain"], a, classifier.classifier_id)
+        for n, a in wanted.items()
+    }
+
+
+def _points(
+    config: DepthConfig, readings: Mapping[tuple[str, bool, str, float], dict[str, Predictions]], classifier: Classifier
+) -> list[DepthPoint]:
+    points = []
+    for (depth, bypassed, prompt, scale), found in readings.items():
+        planted = world.planted_shares(prompt)
+        for name, p in found.items():
+            shares = stats.shares(p.counts, p.n_uncertain, p.attribute, classifier.confusion[name])
+            truth = tuple(float(s) for s in planted[name])
+            points.append(
+                DepthPoint(
+                    depth, bypassed, prompt, scale, name, shares, truth,
+                    tuple(s.corrected - t for s, t in zip(shares, truth, strict=True)),
+                    tuple(
+                        (s.corrected_interval[0] - t, s.corrected_interval[1] - t)
+                        for s, t in zip(shares, truth, strict=True)
+                    ),
+                    _majority(p.attribute, truth),
+                )
+            )  # fmt: skip
+    return points
+
+
+def _flips(
+    config: DepthConfig, readings: Mapping[tuple[str, bool, str, float], dict[str, Predictions]]
+) -> list[Flips]:
+    """Every two depths, shallower first; and every depth without and with bypass."""
+    names = list(config.shapes)
+    pairs: list[tuple[tuple[str, bool], tuple[str, bool]]] = [
+        *(((names[i], False), (names[j], False)) for i in range(len(names)) for j in range(i + 1, len(names))),
+        *(((name, False), (name, True)) for name in names),
+    ]
+    found = []
+    for first, second in pairs:
+        for prompt in config.prompts:
+            for scale in config.guidance_scales:
+                before, after = (readings[(*where, prompt, scale)] for where in (first, second))
+                found += [
+                    count_flips((_title(*first), _title(*second)), prompt, scale, before[name], after[name])
+                    for name in before
+                ]
+    return found
+
+
+def count_flips(
+    titles: tuple[str, str], prompt: str, scale: float, before: Predictions, after: Predictions
+) -> Flips:
+    """Flips into and out of the planted majority class, among images decided both times, with McNemar's test."""
+    majority = _majority(before.attribute, tuple(world.planted_shares(prompt)[before.attribute.name]))
+    index = before.attribute.index(majority)
+    both = (metrics.decided_labels(before) >= 0) & (metrics.decided_labels(after) >= 0)
+    if not both.any():
+        return Flips(*titles, prompt, scale, before.attribute.name, majority, 0, 0, 1.0, 0)
+    test = stats.mcnemar(before.labels[both] == index, after.labels[both] == index)
+    return Flips(
+        *titles, prompt, scale, before.attribute.name, majority, test.gained, test.lost, test.p_value, int(both.sum())
+    )
+
+
+def _majority(attribute: Attribute, planted: Sequence[float]) -> str:
+    return attribute.classes[int(np.argmax(planted))]
+
+
+def _title(depth: str, bypassed: bool) -> str:
+    return f"{depth}, bypassed" if bypassed else depth
+
+
+def _claim(work: Path, config: DepthConfig, classifier: Classifier) -> None:
+    path = work / "config.json"
+    told = [config.model_dump(mode="json", exclude={"batch_size"}), classifier.classifier_id]
+    if path.is_file() and read_json(path) != told:
+        raise LensError(f"{work} holds another depth experiment; choose a new folder, or the same settings.")
+    write_json(path, told)
+
+
+def _folder(work: Path, name: str) -> Path:
+    return work / f"pipeline-{_slug(name)}"
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+
+
+def _step(on_stage: OnStage | None, stage: str) -> Callable[[int, int], None] | None:
+    return None if on_stage is None else lambda done, total: on_stage(stage, done, total)
+
+
+def _training_step(on_stage: OnStage | None, name: str) -> Callable[[int, int, float], None] | None:
+    if on_stage is None:
+        return None
+    return lambda done, total, loss: on_stage(f"{name} (loss {loss:.4f})", done, total)
+
+
