@@ -15,7 +15,7 @@ from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, load_average, tokenize, train_denoiser
 from diffusion_lens.portraits.draw import SKIN, draw, sheet
 from diffusion_lens.portraits.networks import DenoiserConfig, make_tokenizer, make_unet
-from diffusion_lens.portraits.recipe import sample, save_pipeline
+from diffusion_lens.portraits.recipe import open_parts, sample, save_pipeline
 from diffusion_lens.types import LensError
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
@@ -223,3 +223,23 @@ def test_saved_pipelines_are_stock_and_single_precision(shape: DenoiserConfig, t
     assert not [f for f in folder.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")]
     assert all(f.stat().st_size < 10_000_000 for f in folder.rglob("*") if f.is_file())
     assert (folder / "planted.json").exists()
+
+
+def test_a_saved_pipeline_can_be_trained_further(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    vae = train_autoencoder(
+        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
+        device=device,
+    )
+    config = DenoiserTrainConfig(shape=TINY, n_steps=1, batch_size=2)
+    nets = train_denoiser(_latents(4), ["a portrait of a nurse"] * 4, config, device=device)
+    opened, kept = open_parts(save_pipeline(nets, vae, tmp_path / "pipe"))
+    for part, again in zip(nets.parameters(), opened.parameters(), strict=True):
+        assert torch.equal(part, again)
+    assert all(torch.equal(p, q) for p, q in zip(vae.parameters(), kept.parameters(), strict=True))
+    before = [p.detach().clone() for p in opened.parameters()]
+    further = train_denoiser(_latents(4), ["a portrait of a nurse"] * 4, config, device=device, start=opened)
+    assert any(not torch.equal(p, q) for p, q in zip(before, further.parameters(), strict=True))
+    with pytest.raises(LensError, match="holds no pipeline"):
+        open_parts(tmp_path)

@@ -43,6 +43,9 @@ def train(
     ] = None,
     work: Annotated[Path, typer.Option(help="Folder of stages and checkpoints.")] = Path("runs/portraits"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A finished pipeline folder whose denoiser is trained further.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the one stage named.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of the one stage named.")] = None,
     drawings: Annotated[int | None, typer.Option(min=1, help="Training pictures of the denoisers.")] = None,
@@ -55,6 +58,8 @@ def train(
       python -m diffusion_lens portraits train
 
       python -m diffusion_lens portraits train --stage pipeline --steps 40000 --resume
+
+      python -m diffusion_lens portraits train --stage pipeline --from assets/portraits/pipeline --steps 10000
     """
     import torch
 
@@ -64,6 +69,8 @@ def train(
     strange = next((name for name in chosen if name not in STAGES), None)
     if strange is not None:
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
+    if start is not None and chosen not in (("pipeline",), ("unconditional",)):
+        raise LensError("With --from, name the one --stage to train further: pipeline or unconditional.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings), recipe.Paths(work)
     place = torch.device(pick_device(device))
     hide_loading_bars()
@@ -80,7 +87,13 @@ def train(
                 recipe.classifier_stage(config, paths, place, bar.stage)
             else:
                 recipe.denoiser_stage(
-                    config, paths, place, bar.stage, unconditional=name == "unconditional", resume=resume
+                    config,
+                    paths,
+                    place,
+                    bar.stage,
+                    unconditional=name == "unconditional",
+                    resume=resume,
+                    start=start,
                 )
         say(f"{name}: done, in {work}")
 

@@ -85,16 +85,18 @@ def train_denoiser(
     device: torch.device,
     checkpoint: Path | None = None,
     resume: bool = False,
+    start: Denoiser | None = None,
     checkpoint_every: int = 500,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Denoiser:
     """Train on latents ``[n, 8, 16, 16]`` and their captions; returns the moving averages.
 
     ``checkpoint`` is a folder rewritten every ``checkpoint_every`` steps; ``resume`` goes on from it. A resumed
-    run draws other batches than an uninterrupted one would have. Raises ``LensError`` when there is nothing to
+    run draws other batches than an uninterrupted one would have. ``start`` are networks to train further, in place
+    of fresh ones. Raises ``LensError`` when there is nothing to
     resume or the checkpoint is of another shape.
     """
-    nets = make_denoiser(config.shape, config.seed)
+    nets = make_denoiser(config.shape, config.seed) if start is None else start
     for module in (nets.unet, nets.text_encoder):
         if module is not None:
             module.to(device).train()

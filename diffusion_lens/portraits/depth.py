@@ -272,9 +272,7 @@ def _points(
     return points
 
 
-def _flips(
-    config: DepthConfig, readings: Mapping[tuple[str, bool, str, float], dict[str, Predictions]]
-) -> list[Flips]:
+def _flips(config: DepthConfig, readings: Mapping[tuple[str, bool, str, float], dict[str, Predictions]]) -> list[Flips]:
     """Every two depths, shallower first; and every depth without and with bypass."""
     names = list(config.shapes)
     pairs: list[tuple[tuple[str, bool], tuple[str, bool]]] = [
@@ -293,9 +291,7 @@ def _flips(
     return found
 
 
-def count_flips(
-    titles: tuple[str, str], prompt: str, scale: float, before: Predictions, after: Predictions
-) -> Flips:
+def count_flips(titles: tuple[str, str], prompt: str, scale: float, before: Predictions, after: Predictions) -> Flips:
     """Flips into and out of the planted majority class, among images decided both times, with McNemar's test."""
     majority = _majority(before.attribute, tuple(world.planted_shares(prompt)[before.attribute.name]))
     index = before.attribute.index(majority)
@@ -340,5 +336,3 @@ def _training_step(on_stage: OnStage | None, name: str) -> Callable[[int, int, f
     if on_stage is None:
         return None
     return lambda done, total, loss: on_stage(f"{name} (loss {loss:.4f})", done, total)
-
-

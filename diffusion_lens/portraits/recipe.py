@@ -29,6 +29,7 @@ from diffusion_lens.portraits.autoencoder import (
 from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, load_average, train_denoiser
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
+from diffusion_lens.types import LensError
 
 MODEL_ID = "diffusion-lens/portraits"
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
@@ -105,9 +106,15 @@ def denoiser_stage(
     *,
     unconditional: bool = False,
     resume: bool = False,
+    start: Path | None = None,
 ) -> Path:
-    """Train one denoiser on the latents of the planted drawings and save it as a stock pipeline."""
-    vae = autoencoder_stage(config, paths, device, report)
+    """Train one denoiser on the latents of the planted drawings and save it as a stock pipeline.
+
+    ``start``: a pipeline folder of this recipe, whose autoencoder is kept and whose denoiser is trained further
+    with a fresh optimiser.
+    """
+    before = None if start is None else open_parts(start)
+    vae = autoencoder_stage(config, paths, device, report) if before is None else before[1].to(device)
     name = "unconditional" if unconditional else "pipeline"
     drawings = draw_many(config.n_drawings, first_seed=0, on_step=lambda i, m: report("drawing", i, m))
     latents = encode_all(vae, torch.from_numpy(drawings.images), device=device)
@@ -118,9 +125,21 @@ def denoiser_stage(
         device=device,
         checkpoint=paths.checkpoint(name),
         resume=resume,
+        start=None if before is None else before[0],
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
     return save_pipeline(nets, vae, paths.pipeline(name))
+
+
+def open_parts(folder: Path) -> tuple[Denoiser, AutoencoderTiny]:
+    """The trained parts of a pipeline folder that ``save_pipeline`` wrote, in single precision."""
+    if not (folder / "model_index.json").is_file():
+        raise LensError(f"{folder} holds no pipeline; name a folder that 'portraits train' wrote.")
+    if (folder / "text_encoder").is_dir():
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        return Denoiser(pipe.unet, pipe.text_encoder, pipe.tokenizer), pipe.vae
+    pipe = LDMPipeline.from_pretrained(folder)
+    return Denoiser(pipe.unet, None, None), pipe.vqvae
 
 
 def export_stage(config: RecipeConfig, paths: Paths, *, unconditional: bool = False) -> Path:
