@@ -343,5 +343,12 @@ def run_compare(
     )  # fmt: skip
 
 
+def planned_images(config: CompareConfig) -> int:
+    """Images that a whole table draws at most: for the final rows, the curves and the fits."""
+    methods = find_methods(config.methods)
+    curves = sum(len(method.strengths) for method in methods)
+    return config.n * (len(methods) + 1) + config.n_tune * (curves + 1) + config.n_fit
+
+
 def _shares(counts: np.ndarray) -> np.ndarray:
     return counts / max(1, int(counts.sum()))

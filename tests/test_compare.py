@@ -192,6 +192,17 @@ def test_mistakes_are_found_before_anything_is_drawn(tiny_lens: DiffusionLens, t
         CompareConfig.parse({"attribute": "gender", "prompt": "", "first_seed": 0, "first_tune_seed": 50})
 
 
+def test_the_plan_counts_what_is_drawn(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    config = small(methods=("activation", "bypass"), n=10, n_tune=10, n_fit=10, batch_size=10)
+    stages: list[str] = []
+    run_compare(tiny_lens, config, tmp_path, on_stage=lambda stage, *_: stages.append(stage))
+    # One batch of ten per stage; the fit is drawn once for all methods, and a best strength of 0 draws nothing.
+    runs = set(stages)
+    assert len([stage for stage in runs if "fitting" in stage]) == 1
+    final = [stage for stage in runs if "final images" in stage]
+    assert compare.planned_images(config) == 10 * len(runs) + 10 * (2 - len(final)) == 10 * 3 + 10 * 13 + 10
+
+
 def test_the_rule(comparison: Comparison) -> None:
     point = comparison.curves["bypass"].points[0]
 
@@ -261,8 +272,11 @@ def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(comparison.rows)
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
-    (tmp_path / "comparison.json").write_text('{"config": {}}')
+    (tmp_path / "comparison.json").write_text('{"rows": []}')
     with pytest.raises(LensError, match="not a stored comparison"):
+        load_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"config": {}}')
+    with pytest.raises(LensError, match="'attribute' is wrong"):
         load_comparison(tmp_path)
 
 

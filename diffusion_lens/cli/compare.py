@@ -49,7 +49,7 @@ def compare(
 
     python -m diffusion_lens compare -a age -p '' -m difflens,bypass --n 200 --out runs/age
     """
-    from diffusion_lens.compare import CompareConfig, run_compare
+    from diffusion_lens.compare import CompareConfig, planned_images, run_compare
     from diffusion_lens.compare_tables import COLUMNS, PARTS, add_to_lens, cells, save_comparison
 
     opened = open_lens(lens, device)
@@ -60,6 +60,7 @@ def compare(
             "attribute": name, "prompt": told, "methods": tuple(k.strip() for k in methods.split(",")), "n": n,
             "n_tune": tune, "n_fit": fit, "approach": approach, "batch_size": batch_size,
         }, where="the comparison")  # fmt: skip
+        say(f"{name}: up to {planned_images(config):,} images; what is finished is kept in {work}.")
         with progress(name) as bar:
             found[name] = run_compare(opened, config, work, on_stage=bar.stage)
     for name, comparison in found.items():
