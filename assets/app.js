@@ -7,3 +7,9 @@ document.addEventListener("keydown", (event) => {
   event.stopPropagation();
   for (const type of ["mousedown", "mouseup", "click"]) cell.dispatchEvent(new MouseEvent(type, { bubbles: true }));
 }, true);
+
+// gradio labels the table's search box by its title alone.
+new MutationObserver(() => {
+  const box = document.querySelector("#dl-atlas-table .search-input:not([aria-label])");
+  if (box) box.setAttribute("aria-label", "Search the features");
+}).observe(document.documentElement, { childList: true, subtree: true });

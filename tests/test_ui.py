@@ -13,7 +13,7 @@ import pytest
 from diffusion_lens import ui
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
-from diffusion_lens.ui import atlas_tab, cards, explore, explore_handlers, grid, jobs, state, sweep_handlers
+from diffusion_lens.ui import atlas_tab, cards, explore_handlers, grid, jobs, state, sweep_handlers
 from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.pictures import spotlight
@@ -142,7 +142,7 @@ class TestDrawing:
         assert studio.draw(wanted).after.images is studio.draw(wanted).after.images
 
     def test_the_opening_shows_what_was_stored_on_the_same_seeds(self, studio: Studio) -> None:
-        opened = explore.opening(studio)
+        opened = explore_handlers.opening(studio)
         picture = studio.stored(opened)
         assert picture is not None and picture.stored and picture.beta == opened.beta
         live = studio.draw(opened)
@@ -282,16 +282,21 @@ class TestHandlers:
 
 class TestSweeps:
     def test_stored_sweeps_are_shown_at_once(self, studio: Studio, view: View) -> None:
-        figure, says, strip, table, download, status, results = sweep_handlers.open_stored(
+        figure, says, strip, table, download, status, own = sweep_handlers.open_stored(
             studio, view.prompt, view.attribute, "log ratio"
         )
-        assert figure["alt"] in says and "Stored" in status and len(results) == 2
+        results = studio.sweeps(view.prompt, view.attribute)
+        assert figure["alt"] in says and "Stored" in status and own == () and len(results) == 2
         assert strip.count("<img") == 4 * len(results[0].points) and table.count("<table") == 2
         assert "base64" in download
 
     def test_a_prompt_without_sweep_says_so(self, studio: Studio) -> None:
         figure, *_, status, results = sweep_handlers.open_stored(studio, "a portrait of a nurse", "gender", "share")
         assert figure is None and results == () and "Run sweep" in status
+
+    def test_the_other_axis_shows_the_same_sweeps(self, studio: Studio, view: View) -> None:
+        share = sweep_handlers.change_measure(studio, view.prompt, "gender", (), "share")
+        assert "share male" in share["alt"] and "%" in share["alt"]
 
     def test_points_come_one_by_one(self, studio: Studio, view: View) -> None:
         steps = list(sweep_handlers.run(
@@ -430,6 +435,29 @@ def test_the_spotlight_keeps_lit_places_and_greys_dark_ones() -> None:
     dark = lit[90, 90].astype(int)
     assert dark.max() - dark.min() <= 2
     assert np.array_equal(spotlight(image, np.zeros((4, 4))), image)
+
+
+@pytest.fixture
+def unconditional(tiny_lens: DiffusionLens) -> DiffusionLens:
+    """The tiny lens as if its model took no prompt and nothing were stored."""
+    lens = DiffusionLens(tiny_lens.folder, tiny_lens.manifest.model_copy(update={"prompts": (), "vocabulary": None}))
+    lens._parts.put("sweeps", ())
+    return lens
+
+
+def test_models_without_prompts_show_none(unconditional: DiffusionLens) -> None:
+    studio = Studio(unconditional)
+    view = state.default_view(unconditional)
+    page, values = page_of(studio, view)
+    assert view.prompt is None and explore_handlers.read_view(studio, page, values) == view
+    assert "p=" not in state.to_query(view).split("&a=")[0]
+    prompts = [b for b in ui.build(unconditional).blocks.values() if getattr(b, "label", "") == "Prompt"]
+    assert len(prompts) == 2 and not any(b.visible for b in prompts)
+
+
+def test_a_page_without_stored_images_draws_at_once(unconditional: DiffusionLens, studio: Studio) -> None:
+    assert explore_handlers.open_link(Studio(unconditional), "me", {})[-2].linked
+    assert not explore_handlers.open_link(studio, "me", {})[-2].linked
 
 
 def test_the_app_is_built_and_limits_its_queue(tiny_lens: DiffusionLens) -> None:

@@ -13,6 +13,9 @@ from diffusion_lens.ui.studio import Studio
 from diffusion_lens.ui.theme import theme
 
 QUEUE = 64
+SESSIONS = 500
+"""Visitors whose page is kept in memory; a sweep of one's own takes about half a megabyte."""
+
 WARM_UP_DELAY = 1.5
 """Seconds between the launch and the loading of torch, so that the first page is served before."""
 
@@ -85,4 +88,5 @@ def launch_options() -> dict[str, Any]:
         "head": f"<script>{script}</script>",
         "footer_links": [],
         "ssr_mode": False,
+        "state_session_capacity": SESSIONS,
     }

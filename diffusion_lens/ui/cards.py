@@ -71,7 +71,7 @@ def large_card(lens: DiffusionLens, feature: int) -> str:
         f"It fires on {_percent(card.density)} of positions, images and steps."
     )  # fmt: skip
     parts = [
-        f'<article class="dl-large" aria-label="Feature {feature}"><h3>Feature #{feature}</h3>{_label(card)}',
+        f'<article class="dl-large" aria-label="Feature {feature}"><h2>Feature #{feature}</h2>{_label(card)}',
         f"<p>{fires}</p>",
         _gallery("Strongest on", card.top, feature),
         _gallery("Also fires on, drawn at random", card.random, feature),
@@ -100,7 +100,7 @@ def thumbs(examples: Examples, n: int, feature: int) -> str:
 def _gallery(title: str, examples: Examples, feature: int) -> str:
     if not len(examples.images):
         return ""
-    return f"<h4>{title}</h4>{thumbs(examples, 8, feature)}"
+    return f"<h3>{title}</h3>{thumbs(examples, 8, feature)}"
 
 
 def _label(card: FeatureCard) -> str:
@@ -128,7 +128,7 @@ def _attribution_table(card: FeatureCard) -> str:
         for label, score in scores.items()
     ]
     return (
-        "<h4>Attribution to each class</h4><table><thead><tr><th scope='col'>class</th>"
+        "<h3>Attribution to each class</h3><table><thead><tr><th scope='col'>class</th>"
         f"<th scope='col'>attribution</th><th scope='col'>rank</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
@@ -142,12 +142,12 @@ def _effects(card: FeatureCard) -> str:
     ]
     if not card.effects:
         return (
-            "<h4>Effect when it alone is turned</h4>"
+            "<h3>Effect when it alone is turned</h3>"
             '<p class="dl-quiet">Not measured for this feature; turn it in Explore.</p>'
         )
     body = f"<table><tbody>{''.join(known)}</tbody></table>" if known else "<p>No share moved by half a point.</p>"
     source = f'<p class="dl-quiet">{escape(card.effect_source)}</p>' if card.effect_source else ""
-    return f"<h4>Effect when it alone is turned</h4>{body}{source}"
+    return f"<h3>Effect when it alone is turned</h3>{body}{source}"
 
 
 def _percent(share: float) -> str:

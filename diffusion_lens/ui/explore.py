@@ -55,21 +55,10 @@ class Explore:
     live: dict[str, Any]
 
 
-def opening(studio: Studio) -> View:
-    """The first view: the stored strength that comes nearest to balance, so that something is seen to happen."""
-    view = state.default_view(studio.lens)
-    for result in studio.sweeps(view.prompt, view.attribute):
-        if not result.is_control:
-            column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
-            best = min(result.points, key=lambda p: abs(p.shares[column].corrected - even))
-            return View(**{**vars(view), "beta": best.beta})
-    return view
-
-
 def layout(studio: Studio) -> Explore:
     """Build the tab inside an open ``gr.Blocks``."""
     lens = studio.lens
-    view = opening(studio)
+    view = handlers.opening(studio)
     slots = cards.slots(lens, view)
     page = gr.State(Page(slots=slots))
     values = handlers.control_values(studio, view, slots)

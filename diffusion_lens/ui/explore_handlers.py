@@ -29,6 +29,17 @@ class Page:
     linked: bool = False
 
 
+def opening(studio: Studio) -> View:
+    """The first view: the stored strength that comes nearest to balance, so that something is seen to happen."""
+    view = state.default_view(studio.lens)
+    for result in studio.sweeps(view.prompt, view.attribute):
+        if not result.is_control:
+            column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
+            best = min(result.points, key=lambda p: abs(p.shares[column].corrected - even))
+            return replace(view, beta=best.beta)
+    return view
+
+
 def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
     """The view that the controls ask for, checked; ``values`` in the order of ``control_values``."""
     prompt, attribute, target, n_seeds, first_seed, sampler, n_features, first_step, last_step, beta = values[:10]
@@ -222,12 +233,13 @@ def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any,
     except LensError as error:
         return (*nothing, page, texts.status(str(error), bad=True))
     if view is None:
-        return (*nothing, page, gr.skip())
+        # Without stored images the page would open empty, so it draws at once.
+        return (*nothing, replace(page, linked=studio.stored(opening(studio)) is None), gr.skip())
     return (*_subject(studio, replace(page, linked=True), view), texts.status("Opening the link …"))
 
 
 def draw_linked(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
-    """Draw on arrival, if a link asked for it."""
+    """Draw on arrival, if a link asked for it or nothing is stored."""
     if page.linked:
         yield from draw(studio, page, *values)
     else:
@@ -253,9 +265,13 @@ def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...
             if last is None:
                 raise LensError("Nothing was measured; try again.")
             found = jobs.find_balance(studio, last)
-        ends = state.scale(studio.lens.setting(view.attribute))
+        setting = studio.lens.setting(view.attribute)
+        ends = state.scale(setting)
         beta = min(max(found.beta, ends.low), ends.high)
-        yield gr.update(value=round(beta, 2)), texts.status(found.note), hidden
+        shipped = (setting.n_features, setting.sampler, setting.window)
+        other = view.own or (view.n_features, view.sampler, view.window) != shipped
+        note = f"{found.note} {texts.SHIPPED_ONLY}" if other else found.note
+        yield gr.update(value=round(beta, 2)), texts.status(note), hidden
     except Exception as error:
         yield gr.skip(), explain(error), hidden
 

@@ -86,7 +86,7 @@ def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
     attribute = attribute or names[0]
     setting = lens.setting(attribute)
     stored = next((s for s in lens.sweeps if s.attribute.name == attribute and not s.is_control), None)
-    prompt = stored.request.prompt if stored else lens.prompts[0]
+    prompt = stored.request.prompt if stored and stored.request.prompt in lens.prompts else lens.prompts[0]
     first = stored.request.seeds[0] if stored else 0
     return View(
         prompt, attribute, setting.target, identity_beta(setting.mode), setting.n_features, setting.sampler,

@@ -20,7 +20,7 @@ def strips_html(result: SweepResult | None) -> str:
     columns = "".join(_column(point, result) for point in result.points)
     return (
         '<section class="dl-strips" aria-label="The same seeds at every strength" tabindex="0">'
-        f'<h3>The same seeds along β</h3><div class="dl-axis">{columns}</div></section>'
+        f'<h2>The same seeds along β</h2><div class="dl-axis">{columns}</div></section>'
     )
 
 

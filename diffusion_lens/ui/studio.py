@@ -31,7 +31,7 @@ _importing = threading.Lock()
 
 KEPT_BASES = 16
 BASE_BYTES = 16 * 2**20
-KEPT_ROWS = 64
+KEPT_ROWS = 24
 
 
 def import_engine() -> None:

@@ -48,11 +48,11 @@ def _short(result: SweepResult) -> str:
 
 
 def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tuple[Any, ...]:
-    """The stored sweeps of a prompt and attribute: outputs of ``shown``, status, the sweeps."""
+    """The stored sweeps of a prompt and attribute: outputs of ``shown``, status, no sweeps of one's own."""
     text = read_prompt(studio, prompt)
     results = studio.sweeps(text, attribute)
     said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
-    return (*shown(results, measure), said, results)
+    return (*shown(results, measure), said, ())
 
 
 def run(
@@ -98,6 +98,6 @@ def read_job(
     return SweepJob(read_prompt(studio, prompt), str(attribute), setting.target, betas, int(n), wanted)
 
 
-def change_measure(results: tuple[SweepResult, ...], measure: str) -> Any:
-    """The same sweeps on the other axis."""
-    return shown(results or (), measure)[0]
+def change_measure(studio: Studio, prompt: Any, attribute: str, results: Any, measure: str) -> Any:
+    """The same sweeps on the other axis: one's own where there are some, else the stored ones."""
+    return shown(results or studio.sweeps(read_prompt(studio, prompt), attribute), measure)[0]

@@ -41,7 +41,7 @@ def layout(studio: Studio, page: gr.State) -> None:
         status = gr.HTML(opened[5], elem_id="dl-sweep-status")
     plot = figure(opened[0], elem_id="dl-sweep-plot")
     says, strip, table, download = (gr.HTML(opened[i]) for i in range(1, 5))
-    results = gr.State(opened[6])
+    results = gr.State(())
     shown: list[Any] = [plot, says, strip, table, download, status, results]
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "read",
                              "concurrency_limit": 8}  # fmt: skip
@@ -49,7 +49,9 @@ def layout(studio: Studio, page: gr.State) -> None:
         [prompt.input, attribute.input], partial(handlers.open_stored, studio), [prompt, attribute, measure], shown,
         trigger_mode="always_last", **quick,
     )  # fmt: skip
-    measure.input(handlers.change_measure, [results, measure], plot, **quick)
+    measure.input(
+        partial(handlers.change_measure, studio), [prompt, attribute, results, measure], plot, **quick
+    )  # fmt: skip
     start.click(
         lent(120)(partial(handlers.run, studio)), [page, prompt, attribute, grid, n, controls, measure],
         [*shown, start, stop], show_progress="hidden", concurrency_id="long", concurrency_limit=4, trigger_mode="once",

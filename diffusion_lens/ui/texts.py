@@ -25,6 +25,7 @@ ATLAS_INTRO = (
     "Every point is a feature; near points write similar directions into the model. Click a point; or walk through "
     "the table with the arrow keys and press Enter."
 )
+SHIPPED_ONLY = "This holds for the shipped turn, without your own changes to features, sampler and steps."
 FAILED = "That went wrong on our side ({kind}). Nothing you set is lost; try again."
 
 
