@@ -275,6 +275,15 @@ class TestHandlers:
         assert page.linked and page.visitor == "me"
         assert explore_handlers.read_view(studio, page, values) == wanted
 
+    def test_arriving_without_a_link_measures_what_is_shown(self, studio: Studio) -> None:
+        *_, page, _ = explore_handlers.open_link(studio, "me", {})
+        picture = studio.stored(explore_handlers.opening(studio))
+        assert picture is not None
+        _, values = page_of(studio, picture.view)
+        (outputs,) = explore_handlers.draw_linked(studio, page, *values)
+        assert outputs[3] == explore_handlers.measures(studio, picture)
+        assert not any(isinstance(o, str) for i, o in enumerate(outputs) if i != 3)
+
     def test_arriving_with_a_broken_link_says_so(self, studio: Studio) -> None:
         *_, page, status = explore_handlers.open_link(studio, "me", {"v": "1", "b": "x"})
         assert "cannot be opened" in status and not page.linked and page.slots

@@ -153,11 +153,11 @@ def _advanced(studio: Studio, values: list[Any]) -> list[Any]:
 def _see(studio: Studio, view: View) -> tuple[Any, ...]:
     picture = studio.stored(view)
     attribute = studio.lens.attribute_named(view.attribute)
-    before = after = drawing = measures = ""
+    before = after = drawing = ""
     said = "Press a slider to draw."
     if picture is not None:
         before, after = (grid.row_html(picture, attribute, edited=e) for e in (False, True))
-        drawing, measures = handlers.drawing(studio, picture), handlers.measures(studio, picture)
+        drawing = handlers.drawing(studio, picture)
         said = grid.summary(picture, attribute)
     gr.HTML(texts.section(texts.SEE))
     status = gr.HTML(texts.status(said), elem_id="dl-status")
@@ -167,7 +167,8 @@ def _see(studio: Studio, view: View) -> tuple[Any, ...]:
             after_html = gr.HTML(after, elem_id="dl-after")
             curve_html = gr.HTML(drawing, elem_id="dl-curve")
         with gr.Column(scale=3, min_width=280):
-            measure_html = gr.HTML(measures, elem_id="dl-measures")
+            # Filled on arrival: its intervals need scipy, which the first images need not wait for.
+            measure_html = gr.HTML("", elem_id="dl-measures")
     with gr.Row(elem_classes="dl-share"):
         link = gr.HTML(texts.link(state.to_query(view)))
         copy = gr.Button("Copy link", size="sm", elem_id="dl-copy")

@@ -239,11 +239,13 @@ def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any,
 
 
 def draw_linked(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
-    """Draw on arrival, if a link asked for it or nothing is stored."""
-    if page.linked:
+    """On arrival: draw if a link asked for it or nothing is stored; otherwise measure the images shown."""
+    picture = None if page.linked else studio.stored(opening(studio))
+    if picture is None:
         yield from draw(studio, page, *values)
     else:
-        yield tuple(gr.skip() for _ in range(7))
+        measured = measures(studio, picture)
+        yield tuple(measured if i == 3 else gr.skip() for i in range(7))
 
 
 def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:

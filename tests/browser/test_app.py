@@ -62,6 +62,7 @@ def page(browser: Any, address: str, complaints: list[str]) -> Iterator[Any]:
     tab.on("pageerror", lambda e: complaints.append(str(e)))
     tab.goto(address)
     tab.wait_for_selector("#dl-after img")
+    tab.wait_for_selector("#dl-measures .dl-bar")
     yield tab
     context.close()
     assert complaints == []
