@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,15 @@ class TestDrawing:
             assert f"{k} of {n}" in html and ("uncertain" in html or n == 8)
         assert "95 %" in html and "8 images show what the turn does" in html and "ln(male / female)" in html
 
+    def test_side_effects_are_counted_on_the_same_seeds(self, studio: Studio, view: View) -> None:
+        picture = studio.draw(replace(view, beta=6.0))
+        html = grid.measure_html(studio.lens, picture, None)
+        for name in ("age", "glasses"):
+            before, after = (row.readings[name] for row in (picture.before, picture.after))
+            sure = before.certain & after.certain
+            n = int((sure & (before.labels != after.labels)).sum())
+            assert (f"{name} in {n} of {int(sure.sum())}" in html) == (n > 0)
+
     def test_the_page_of_another_visitor_is_never_touched(self, studio: Studio, view: View) -> None:
         """Two visitors draw at once; each gets their own view back."""
         views = [replace(view, beta=b, first_seed=s) for b, s in ((2.0, 0), (5.0, 100), (-3.0, 200))]
@@ -295,7 +305,7 @@ class TestSweeps:
             studio, view.prompt, view.attribute, "log ratio"
         )
         results = studio.sweeps(view.prompt, view.attribute)
-        assert figure["alt"] in says and "Stored" in status and own == () and len(results) == 2
+        assert escape(figure["alt"]) in says and "Stored" in status and own == () and len(results) == 2
         assert strip.count("<img") == 4 * len(results[0].points) and table.count("<table") == 2
         assert "base64" in download
 

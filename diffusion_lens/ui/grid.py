@@ -57,7 +57,8 @@ def measure_html(lens: DiffusionLens, picture: Picture, stored: SweepPoint | Non
     )
     return (
         f'<section class="dl-measure" aria-label="What the images on screen measure">'
-        f"<h3>Read as {escape(view.target)}, on screen</h3>{bars}{table}{_limits(picture, attribute, stored)}</section>"
+        f"<h3>Read as {escape(view.target)}, on screen</h3>{bars}{table}{_side_effects(picture)}"
+        f"{_limits(picture, attribute, stored)}</section>"
     )
 
 
@@ -104,6 +105,27 @@ def _ratio(name: str, row: Row, attribute: Attribute) -> str:
         f"<tr><th scope='row'>{name}</th><td class='dl-big'>{ratio.value:+.2f}{adjusted}</td>"
         f"<td>{ratio.interval[0]:+.1f} to {ratio.interval[1]:+.1f}</td></tr>"
     )
+
+
+def _side_effects(picture: Picture) -> str:
+    """What else the classifier reads differently on the same seeds."""
+    before, after = picture.before.readings, picture.after.readings
+    moved, kept = [], []
+    for name in after:
+        if name == picture.view.attribute:
+            continue
+        sure = before[name].certain & after[name].certain
+        n = int((sure & (before[name].labels != after[name].labels)).sum())
+        if n:
+            moved.append((n, f"{escape(name)} in {n} of {int(sure.sum())}"))
+        else:
+            kept.append(escape(name))
+    if not moved and not kept:
+        return ""
+    words = "; ".join(text for _, text in sorted(moved, reverse=True))
+    changed = f"<b>What else changed:</b> {words}." if moved else "<b>Nothing else changed.</b>"
+    same = f" Unchanged: {', '.join(kept)}." if kept and moved else ""
+    return f'<p class="dl-side">{changed}{same}</p>'
 
 
 def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -> str:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from diffusion_lens.plots import describe_spillover
 from diffusion_lens.types import SweepPoint, SweepResult
 from diffusion_lens.ui.pictures import data_uri
 from diffusion_lens.ui.studio import as_json
@@ -35,6 +36,15 @@ def _column(point: SweepPoint, result: SweepResult) -> str:
 def _alt(point: SweepPoint, result: SweepResult, i: int) -> str:
     name = result.attribute.classes[int(point.labels[i])] if point.certain[i] else "uncertain"
     return f"Seed {result.request.seeds[i]} at β = {point.beta:g}: read as {name}"
+
+
+def spillover_html(results: Sequence[SweepResult]) -> str:
+    """What else moved at the ends of the sweep, beyond its interval."""
+    main = next((r for r in results if not r.is_control), None)
+    if main is None:
+        return ""
+    ends = {f"to β = {p.beta:g}": p.changes for p in (main.points[0], main.points[-1]) if p.changes}
+    return f'<p class="dl-says"><b>Side effects.</b> {escape(describe_spillover(ends))}</p>' if ends else ""
 
 
 def table_html(results: Sequence[SweepResult]) -> str:

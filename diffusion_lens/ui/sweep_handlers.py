@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from diffusion_lens.plots import describe_sweep, sweep_figure
 from diffusion_lens.settings import Control, identity_beta
-from diffusion_lens.types import LensError, SweepResult
+from diffusion_lens.types import Balance, LensError, SweepResult
 from diffusion_lens.ui import jobs, strips, texts
 from diffusion_lens.ui.explore_handlers import Page, explain, read_prompt
 from diffusion_lens.ui.figure import figure_value
@@ -22,17 +23,17 @@ MEASURES = {"log ratio": "log_ratio", "share": "share"}
 GRIDS = {"shipped strengths": 0, "5 strengths": 5, "9 strengths": 9}
 
 
-def shown(results: Sequence[SweepResult], measure: str) -> tuple[Any, ...]:
+def shown(results: Sequence[SweepResult], measure: str, balance: Balance | None = None) -> tuple[Any, ...]:
     """figure, sentence, strips, table, download: for the sweeps of one attribute."""
     if not results:
         return None, "", "", "", ""
     full, results = results, [replace(r, setting=_short(r)) for r in results]
     two = len(results[0].attribute.classes) == 2
     kind: Any = MEASURES.get(measure, "log_ratio") if two else "share"
-    alt = describe_sweep(results, measure=kind)
+    alt = describe_sweep(results, measure=kind, balance=balance)
     return (
-        figure_value(sweep_figure(results, measure=kind), alt),
-        f'<p class="dl-says">{alt}</p>',
+        figure_value(sweep_figure(results, measure=kind, balance=balance), alt),
+        f'<p class="dl-says">{escape(alt)}</p>{strips.spillover_html(full)}',
         strips.strips_html(next((r for r in results if not r.is_control), None)),
         strips.table_html(full),
         strips.download_html(full),
@@ -47,12 +48,23 @@ def _short(result: SweepResult) -> str:
     return f"features for {result.target}"
 
 
+def balance_of(studio: Studio, results: Sequence[SweepResult]) -> Balance | None:
+    """Where the features' own sweep is balanced; ``None`` before the model is there, or for too few images."""
+    main = next((r for r in results if not r.is_control), None)
+    if main is None or not studio.lens.is_ready:
+        return None
+    try:
+        return jobs.find_balance(studio, main)
+    except LensError:
+        return None
+
+
 def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tuple[Any, ...]:
     """The stored sweeps of a prompt and attribute: outputs of ``shown``, status, no sweeps of one's own."""
     text = read_prompt(studio, prompt)
     results = studio.sweeps(text, attribute)
     said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
-    return (*shown(results, measure), said, ())
+    return (*shown(results, measure, balance_of(studio, results)), said, ())
 
 
 def run(
@@ -72,7 +84,8 @@ def run(
             fresh = event.results != () and _n_points(event.results) != _n_points(results)
             results = event.results
             yield (*(shown(results, measure) if fresh else same), said, results if fresh else gr.skip(), *busy)
-        yield (*same, texts.status(f"Done: {job.n} images at each of {len(job.betas)} strengths."), gr.skip(), *idle)
+        final = shown(results, measure, balance_of(studio, results))
+        yield (*final, texts.status(f"Done: {job.n} images at each of {len(job.betas)} strengths."), gr.skip(), *idle)
     except Exception as error:
         yield (*same, explain(error), gr.skip(), *idle)
 
@@ -100,4 +113,5 @@ def read_job(
 
 def change_measure(studio: Studio, prompt: Any, attribute: str, results: Any, measure: str) -> Any:
     """The same sweeps on the other axis: one's own where there are some, else the stored ones."""
-    return shown(results or studio.sweeps(read_prompt(studio, prompt), attribute), measure)[0]
+    sweeps = results or studio.sweeps(read_prompt(studio, prompt), attribute)
+    return shown(sweeps, measure, balance_of(studio, sweeps))[0]
