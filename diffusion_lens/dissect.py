@@ -100,9 +100,7 @@ class Dissection:
 PARTS = ("effects", "low", "high", "p_values")
 
 
-def dissect(
-    lens: JudgedLens, config: DissectConfig, folder: Path, *, on_step: OnStep | None = None
-) -> Dissection:
+def dissect(lens: JudgedLens, config: DissectConfig, folder: Path, *, on_step: OnStep | None = None) -> Dissection:
     """Measure every chosen feature; a file per feature in ``folder``, so that a stopped run goes on.
 
     ``on_step(features done, features in total)`` may raise. Raises ``LensError`` where nothing can be measured.
@@ -161,9 +159,7 @@ def paired_effects(before: Predictions, after: Predictions) -> np.ndarray:
     return np.array(columns).T
 
 
-def read_dissection(
-    lens: JudgedLens, config: DissectConfig, folder: Path, features: Sequence[int]
-) -> Dissection:
+def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path, features: Sequence[int]) -> Dissection:
     """Collect what ``dissect`` measured, those of ``features`` that are there."""
     classes = {a.name: a.classes for a in lens.classifier.attributes}
     done = tuple(feature for feature in features if _file(folder, feature).is_file())

@@ -232,9 +232,7 @@ def collect(
     rising = tuple(sorted(points, key=lambda p: p.beta))
     if not rising:
         raise LensError("This sweep has no points; let it measure at least one beta.")
-    return SweepResult(
-        rising, attribute, target, request, setting, classifier_id, is_control, dict(provenance or {})
-    )
+    return SweepResult(rising, attribute, target, request, setting, classifier_id, is_control, dict(provenance or {}))
 
 
 def balance(

@@ -32,6 +32,7 @@ DOCTOR = "a portrait of a doctor"
 
 def tiny(**changes: Any) -> DepthConfig:
     """Three depths, two optimiser steps, a handful of images."""
+
     def shape(*channels: int) -> DenoiserConfig:
         return DenoiserConfig(channels=channels, attention=(*(False,) * (len(channels) - 1), True), text_width=16)
 

@@ -108,9 +108,7 @@ def test_an_adapter_file_is_read_in_both_namings(tiny_lens: DiffusionLens, tmp_p
             parameter.data.normal_(generator=torch.Generator().manual_seed(5))
         tensors = made.tensors()
     save_file(tensors, tmp_path / "peft.safetensors")
-    old = {
-        n.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): t.clone() for n, t in tensors.items()
-    }
+    old = {n.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): t.clone() for n, t in tensors.items()}
     save_file(old, tmp_path / "diffusers.safetensors")
     for file in ("peft.safetensors", "diffusers.safetensors"):
         read, rank, alpha = read_adapter(tmp_path / file)

@@ -47,9 +47,7 @@ def point(beta: float, p: float, *, fid: float | None = 1.0, fd: float = 0.2) ->
 
 def sweep(name: str, shares: list[float], *, control: bool = False) -> SweepResult:
     points = tuple(point(float(i), p, fd=abs(p - 0.5)) for i, p in enumerate(shares))
-    return SweepResult(
-        points, GENDER, "male", GenerationRequest("a portrait", (0, 1), 3, 1.0, "m"), name, "c", control
-    )
+    return SweepResult(points, GENDER, "male", GenerationRequest("a portrait", (0, 1), 3, 1.0, "m"), name, "c", control)
 
 
 FALLING = sweep("30 features", [0.8, 0.6, 0.3])

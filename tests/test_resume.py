@@ -32,9 +32,7 @@ def stop_at(step: int) -> Any:
     return on_step
 
 
-def test_a_stopped_training_ends_where_an_undisturbed_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_ends_where_an_undisturbed_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
     whole, whole_log = train_sae(samples(), CONFIG, **PLACE)
     with pytest.raises(Stopped):

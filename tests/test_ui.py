@@ -160,7 +160,7 @@ class TestDrawing:
         picture = studio.draw(replace(view, beta=3.0))
         html = grid.row_html(picture, studio.lens.attribute_named(view.attribute), edited=True)
         assert html.count("<img") == html.count(' alt="Seed ') == 8
-        changed = ((picture.before.labels != picture.after.labels) | (picture.before.certain != picture.after.certain))
+        changed = (picture.before.labels != picture.after.labels) | (picture.before.certain != picture.after.certain)
         assert html.count("dl-moved") <= 8 and (html.count("dl-moved") > 0) == bool(changed.any())
 
     def test_shares_come_with_n_interval_and_uncertain(self, studio: Studio, view: View) -> None:

@@ -133,9 +133,7 @@ class MatchedNoise(_SaeControl):
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
         """Noise of the size of the feature edit at ``strength``."""
         inner = self._edit(fitted, strength, seeds, None)
-        return NoiseEdit(
-            inner, fitted.options.control_seed, fitted.describe(strength), inner.sampler, inner.window
-        )
+        return NoiseEdit(inner, fitted.options.control_seed, fitted.describe(strength), inner.sampler, inner.window)
 
 
 class PromptOptions(MethodOptions):
@@ -177,7 +175,7 @@ class PromptRewriting(Method):
     kind = "control"
     source = "ours"
     explanation = (
-        "Names a class in the prompt (\"a portrait of a female firefighter\"), drawn for each image from the target "
+        'Names a class in the prompt ("a portrait of a female firefighter"), drawn for each image from the target '
         "shares, and leaves the model alone. The obvious remedy, which any method has to be compared with; it works "
         "only for models that take prompts and know the word. Strength is the share of images that are rewritten (our "
         "control)."

@@ -126,9 +126,7 @@ def training_sets(task: Task, counter: Counter) -> TrainingSets:
     rows = target_rows(labels, majority, task.options.majority, rng)
     generator = torch.Generator().manual_seed(task.options.seed)
     others = torch.from_numpy(rng.integers(len(clean), size=task.options.n_other))
-    return TrainingSets(
-        clean[rows], tuple(prompts[i] for i in rows), labels[rows], shuffled(clean[others], generator)
-    )
+    return TrainingSets(clean[rows], tuple(prompts[i] for i in rows), labels[rows], shuffled(clean[others], generator))
 
 
 def train_ddm(task: Task, sets: TrainingSets, counter: Counter) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -135,9 +135,7 @@ def examples(batches: Sequence[Drawn], probe: Probe) -> Iterator[tuple[Drawn, np
         yield batch, read_classes(probe, batch.h).argmax(axis=1)
 
 
-def class_means(
-    batches: Sequence[Drawn], probe: Probe, *, positions: bool = True
-) -> tuple[Tensor, np.ndarray]:
+def class_means(batches: Sequence[Drawn], probe: Probe, *, positions: bool = True) -> tuple[Tensor, np.ndarray]:
     """Mean bottleneck per class, ``[class, step, c, y, x]`` (``positions=False``: ``[class, step, c]``), and counts."""
     n_classes = len(probe.attribute.classes)
     total: Tensor | None = None

@@ -126,9 +126,7 @@ def _transformer(block: Any, name: str, tape: Tape, found: BlockRelevance, rule:
     else:
         at_tokens = _as_tokens(_conv(block.proj_out, tape.inputs[block.proj_out], relevance, rule))
     for number, layer in reversed(list(enumerate(block.transformer_blocks))):
-        at_tokens = _transformer_block(
-            layer, f"{name}.transformer_blocks.{number}", tape, at_tokens, found, rule
-        )
+        at_tokens = _transformer_block(layer, f"{name}.transformer_blocks.{number}", tape, at_tokens, found, rule)
     if block.use_linear_projection:
         at_map = _as_map(linear(tape.inputs[block.proj_in], block.proj_in.weight, at_tokens, rule), y, x)
     else:

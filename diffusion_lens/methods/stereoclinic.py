@@ -135,9 +135,7 @@ def neuron_relevance(
         if options.neurons == BOTTLENECK:
             return {BOTTLENECK: at_h.sum((0, 2, 3)).cpu()}, _missing(start, at_h.flatten(1).sum(1))
         inside = mid_block_relevance(model.hook_module, tape, at_h, options.rule)
-    channels = {
-        name: (r.sum((0, 2, 3)) if r.ndim == 4 else r.sum((0, 1))).cpu() for name, r in inside.neurons.items()
-    }
+    channels = {name: (r.sum((0, 2, 3)) if r.ndim == 4 else r.sum((0, 1))).cpu() for name, r in inside.neurons.items()}
     return channels, _missing(start, inside.at_input.flatten(1).sum(1) + inside.at_prompt)
 
 
@@ -154,9 +152,7 @@ def damping(relevance: Mapping[str, Tensor], top: float, gamma: float) -> dict[s
     everything = torch.cat([relevance[name] for name in names])
     count = max(1, round(top / 100 * len(everything)))
     least = everything.topk(count).values[-1].clamp_min(0)
-    return {
-        name: torch.where((relevance[name] >= least) & (relevance[name] > 0), gamma, 1.0) for name in names
-    }
+    return {name: torch.where((relevance[name] >= least) & (relevance[name] > 0), gamma, 1.0) for name in names}
 
 
 @contextmanager

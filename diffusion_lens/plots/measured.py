@@ -147,9 +147,7 @@ def describe_shares(
     return " ".join(sentences)
 
 
-def tradeoff_figure(
-    results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID"
-) -> go.Figure:
+def tradeoff_figure(results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID") -> go.Figure:
     """Bias left against what was lost, one curve over β per method; the lower left corner is best.
 
     Args:

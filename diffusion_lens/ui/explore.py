@@ -191,9 +191,9 @@ def _wire(
         trigger_mode="always_last", **live,
     )  # fmt: skip
     for component, handler in ((attribute, handlers.change_attribute), (target, handlers.change_target)):
-        component.input(
-            lambda page, *values, h=handler: h(studio, page, values), inputs, tab.changed, **quick
-        ).then(**live)
+        component.input(lambda page, *values, h=handler: h(studio, page, values), inputs, tab.changed, **quick).then(
+            **live
+        )
     reset.click(lambda page, *values: handlers.reset(studio, page, values), inputs, tab.changed, **quick).then(**live)
     for check, slider in zip(checks, own, strict=True):
         check.input(lambda follows: gr.update(visible=not follows), check, slider, **quick).then(**live)

@@ -17,9 +17,7 @@ def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:
     row, before = (picture.after, picture.before) if edited else (picture.before, picture.before)
     apart = "".join(f", #{i} at {b:g}" for i, b in picture.view.own)
     title = f"After, β = {picture.beta:g}{apart}" if edited else "Before, the model as it is"
-    figures = "".join(
-        _figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(picture.view.seeds)
-    )
+    figures = "".join(_figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(picture.view.seeds))
     kind = "dl-after" if edited else "dl-before"
     return f'<section class="dl-row {kind}"><h3>{title}</h3><div class="dl-images">{figures}</div></section>'
 

@@ -63,7 +63,7 @@ def table_html(results: Sequence[SweepResult]) -> str:
         )
     return (
         f'<details class="dl-table"><summary>All numbers as a table</summary><div class="dl-scroll" tabindex="0">'
-        f'{"".join(parts)}</div></details>'
+        f"{''.join(parts)}</div></details>"
     )
 
 

@@ -201,9 +201,7 @@ class Studio:
         return self._bases.put(request, Base(start, self.lens.classify(start.generation.images)))
 
     @contextmanager
-    def work(
-        self, owner: str, *, urgent: bool, tell: Callable[[int, int], None] | None = None
-    ) -> Iterator[OnStep]:
+    def work(self, owner: str, *, urgent: bool, tell: Callable[[int, int], None] | None = None) -> Iterator[OnStep]:
         """A turn on the lane; yields the step callback that gives way, tells of progress, and ends stopped work.
 
         ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step.

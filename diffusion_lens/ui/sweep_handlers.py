@@ -94,9 +94,7 @@ def _n_points(results: Sequence[SweepResult]) -> int:
     return sum(len(r.points) for r in results)
 
 
-def read_job(
-    studio: Studio, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str]
-) -> SweepJob:
+def read_job(studio: Studio, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str]) -> SweepJob:
     """The sweep that the controls ask for; raises ``LensError`` for what cannot be measured."""
     setting = studio.lens.setting(str(attribute))
     identity = identity_beta(setting.mode)

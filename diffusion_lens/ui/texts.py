@@ -34,7 +34,7 @@ def section(step: tuple[str, str, str]) -> str:
     number, name, what = step
     return (
         f'<h2 class="dl-step"><span class="dl-number" aria-hidden="true">{number}</span>{name}'
-        f'<small>{what}</small></h2>'
+        f"<small>{what}</small></h2>"
     )
 
 
