@@ -23,8 +23,9 @@ A diffusion model draws images step by step. Half way through each step everythi
 *Attribution* tells how much each feature adds to what a linear probe reads there: perceived gender, age, skin tone.
 This app turns those features up or down by **β** while the model draws, on the same seeds, and measures what happens.
 
-The method is that of *DiffLens*: Shi, Li, Wang, Zhao, Pang, Yang, Yu, Ren, [Dissecting and Mitigating Diffusion Bias via
-Mechanistic Interpretability](https://arxiv.org/abs/2503.20483), CVPR 2025.
+The method is that of *DiffLens*: Shi, Li, Wang, Zhao, Pang, Yang, Yu, Ren,
+[Dissecting and Mitigating Diffusion Bias via Mechanistic Interpretability](https://arxiv.org/abs/2503.20483),
+CVPR 2025.
 
 ## How to read it
 

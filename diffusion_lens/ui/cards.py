@@ -40,22 +40,22 @@ def small_card(lens: DiffusionLens, view: View, feature: int) -> str:
     """A card for the strip in Explore."""
     card = lens.card(feature)
     part = role(lens, view, feature)
-    attribute = lens.attribute_named(view.attribute)
-    other = attribute.opposite(view.target) or f"other than {view.target}"
-    names = {"target": f"speaks for {view.target}", "opposite": f"speaks for {other}", "apart": "from the atlas"}
-    label = other if part == "opposite" and attribute.opposite(view.target) else view.target
-    score = card.attribution.get(view.attribute, {}).get(label, 0.0)
-    totals = lens.attributions[view.attribute].total(label)
+    other = lens.attribute_named(view.attribute).opposite(view.target)
+    # Of three classes or more, the opposite pole speaks against the target: its ranks run from the other end.
+    against = part == "opposite" and other is None
+    label = other if part == "opposite" and other else view.target
+    tag = "from the atlas" if part == "apart" else f"speaks {'against' if against else 'for'} {label}"
+    totals = lens.attributions[view.attribute].total(label) * (-1 if against else 1)
+    score = float(totals[feature])
     share = float(np.clip(score / max(float(totals.max()), 1e-12), 0, 1))
-    rank = card.rank.get(view.attribute, {}).get(label)
-    place = f"rank {rank}" if rank else ""
+    place = f"rank {1 + int((totals > score).sum())}"
     return (
-        f'<article class="dl-card dl-{part}" aria-label="Feature {feature}, {escape(names[part])}">'
-        f'<header><b>#{feature}</b><span class="dl-tag">{escape(names[part])}</span></header>'
+        f'<article class="dl-card dl-{part}" aria-label="Feature {feature}, {escape(tag)}">'
+        f'<header><b>#{feature}</b><span class="dl-tag">{escape(tag)}</span></header>'
         f"{_label(card)}{thumbs(card.top, THUMBS, feature)}"
-        f'<div class="dl-meter" role="img" aria-label="Attribution to {escape(label)} {score:.3g}, {escape(place)}">'
+        f'<div class="dl-meter" role="img" aria-label="Attribution {score:.3g}, {place}">'
         f'<i style="width:{share:.0%}"></i></div>'
-        f"<p><span>{escape(place)}</span><span>fires on {_percent(card.density)}</span></p></article>"
+        f"<p><span>{place}</span><span>fires on {_percent(card.density)}</span></p></article>"
     )
 
 

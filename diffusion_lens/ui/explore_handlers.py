@@ -30,14 +30,20 @@ class Page:
 
 
 def opening(studio: Studio) -> View:
-    """The first view: the stored strength that comes nearest to balance, so that something is seen to happen."""
+    """The first view: the stored prompt that is furthest from balance, at the stored strength nearest to it."""
     view = state.default_view(studio.lens)
-    for result in studio.sweeps(view.prompt, view.attribute):
-        if not result.is_control:
-            column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
-            best = min(result.points, key=lambda p: abs(p.shares[column].corrected - even))
-            return replace(view, beta=best.beta)
-    return view
+    identity = state.scale(studio.lens.setting(view.attribute)).identity
+    found: list[tuple[float, View]] = []
+    for result in studio.lens.sweeps:
+        if result.is_control or (result.attribute.name, result.target) != (view.attribute, view.target):
+            continue
+        column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
+        off = {p.beta: abs(p.shares[column].corrected - even) for p in result.points}
+        here = replace(view, prompt=result.request.prompt, first_seed=result.request.seeds[0])
+        shown = replace(here, beta=min(off, key=lambda beta: off[beta]))
+        if identity in off and studio.stored(shown) is not None:
+            found.append((off[identity], shown))
+    return max(found, key=lambda pair: pair[0])[1] if found else view
 
 
 def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
@@ -88,12 +94,16 @@ def control_values(studio: Studio, view: View, slots: Sequence[int]) -> list[Any
                                                          for i in filled)]  # fmt: skip
 
 
-def control_updates(studio: Studio, view: View, slots: Sequence[int]) -> list[Any]:
-    """The same as updates of components, with the choices and ranges that the view's attribute asks for."""
+def control_updates(studio: Studio, view: View, slots: Sequence[int], current: Sequence[Any] = ()) -> list[Any]:
+    """The same as updates of components, with the choices and ranges that the view's attribute asks for.
+
+    What already stands so in ``current`` is left alone: a radio set twice may lose its mark on a busy page.
+    """
     lens = studio.lens
     values = control_values(studio, view, slots)
     ends = state.scale(lens.setting(view.attribute))
-    updates: list[Any] = [gr.update(value=v) for v in values[:10]]
+    known = [*current[:10], *[None] * (10 - len(current[:10]))]
+    updates: list[Any] = [gr.skip() if v == k else gr.update(value=v) for v, k in zip(values[:10], known, strict=True)]
     updates[2] = gr.update(value=view.target, choices=list(lens.attribute_named(view.attribute).classes))
     updates[9] = gr.update(value=view.beta, minimum=ends.low, maximum=ends.high, step=ends.step)
     for k, follows in enumerate(values[10 : 10 + N_SLOTS]):
@@ -182,7 +192,7 @@ def change_attribute(studio: Studio, page: Page, values: Sequence[Any]) -> tuple
     shown = read_prompt(studio, values[0])
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
     view = replace(fresh, prompt=shown, n_seeds=n_seeds)
-    return _subject(studio, page, view)
+    return _subject(studio, page, view, values)
 
 
 def change_target(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -191,7 +201,8 @@ def change_target(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[An
     attribute = studio.lens.attribute_named(view.attribute)
     target = str(values[2]) if values[2] in attribute.classes else view.target
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else view.n_seeds
-    return _subject(studio, page, replace(view, target=target, prompt=read_prompt(studio, values[0]), n_seeds=n_seeds))
+    view = replace(view, target=target, prompt=read_prompt(studio, values[0]), n_seeds=n_seeds)
+    return _subject(studio, page, view, values)
 
 
 def reset(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -199,10 +210,12 @@ def reset(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
     return change_target(studio, page, values)
 
 
-def _subject(studio: Studio, page: Page, view: View, pinned: int | None = None) -> tuple[Any, ...]:
+def _subject(
+    studio: Studio, page: Page, view: View, current: Sequence[Any] = (), pinned: int | None = None
+) -> tuple[Any, ...]:
     slots = cards.slots(studio.lens, view, pinned)
     return (
-        *control_updates(studio, view, slots),
+        *control_updates(studio, view, slots, current),
         *card_values(studio, view, slots),
         replace(page, slots=slots),
     )
@@ -216,7 +229,7 @@ def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequen
     ends = state.scale(studio.lens.setting(view.attribute))
     far = ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
     view = replace(view, prompt=read_prompt(studio, values[0]), own=((int(feature), far),))
-    return _subject(studio, page, view, int(feature))
+    return _subject(studio, page, view, values, int(feature))
 
 
 def toggle(page: Page, follows: bool) -> Any:

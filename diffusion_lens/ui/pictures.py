@@ -28,6 +28,6 @@ def spotlight(image: np.ndarray, heat: np.ndarray, *, least_side: int = 96) -> n
         return large.astype(np.uint8)
     small = Image.fromarray(np.clip(heat / peak, 0, 1) * 255).convert("F")
     light = np.clip(np.asarray(small.resize(size, Image.Resampling.BICUBIC)) / 255, 0, 1)[..., None]
-    grey = large.mean(axis=-1, keepdims=True)
-    dim = 0.30 * grey + 90
+    light = np.sqrt(light)
+    dim = 0.55 * large.mean(axis=-1, keepdims=True) + 48
     return np.clip(dim * (1 - light) + large * light, 0, 255).astype(np.uint8)

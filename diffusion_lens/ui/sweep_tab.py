@@ -9,6 +9,7 @@ import gradio as gr
 
 from diffusion_lens.ui import state, texts
 from diffusion_lens.ui import sweep_handlers as handlers
+from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure
 from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.studio import Studio
@@ -17,7 +18,7 @@ from diffusion_lens.ui.studio import Studio
 def layout(studio: Studio, page: gr.State) -> None:
     """Build the tab inside an open ``gr.Blocks``."""
     lens = studio.lens
-    view = state.default_view(lens)
+    view = opening(studio)
     suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
     opened = handlers.open_stored(studio, view.prompt, view.attribute, "log ratio")
     gr.HTML(f'<p class="dl-intro">{texts.SWEEP_INTRO}</p>')
