@@ -46,7 +46,7 @@ LIMITS = """
   purpose and describe no real population.
 - Turning features **mitigates** a skew in these images. It makes no model fair, and it may move other things with it:
   look at the changes beside the share.
-- The classifier that counts is not the probe that chose the features. It errs; its errors are shown below, and
+- The classifier that counts is not the probe that chose the features. It errs; its errors are shown above, and
   corrected for where it says *corrected*.
 - A strong turn leaves the range the model was trained in; odd images follow.
 

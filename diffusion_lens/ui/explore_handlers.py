@@ -17,6 +17,8 @@ from diffusion_lens.ui.studio import Picture, Studio
 
 log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS
+NEAR = 0.05
+"""Of strengths whose shares are as near to balance as this, the gentlest is shown."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def opening(studio: Studio) -> View:
         column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
         off = {p.beta: abs(p.shares[column].corrected - even) for p in result.points}
         here = replace(view, prompt=result.request.prompt, first_seed=result.request.seeds[0])
-        shown = replace(here, beta=min(off, key=lambda beta: off[beta]))
+        close = [beta for beta in off if off[beta] <= min(off.values()) + NEAR]
+        shown = replace(here, beta=min(close, key=lambda beta: abs(beta - identity)))
         if identity in off and studio.stored(shown) is not None:
             found.append((off[identity], shown))
     return max(found, key=lambda pair: pair[0])[1] if found else view

@@ -55,8 +55,8 @@ def measure_html(lens: DiffusionLens, picture: Picture, stored: SweepPoint | Non
     )
     return (
         f'<section class="dl-measure" aria-label="What the images on screen measure">'
-        f"<h3>Read as {escape(view.target)}, on screen</h3>{bars}{table}{_side_effects(picture)}"
-        f"{_limits(picture, attribute, stored)}</section>"
+        f"<h3>Read as {escape(view.target)}, on screen <small>line: an even share</small></h3>"
+        f"{bars}{table}{_side_effects(picture)}{_limits(picture, attribute, stored)}</section>"
     )
 
 
