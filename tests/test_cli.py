@@ -270,13 +270,15 @@ def test_recipe_numbers_belong_to_one_stage() -> None:
 
 def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, bool]] = []
+    starts: list[Path | None] = []
+
+    def denoiser(*_: object, unconditional: bool, resume: bool, start: Path | None) -> None:
+        seen.append(("unconditional" if unconditional else "pipeline", resume))
+        starts.append(start)
+
     monkeypatch.setattr(recipe, "autoencoder_stage", lambda *_: seen.append(("autoencoder", False)))
     monkeypatch.setattr(recipe, "classifier_stage", lambda *_: seen.append(("classifier", False)))
-    monkeypatch.setattr(
-        recipe,
-        "denoiser_stage",
-        lambda *_, unconditional, resume: seen.append(("unconditional" if unconditional else "pipeline", resume)),
-    )
+    monkeypatch.setattr(recipe, "denoiser_stage", denoiser)
     assert run("portraits", "train", "--resume").exit_code == 0
     assert seen == [("autoencoder", False), ("pipeline", True), ("unconditional", True), ("classifier", False)]
     finished = tmp_path / "runs" / "portraits" / "pipeline"
@@ -288,6 +290,10 @@ def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyP
     seen.clear()
     run("portraits", "train", "--stage", "pipeline")
     assert [name for name, _ in seen] == ["pipeline"]
+    assert set(starts) == {None}
+    run("portraits", "train", "--stage", "pipeline", "--from", "elsewhere")
+    assert starts[-1] == Path("elsewhere")
+    assert "name the one --stage" in run("portraits", "train", "--from", "elsewhere").stderr
 
 
 def test_sheet_of_drawings_obeys_the_prompt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
