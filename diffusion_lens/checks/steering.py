@@ -144,7 +144,7 @@ def prompt_rows(job: Job, steered: Steered, name: str) -> list[Row]:
     column = result.attribute.index(result.target)
     low, high = _log_odds(result, 0, column), _log_odds(result, -1, column)
     n = len(result.request.seeds)
-    label = f"ln({result.target} / rest), {name}"
+    label = f"ln({result.target} / {result.attribute.opposite(result.target)}), {name}"
     betas = result.betas
     rows = [
         at_most(5, f"{label}: weakest", low[0], low[1], -REACH, "number", n, f"at β = {betas[0]:g}"),
