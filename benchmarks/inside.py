@@ -140,5 +140,6 @@ def attribution(lens: DiffusionLens, repeats: int, n: int = 100) -> Iterator[Res
         yield Result(
             f"attribution: time of {loop} against the closed form", value, "×", interval,
             "" if bar is None else f"≥ {bar:.0f} ×", None if bar is None else value >= bar,
-            f"{fast:.2f} s against {slow[column - 1]:.1f} s, {n} samples", {"closed_s": fast, "loop_s": slow[column - 1]},
+            f"{fast:.2f} s against {slow[column - 1]:.1f} s, {n} samples",
+            {"closed_s": fast, "loop_s": slow[column - 1]},
         )  # fmt: skip
