@@ -145,7 +145,7 @@ def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:
 
 
 def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None, keep: Path) -> SweepResult:
-    attribution, density, seed = read_attributions(work)[setting.attribute], read_atlas(work).density, work.config.seed
+    attribution, activity, seed = read_attributions(work)[setting.attribute], read_atlas(work).activity, work.config.seed
     sae = read_sae(work)
     points = measure_setting(
         work.model,
@@ -154,7 +154,7 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
         work.classifier,
         base,
         setting,
-        change=lambda turn: turn if control is None else control_turn(turn, control, density, seed),
+        change=lambda turn: turn if control is None else control_turn(turn, control, activity, seed),
         batch_size=work.config.batch_size,
         keep=keep,
     )

@@ -217,7 +217,7 @@ class DiffusionLens(LensFolder):
         Args:
             attribute: a steerable attribute (its shipped turn) or a ``FeatureSet`` (turned in the shipped mode).
             betas: the shipped grid by default; ``seeds``: ``range(n)`` by default.
-            control: ``random`` turns as many live features drawn at random, ``flip`` the two poles exchanged.
+            control: ``random`` turns as many features as active, drawn at random, ``flip`` the two poles exchanged.
             options: passed on to ``sweep.sweep_points`` (``batch_size``, ``baseline``, ``draw``, …).
         """
         from diffusion_lens.sweep import sweep_points
@@ -299,7 +299,7 @@ class DiffusionLens(LensFolder):
             turn = Intervention(attribute, setting.mode, beta, window=setting.window, sampler=setting.sampler)
         else:
             turn = self.intervention(attribute, target, beta)
-        return turn if control is None else control_turn(turn, control, self.atlas.density, seed)
+        return turn if control is None else control_turn(turn, control, self.atlas.activity, seed)
 
     def _describe(self, attribute: str | FeatureSet, name: str, control: Control | None, seed: int) -> str:
         setting = self.setting(name)

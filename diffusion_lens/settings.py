@@ -11,6 +11,8 @@ from diffusion_lens.config import Setting
 from diffusion_lens.types import Attribution, FeatureSet, Intervention, LensError, Mode
 
 Control = Literal["random", "flip"]
+LIKE = 8
+"""A random control draws among this many features of nearest activity."""
 
 
 def identity_beta(mode: Mode) -> float:
@@ -78,37 +80,41 @@ def make_intervention(
     return Intervention(features=features, beta=beta, **{**values, **changes})
 
 
-def random_set(features: FeatureSet, density: np.ndarray, *, seed: int, avoid: tuple[int, ...] = ()) -> FeatureSet:
-    """A control: as many live features drawn at random, none of them in ``features`` or ``avoid``.
+def random_set(features: FeatureSet, activity: np.ndarray, *, seed: int, avoid: tuple[int, ...] = ()) -> FeatureSet:
+    """A control: as many live features drawn at random, as active as those they stand for.
 
-    ``density [d_sae]``: the share of samples on which each fires; dead features are never drawn.
+    For each of ``features``, one of the ``LIKE`` free features whose mean activation is nearest to its own (in
+    ratio); none of ``features`` or ``avoid`` is drawn. Decoder columns have unit norm, so a set as active pushes
+    the bottleneck about as far. ``activity [d_sae]``: mean activation (``Atlas.activity``); 0 is a dead feature.
     """
     taken = {*features.ids, *avoid}
-    live = np.array([i for i in np.flatnonzero(density > 0) if int(i) not in taken])
-    if len(live) < len(features.ids):
+    free = [i for i in np.flatnonzero(activity > 0).tolist() if i not in taken]
+    if len(free) < len(features.ids):
         raise LensError(
-            f"Only {len(live)} other live features exist; a random control of {len(features.ids)} needs more."
+            f"Only {len(free)} other live features exist; a random control of {len(features.ids)} needs more."
         )
-    ids = np.random.default_rng(seed).choice(live, len(features.ids), replace=False)
-    return FeatureSet(
-        tuple(int(i) for i in ids), (0.0,) * len(ids), features.attribute, f"random ({seed})", features.sae_id
-    )
+    rng, size, ids = np.random.default_rng(seed), np.log(np.maximum(activity, 1e-12)), []
+    for own in sorted(features.ids, key=lambda i: -activity[i]):
+        like = sorted(free, key=lambda i: abs(size[i] - size[own]))[:LIKE]
+        ids.append(int(rng.choice(like)))
+        free.remove(ids[-1])
+    return FeatureSet(tuple(ids), (0.0,) * len(ids), features.attribute, f"random ({seed})", features.sae_id)
 
 
-def control_turn(turn: Intervention, control: Control, density: np.ndarray, seed: int) -> Intervention:
+def control_turn(turn: Intervention, control: Control, activity: np.ndarray, seed: int) -> Intervention:
     """The same turn of features that should not carry the attribute (``random``), or of exchanged poles (``flip``).
 
-    ``flip`` needs a turn of both poles; ``density [d_sae]`` tells which features are alive.
+    ``flip`` needs a turn of both poles; ``activity [d_sae]``: mean activations, see ``random_set``.
     """
     if control == "flip":
         if turn.opposite is None:
             raise LensError("This turn has one pole only; exchange of poles is no control for it.")
         return replace(turn, features=turn.opposite, opposite=turn.features)
     avoid = turn.opposite.ids if turn.opposite else ()
-    features = random_set(turn.features, density, seed=seed, avoid=avoid)
+    features = random_set(turn.features, activity, seed=seed, avoid=avoid)
     if turn.opposite is None:
         return replace(turn, features=features)
-    opposite = random_set(turn.opposite, density, seed=seed + 1, avoid=(*features.ids, *turn.features.ids))
+    opposite = random_set(turn.opposite, activity, seed=seed + 1, avoid=(*features.ids, *turn.features.ids))
     return replace(turn, features=features, opposite=opposite)
 
 
@@ -119,4 +125,4 @@ def describe_setting(setting: Setting, control: Control | None = None, seed: int
     text = f"{setting.n_features} features, {poles}, {setting.mode}, {setting.sampler}, {steps}"
     if control is None:
         return text
-    return f"{text}; control: {f'random features (seed {seed})' if control == 'random' else 'poles exchanged'}"
+    return f"{text}; control: {f'random features as active (seed {seed})' if control == 'random' else 'poles exchanged'}"

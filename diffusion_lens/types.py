@@ -399,6 +399,11 @@ class Atlas:
         """Features that never fire on the pool, bool ``[d_sae]``."""
         return self.density == 0
 
+    @property
+    def activity(self) -> np.ndarray:
+        """Mean activation over all steps and images of the pool, ``[d_sae]``; 0 where dead."""
+        return self.step_profile.mean(1)
+
 
 @dataclass(frozen=True)
 class Examples:

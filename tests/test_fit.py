@@ -25,7 +25,7 @@ from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.settings import control_turn, feature_sets, make_intervention, random_set
 from diffusion_lens.train import SAETrainConfig
-from diffusion_lens.types import Attribution, LensError, Predictions, Share, SweepPoint
+from diffusion_lens.types import Attribution, FeatureSet, LensError, Predictions, Share, SweepPoint
 
 SETTING = Setting(
     attribute="gender", target="male", n_features=2, poles="both", mode="scale", sampler="asymmetric",
@@ -289,6 +289,19 @@ def test_controls_turn_other_live_features() -> None:
     assert flipped.features == turn.opposite and flipped.opposite == turn.features
     with pytest.raises(LensError, match="Only 1 other live features"):
         random_set(turn.features, np.array([1.0] * 3), seed=0)
+
+
+def test_random_features_are_as_active_as_those_they_stand_for() -> None:
+    activity = np.geomspace(1e-3, 10.0, 400)[np.random.default_rng(3).permutation(400)]
+    activity[::7] = 0.0
+    order = np.argsort(-activity, kind="stable")
+    features = FeatureSet(tuple(int(i) for i in order[:60:3]), (1.0,) * 20, "gender", "male", "s")
+    drawn = random_set(features, activity, seed=1, avoid=(int(order[1]),))
+    assert not {*drawn.ids} & {*features.ids, int(order[1])} and len({*drawn.ids}) == 20
+    own, other = activity[list(features.ids)], activity[list(drawn.ids)]
+    assert (other > 0).all() and np.abs(np.log(other / own)).max() < np.log(1.7)
+    blind = np.random.default_rng(1).choice(np.flatnonzero(activity > 0), 20)
+    assert own.sum() / activity[blind].sum() > 2, "the check above would pass for any draw"
 
 
 def point(beta: float, male: int, changed: float, n: int = 100) -> SweepPoint:

@@ -88,7 +88,7 @@ def steer(
         if beta == identity_beta(setting.mode):
             return base.reading
         turn = lens.intervention(attribute.name, setting.target, beta)
-        turn = turn if control is None else control_turn(turn, control, lens.atlas.density, draw)
+        turn = turn if control is None else control_turn(turn, control, lens.atlas.activity, draw)
         told = job.told(f"{stage}, β = {beta:.3g}")
         parts = generate_batches(lens.model, request, edit=lens.edit(turn), batch_size=size, on_step=told)
         return read_images(parts, lens.classifier, 0)
@@ -283,7 +283,7 @@ def _profession_rows(job: Job, measured: Sequence[list[Row]], prompts: Sequence[
 
 
 def _control_row(job: Job, attribute: Attribute, shipped: Steered) -> tuple[Row, list[SweepResult]]:
-    """How far random features of the same number go, on both sides of 0."""
+    """How far as many random features, as active, go on both sides of 0."""
     results = [
         steer(job, attribute, shipped.prompt, 0, control="random", draw=draw).result
         for draw in range(job.sizes.controls)

@@ -53,14 +53,14 @@ class RandomFeatures(_SaeControl):
     name = "Control: random features"
     source = "ours"
     explanation = (
-        "Turns as many live SAE features as DiffLens does, drawn at random, just as far. What this moves, any push of "
-        "that size would move: the effect of the chosen features is what goes beyond it (our control)."
+        "Turns as many SAE features as DiffLens does, drawn at random among those as active, just as far. What this "
+        "moves, any push of that size would move: the effect of the chosen features is what goes beyond it (our control)."
     )
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
         """Each class's features replaced by random ones."""
-        density, seed = fitted.lens.atlas.density, fitted.options.control_seed
-        return self._edit(fitted, strength, seeds, lambda turn: control_turn(turn, "random", density, seed))
+        activity, seed = fitted.lens.atlas.activity, fitted.options.control_seed
+        return self._edit(fitted, strength, seeds, lambda turn: control_turn(turn, "random", activity, seed))
 
 
 class SignFlip(_SaeControl):
