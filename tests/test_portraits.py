@@ -12,7 +12,15 @@ from diffusers import LDMPipeline, StableDiffusionPipeline
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_all, to_unit, train_autoencoder
 from diffusion_lens.portraits.data import draw_many
-from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, load_average, tokenize, train_denoiser
+from diffusion_lens.portraits.denoiser import (
+    DenoiserTrainConfig,
+    draw_timesteps,
+    load_average,
+    make_denoiser,
+    tokenize,
+    train_denoiser,
+    without_text,
+)
 from diffusion_lens.portraits.draw import SKIN, draw, sheet
 from diffusion_lens.portraits.networks import DenoiserConfig, make_tokenizer, make_unet
 from diffusion_lens.portraits.recipe import open_parts, sample, save_pipeline
@@ -167,6 +175,15 @@ def test_lowest_skips_stay_silent_in_training(shape: DenoiserConfig) -> None:
         assert block.conv1.weight[:, :32].any() and stock.conv1.weight[:, 32:].any()
 
 
+def test_timesteps_are_uniform_but_for_those_around_the_middle() -> None:
+    source = torch.Generator().manual_seed(0)
+    even, middle = (draw_timesteps(20_000, 1000, share, source) for share in (0.0, 1.0))
+    assert even.min() >= 0 and max(even.max(), middle.max()) <= 999
+    assert torch.histc(even.float(), 10).sub(2000).abs().max() < 200
+    assert middle.float().median() == pytest.approx(1000 / (1 + np.exp(-0.2)), abs=10)
+    assert ((middle < 100) | (middle >= 900)).float().mean() < 0.1
+
+
 def test_training_learns_and_is_seeded_and_resumes(tmp_path: Path) -> None:
     captions = [world.caption(noun) for noun in list(world.PROFILES) * 2]
     config = DenoiserTrainConfig(shape=TINY, n_steps=6, batch_size=4)
@@ -223,6 +240,20 @@ def test_saved_pipelines_are_stock_and_single_precision(shape: DenoiserConfig, t
     assert not [f for f in folder.rglob("*") if f.suffix in (".bin", ".pt", ".pkl")]
     assert all(f.stat().st_size < 10_000_000 for f in folder.rglob("*") if f.is_file())
     assert (folder / "planted.json").exists()
+
+
+def test_the_unconditional_denoiser_may_start_from_the_text_conditional_one() -> None:
+    text = make_denoiser(TINY, 1)
+    plain = without_text(text, TINY_PLAIN, 2)
+    fresh = make_denoiser(TINY_PLAIN, 2)
+    first, last = text.unet.state_dict(), plain.unet.state_dict()
+    same = [k for k, v in last.items() if k in first and torch.equal(first[k], v)]
+    assert {"conv_in.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.conv1.weight"} <= {*same}
+    own = [k for k in last if k not in first]
+    assert own and all(torch.equal(last[k], fresh.unet.state_dict()[k]) for k in own)
+    assert plain.text_encoder is None and plain.unet(torch.zeros(1, 8, 16, 16), 3).sample.shape == (1, 8, 16, 16)
+    with pytest.raises(LensError, match="another shape"):
+        without_text(text, TINY_PLAIN.model_copy(update={"channels": (16, 16, 48)}), 0)
 
 
 def test_a_saved_pipeline_can_be_trained_further(tmp_path: Path) -> None:

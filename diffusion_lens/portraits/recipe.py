@@ -27,7 +27,13 @@ from diffusion_lens.portraits.autoencoder import (
     train_autoencoder,
 )
 from diffusion_lens.portraits.data import draw_many
-from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, load_average, train_denoiser
+from diffusion_lens.portraits.denoiser import (
+    Denoiser,
+    DenoiserTrainConfig,
+    load_average,
+    train_denoiser,
+    without_text,
+)
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 from diffusion_lens.types import LensError
 
@@ -111,9 +117,11 @@ def denoiser_stage(
     """Train one denoiser on the latents of the planted drawings and save it as a stock pipeline.
 
     ``start``: a pipeline folder of this recipe, whose autoencoder is kept and whose denoiser is trained further
-    with a fresh optimiser.
+    with a fresh optimiser. The unconditional one may start from the text-conditional one.
     """
     before = None if start is None else open_parts(start)
+    if before is not None and unconditional and before[0].text_encoder is not None:
+        before = without_text(before[0], config.unconditional.shape, config.unconditional.seed), before[1]
     vae = autoencoder_stage(config, paths, device, report) if before is None else before[1].to(device)
     name = "unconditional" if unconditional else "pipeline"
     drawings = draw_many(config.n_drawings, first_seed=0, on_step=lambda i, m: report("drawing", i, m))
