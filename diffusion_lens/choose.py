@@ -31,7 +31,7 @@ class ChooseConfig(StrictConfig):
     Attributes:
         betas: strengths as for ``scale``, where 1 changes nothing; other modes use them less 1.
         n_images: images per strength, on seeds from ``first_seed`` on, which nothing else should use.
-        prompt: the prompt chosen on (``None``: unconditional).
+        prompts: the prompts chosen on; empty: the first that the lens samples.
     """
 
     n_features: tuple[int, ...] = (10, 30)
@@ -42,22 +42,24 @@ class ChooseConfig(StrictConfig):
     betas: tuple[float, ...] = (-3.0, -1.0, 0.0, 1.0, 2.0, 3.0, 5.0)
     n_images: int = Field(default=96, ge=8)
     first_seed: int = 3_000_000
-    prompt: str | None = None
+    prompts: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How one setting did.
+    """How one setting did, on one prompt or on several together.
 
     Attributes:
-        effect: log odds of the target's share at every β, with half an image added to both sides ``[β]``.
-        reach: how far on both sides of 0 the effect goes, the smaller of the two (1 and more is enough).
-        spillover: share of images whose other attributes changed, where the effect is -1 and +1, mean of both;
-            NaN where it is not reached.
+        effects: prompt by prompt, the log odds of the target's share at every β, with half an image added to both
+            sides ``[prompt][β]``.
+        reach: how far on both sides of 0 the effect goes, the smaller of the two (1 and more is enough), on the
+            prompt where it goes least far.
+        spillover: share of images whose other attributes changed, where the effect is -1 and +1, mean of both and of
+            the prompts; NaN where it is not reached.
     """
 
     setting: Setting
-    effect: tuple[float, ...]
+    effects: tuple[tuple[float, ...], ...]
     reach: float
     spillover: float
 
@@ -75,7 +77,14 @@ def judge(setting: Setting, points: Sequence[SweepPoint], target_index: int) -> 
     inside, lost = effect[first : last + 1], changed[first : last + 1]
     reach = float(min(-inside.min(), inside.max()))
     spillover = float(np.mean(np.interp([-REACH, REACH], inside, lost))) if reach >= REACH else float("nan")
-    return Trial(setting, tuple(float(e) for e in effect), reach, spillover)
+    return Trial(setting, (tuple(float(e) for e in effect),), reach, spillover)
+
+
+def together(trials: Sequence[Trial]) -> Trial:
+    """One setting's trials on several prompts as one: the least reach, the mean spillover."""
+    effects = tuple(effect for trial in trials for effect in trial.effects)
+    spillover = float(np.mean([trial.spillover for trial in trials]))
+    return Trial(trials[0].setting, effects, min(trial.reach for trial in trials), spillover)
 
 
 def _monotone_stretch(effect: np.ndarray, betas: Sequence[float], identity: float) -> tuple[int, int]:
@@ -114,35 +123,39 @@ def choose_setting(
     sae: SparseAutoencoder,
     attribution: Attribution,
     classifier: Classifier,
-    request: GenerationRequest,
+    requests: Sequence[GenerationRequest],
     settings: Sequence[Setting],
     *,
     batch_size: int = 16,
     keep: Path | None = None,
     on_trial: Callable[[int, int], None] | None = None,
 ) -> tuple[Setting, tuple[Trial, ...]]:
-    """Sweep every candidate on the same seeds and keep the best (see ``best``).
+    """Sweep every candidate on the same seeds, prompt by prompt, and keep the best (see ``best``).
 
-    ``request`` must use seeds that no evaluation uses. Returns the setting, with a note of how it was chosen,
-    and every trial. ``on_trial(done, total)`` may raise; points already measured are read back from ``keep``.
+    ``requests``, one for each prompt, must use seeds that no evaluation uses. Returns the setting, with a note
+    of how it was chosen, and every trial. ``on_trial(done, total)`` may raise; points already measured are read
+    back from ``keep``.
     """
-    base = measure_baseline(model, request, classifier, batch_size=batch_size, n_examples=0)
+    bases = [measure_baseline(model, r, classifier, batch_size=batch_size, n_examples=0) for r in requests]
     trials = []
     for number, setting in enumerate(settings):
-        folder = None if keep is None else keep / f"{number:04d}"
-        points = measure_setting(
-            model, sae, attribution, classifier, base, setting, batch_size=batch_size, n_examples=0, keep=folder
-        )
-        trials.append(judge(setting, points, attribution.attribute.index(setting.target)))
+        own = []
+        for place, base in enumerate(bases):
+            folder = None if keep is None else keep / f"{number:04d}-{place:02d}"
+            points = measure_setting(
+                model, sae, attribution, classifier, base, setting, batch_size=batch_size, n_examples=0, keep=folder
+            )
+            own.append(judge(setting, points, attribution.attribute.index(setting.target)))
+        trials.append(together(own))
         if on_trial is not None:
             on_trial(number + 1, len(settings))
-    chosen = best(trials)
+    chosen, n = best(trials), len(requests[0].seeds)
     reached = f"spillover {chosen.spillover:.0%}" if chosen.reach >= REACH else "no candidate reached ±1"
     note = (
-        f"Least spillover at log odds ±1 among {len(trials)} settings on {len(request.seeds)} images per strength "
-        f"(reach {chosen.reach:.1f}, {reached})."
+        f"Least spillover at log odds ±1 among {len(trials)} settings on {n} images per strength of "
+        f"{len(requests)} prompt(s) (reach {chosen.reach:.1f}, {reached})."
     )
-    return chosen.setting.model_copy(update={"n_seeds_chosen_on": len(request.seeds), "note": note}), tuple(trials)
+    return chosen.setting.model_copy(update={"n_seeds_chosen_on": n, "note": note}), tuple(trials)
 
 
 def measure_setting(

@@ -104,7 +104,7 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
     run = config.n_steps * speed.step
     image_bytes = 3 * _side(model) ** 2
     setting = {s.attribute: len(s.betas) for s in config.settings}
-    chosen = [name for name in config.attributes if name not in setting]
+    n_chosen = sum(name not in setting for name in config.attributes) * max(1, len(config.choose.prompts))
     tried = sum(len(s.betas) - 1 for s in candidates("", "", config.choose)) * EDITED + 1
     edited = (run * EDITED + speed.decode) * config.sweep_images
     strengths = sum(setting.get(name, len(config.choose.betas)) - 1 for name in config.swept)
@@ -119,7 +119,7 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
         StageCost("probes", probe, 4 * sum(classes.values()) * numbers),
         StageCost("attribution", len(classes) * min(config.attribution_images, collected) * dense * 2, 0),
         StageCost("atlas", config.pool_images * dense * 4 + _layout_seconds(config), config.pool_images * image_bytes),
-        StageCost("settings", len(chosen) * config.choose.n_images * (run * tried + speed.decode * tried), 0),
+        StageCost("settings", n_chosen * config.choose.n_images * (run * tried + speed.decode * tried), 0),
         StageCost("effects", effects * (run * EDITED + speed.decode), 0),
         StageCost("sweeps", n_sweeps * strengths * edited, 0),
     )

@@ -36,7 +36,11 @@ def _choose(work: Work, name: str) -> Setting:
     attribute = work.attribute(name)
     settings = list(candidates(name, attribute.classes[-1], grid))
     seeds = range(grid.first_seed, grid.first_seed + grid.n_images)
-    wanted = request(work.model, grid.prompt, seeds, work.config.n_steps, work.config.guidance_scale)
+    config = work.config
+    wanted = [
+        request(work.model, prompt, seeds, config.n_steps, config.guidance_scale)
+        for prompt in grid.prompts or config.draws[:1]
+    ]
     chosen, trials = choose_setting(
         work.model,
         read_sae(work),
@@ -145,8 +149,8 @@ def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:
 
 
 def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None, keep: Path) -> SweepResult:
-    attribution, activity, seed = read_attributions(work)[setting.attribute], read_atlas(work).activity, work.config.seed
-    sae = read_sae(work)
+    attribution, seed = read_attributions(work)[setting.attribute], work.config.seed
+    sae, activity = read_sae(work), read_atlas(work).activity
     points = measure_setting(
         work.model,
         sae,

@@ -125,4 +125,5 @@ def describe_setting(setting: Setting, control: Control | None = None, seed: int
     text = f"{setting.n_features} features, {poles}, {setting.mode}, {setting.sampler}, {steps}"
     if control is None:
         return text
-    return f"{text}; control: {f'random features as active (seed {seed})' if control == 'random' else 'poles exchanged'}"
+    told = f"random features as active (seed {seed})" if control == "random" else "poles exchanged"
+    return f"{text}; control: {told}"

@@ -14,7 +14,7 @@ from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_class
 from diffusion_lens.activations import ActivationStore
 from diffusion_lens.artifacts import load_tensors, read_json
 from diffusion_lens.atlas import AtlasConfig
-from diffusion_lens.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge
+from diffusion_lens.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
 from diffusion_lens.config import Setting
 from diffusion_lens.fit import Models, check_space, fit, load_config, prepare, run_stage
 from diffusion_lens.fit_config import STAGES, FitConfig, stage_hashes
@@ -318,7 +318,7 @@ def test_a_trial_is_judged_where_its_effect_is_one() -> None:
     points = [point(0, 10, 0.4), point(1, 50, 0.0), point(2, 90, 0.2), point(3, 60, 0.9)]
     trial = judge(SETTING, points, 1)
     edge = np.log(10.5 / 90.5)
-    assert trial.effect[:3] == pytest.approx((edge, 0.0, -edge))
+    assert trial.effects[0][:3] == pytest.approx((edge, 0.0, -edge))
     assert trial.reach == pytest.approx(-edge)
     expected = (np.interp(-1, [edge, 0], [0.4, 0.0]) + np.interp(1, [0, -edge], [0.0, 0.2])) / 2
     assert trial.spillover == pytest.approx(expected)
@@ -337,6 +337,11 @@ def test_the_best_trial_reaches_far_enough_and_spills_least() -> None:
         best([])
 
 
+def test_prompts_together_count_the_least_reach_and_the_mean_spillover() -> None:
+    far, close = Trial(SETTING, ((1.0, 2.0),), 2.0, 0.1), Trial(SETTING, ((0.0, 1.0),), 0.5, 0.3)
+    assert together([far, close]) == Trial(SETTING, ((1.0, 2.0), (0.0, 1.0)), 0.5, pytest.approx(0.2))
+
+
 def test_candidates_move_strengths_to_each_modes_zero() -> None:
     grid = ChooseConfig(
         n_features=(1, 2), poles=("one",), modes=("scale", "add"), samplers=("symmetric",), betas=(0, 3)
@@ -351,19 +356,20 @@ def test_candidates_move_strengths_to_each_modes_zero() -> None:
 def test_a_setting_is_chosen_by_measuring_and_resumes(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
     grid = ChooseConfig(n_features=(2, 4), poles=("both",), samplers=("symmetric",), betas=(-4.0, 1.0, 6.0))
     settings = list(candidates("gender", "male", grid))
-    wanted = request(tiny_lens.model, PROMPTS[0], range(500, 516), STEPS, 2.0)
+    wanted = [request(tiny_lens.model, prompt, range(500, 516), STEPS, 2.0) for prompt in PROMPTS[:2]]
     parts = (tiny_lens.model, tiny_lens.sae, tiny_lens.attributions["gender"], tiny_lens.classifier, wanted, settings)
     chosen, trials = choose_setting(*parts, keep=tmp_path)
-    assert len(trials) == 2 and chosen.n_seeds_chosen_on == 16 and "2 settings on 16 images" in chosen.note
+    assert len(trials) == 2 and chosen.n_seeds_chosen_on == 16
+    assert "2 settings on 16 images per strength of 2 prompt(s)" in chosen.note
     assert chosen.n_features == best(trials).setting.n_features
-    (tmp_path / "0001" / "002.json").unlink()
+    (tmp_path / "0001-01" / "002.json").unlink()
     again = choose_setting(*parts, keep=tmp_path)
     assert again[0] == chosen and repr(again[1]) == repr(trials)
 
 
 def test_an_attribute_without_a_setting_gets_one_from_the_fit(tiny_fit_models: Models, tmp_path: Path) -> None:
     grid = ChooseConfig(
-        n_features=(1, 2), poles=("one",), samplers=("symmetric",), betas=(1.0, 5.0), n_images=8, prompt=PROMPTS[0]
+        n_features=(1, 2), poles=("one",), samplers=("symmetric",), betas=(1.0, 5.0), n_images=8, prompts=(PROMPTS[0],)
     )
     lens = fit(quick(settings=(), choose=grid), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models)
     assert lens.setting("gender").n_seeds_chosen_on == 8

@@ -54,7 +54,7 @@ class RandomFeatures(_SaeControl):
     source = "ours"
     explanation = (
         "Turns as many SAE features as DiffLens does, drawn at random among those as active, just as far. What this "
-        "moves, any push of that size would move: the effect of the chosen features is what goes beyond it (our control)."
+        "moves, any push of that size would move: the chosen features' effect is what goes beyond it (our control)."
     )
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
