@@ -41,7 +41,7 @@ class Sizes:
     sweep: int
     strengths: int
     controls: int
-    batch_size: int = 16
+    batch_size: int = 64
 
 
 QUICK = Sizes(
@@ -50,7 +50,7 @@ QUICK = Sizes(
 )  # fmt: skip
 FULL = Sizes(
     shares=1_000, again=4_000, drawings=12_000, inside=1_000, attribution=256, reference=4, reference_steps=20,
-    sweep=1_000, strengths=100, controls=3, batch_size=32,
+    sweep=1_000, strengths=100, controls=3,
 )  # fmt: skip
 
 
