@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -50,12 +51,17 @@ def load_point(folder: Path, stem: str) -> SweepPoint:
 
 def save_sweep(result: SweepResult, folder: Path, stem: str) -> None:
     """Write ``<stem>.json`` and, where it has examples, ``<stem>-examples…`` (lossy)."""
-    values = to_plain(dataclasses.replace(result, points=()))
-    values["points"] = [_plain_point(point) for point in result.points]
     strips = [point.examples for point in result.points if len(point.examples)]
     if strips:
         save_sheets(np.concatenate(strips), folder, f"{stem}-examples", columns=max(map(len, strips)))
-    write_json(folder / f"{stem}.json", values)
+    write_json(folder / f"{stem}.json", sweep_to_plain(result))
+
+
+def sweep_to_plain(result: SweepResult) -> dict[str, Any]:
+    """A sweep as plain JSON values; of its examples only how many each point has."""
+    values: dict[str, Any] = to_plain(dataclasses.replace(result, points=()))
+    values["points"] = [_plain_point(point) for point in result.points]
+    return values
 
 
 def load_sweep(folder: Path, stem: str) -> SweepResult:
@@ -72,10 +78,21 @@ def load_sweep(folder: Path, stem: str) -> SweepResult:
 
 
 def _read_sweep(values: dict[str, Any], folder: Path, stem: str) -> SweepResult:
+    n = n_examples(values)
+    images = load_sheets(folder, f"{stem}-examples") if n else NO_IMAGES
+    if len(images) != n:
+        raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {n}.")
+    return sweep_from_plain(values, images)
+
+
+def n_examples(values: dict[str, Any]) -> int:
+    """How many example images the plain values of a sweep speak of."""
+    return sum(int(point["examples"]) for point in values["points"])
+
+
+def sweep_from_plain(values: dict[str, Any], images: np.ndarray) -> SweepResult:
+    """What ``sweep_to_plain`` made, with its ``n_examples`` images; foreign values raise as they come."""
     counts = [int(point["examples"]) for point in values["points"]]
-    images = load_sheets(folder, f"{stem}-examples") if sum(counts) else NO_IMAGES
-    if len(images) != sum(counts):
-        raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {sum(counts)}.")
     strips = np.split(images, np.cumsum(counts)[:-1]) if counts else []
     points = tuple(_read_point(point, strip) for point, strip in zip(values["points"], strips, strict=True))
     rest = {k: v for k, v in values.items() if k not in ("points", "attribute", "request")}
@@ -112,7 +129,13 @@ def _read_point(values: dict[str, Any], examples: np.ndarray) -> SweepPoint:
 
 
 def _parse(kind: type[T], values: Any) -> T:
-    return TypeAdapter(kind).validate_python(values)
+    return cast(T, _adapter(cast(Hashable, kind)).validate_python(values))
+
+
+@functools.cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    """Made once per type: making one takes longer than reading the hundreds of shares of a sweep."""
+    return TypeAdapter(cast(Any, kind))
 
 
 def to_plain(value: Any) -> Any:
