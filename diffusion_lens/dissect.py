@@ -1,143 +1,268 @@
 """What each SAE feature controls, found without labels given by hand: turn it alone, on paired seeds, and read
 everything that the image classifier reads (DiffLens' last finding: single features of hair, glasses, skin).
+
+A scaled feature changes nothing before it first fires. Every image so restarts from the unedited run at the step
+where its feature first fires there, and images on which it never fires are not drawn again (E1: equal to a run from
+noise up to the last bits of another batch). Images of several features share one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
+import torch
 from statsmodels.stats.multitest import multipletests
+from torch import Tensor
 
 from diffusion_lens import stats
-from diffusion_lens.artifacts import (
-    load_tensors,
-    read_json,
-    read_manifest,
-    save_tensors,
-    write_json,
-    write_manifest,
-)
+from diffusion_lens.artifacts import load_tensors, read_json, read_manifest, save_tensors, write_json, write_manifest
 from diffusion_lens.compare import JudgedLens
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.generate import OnStep, generate_batches, request
+from diffusion_lens.denoise import Capture, StepContext, Trajectory
+from diffusion_lens.dissect_config import DissectConfig, DissectedLens, choose_features
+from diffusion_lens.dissection import STORED, Dissection, groups, name_of, save_dissection
+from diffusion_lens.generate import OnStep, generate_batches, join, record_trajectory, request
 from diffusion_lens.intervene import compile
 from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.records import load_atlas, save_atlas
-from diffusion_lens.sweep import Baseline, measure_baseline, read_images
-from diffusion_lens.types import Atlas, FeatureSet, Intervention, LensError, Mode, Predictions, Sampler
+from diffusion_lens.sae import SparseAutoencoder
+from diffusion_lens.types import (
+    Atlas,
+    FeatureSet,
+    GenerationRequest,
+    Intervention,
+    LensError,
+    Mode,
+    Predictions,
+    Sampler,
+)
+
+BLOCK = 16
+"""Features whose images share batches; a stopped run loses one block at most."""
+
+UP_SHARE = 0.67
+"""What an asymmetric edit adds to a step: the part above the bottleneck once more (about two thirds)."""
+
+MEASURED = ("effects", "low", "high", "p_values")
 
 
-class DissectConfig(StrictConfig):
-    """How far each feature is turned, and on what.
+@dataclass(frozen=True, eq=False)
+class FeatureTurns:
+    """Image by image another feature turned alone, by difference, as ``intervene.compile`` turns one.
 
-    Attributes:
-        prompt: the prompt drawn (``None``: unconditional). n, first_seed: paired seeds, the same for every feature.
-        mode, beta, sampler: the turn, as in ``Intervention``.
-        features: ids; ``None`` takes all that fire on at least ``min_density`` of the atlas's samples.
-        alpha: false discovery rate at which an effect counts (Benjamini–Hochberg over all features and classes).
+    ``feature``: seed → the feature turned in its image.
     """
 
-    prompt: str | None
-    n: int = Field(default=64, ge=stats.MIN_PAIRS)
-    first_seed: int = 10_000_000
-    mode: Mode = "scale"
-    beta: float = 5.0
-    sampler: Sampler = "asymmetric"
-    features: tuple[int, ...] | None = None
-    min_density: float = Field(default=1e-3, ge=0, le=1)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    batch_size: int = Field(default=16, ge=1)
+    sae: SparseAutoencoder
+    feature: dict[int, int]
+    mode: Mode
+    beta: float
+    sampler: Sampler
+    window: tuple[int, int]
+    description: str = "single features, one per image"
+
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """The edited ``h [n, c, y, x]`` of the images ``context.seeds``."""
+        ids, own = np.unique([self.feature[seed] for seed in context.seeds], return_inverse=True)
+        scale, shift = torch.ones(len(h), len(ids)), torch.zeros(len(h), len(ids))
+        rows = torch.arange(len(h))
+        if self.mode == "add":
+            shift[rows, own] = self.beta
+        else:
+            scale[rows, own] = self.beta if self.mode == "scale" else 1 - self.beta
+        return h + self.sae.edit_delta(h, ids.tolist(), scale, shift)
 
 
 @dataclass(frozen=True)
-class FeatureEffect:
-    """What one feature controls most: the class whose share moved furthest, and how sure that is.
+class Plan:
+    """The unedited run, and what is left to draw.
 
     Attributes:
-        difference: change of the class's share among images decided both times; ``interval`` paired, 95 %.
-        q_value: McNemar's p after Benjamini–Hochberg over every feature and class.
-        specificity: this attribute's part of all that the feature moved (1: nothing else moved).
-        flips: share of images whose class of this attribute changed.
+        features: to be measured, in order. start: the unedited run, restartable. before: its reading.
+        first: step at which each feature first fires on each image, ``[image, d_sae]`` (``n_steps``: never).
+        seconds: an estimate, from the time that the unedited run took.
     """
 
-    feature: int
-    attribute: str
-    label: str
-    difference: float
-    interval: tuple[float, float]
-    q_value: float
-    specificity: float
-    flips: float
-
-
-@dataclass(frozen=True)
-class Dissection:
-    """Causal effects of single features.
-
-    Attributes:
-        features: ids measured. classes: attribute → its classes.
-        effects, low, high, p_values: attribute → ``[feature, class]`` in the order of ``features``.
-        flips: attribute → ``[feature]``.
-        source: what was done, in one line.
-    """
-
+    request: GenerationRequest
     features: tuple[int, ...]
-    classes: dict[str, tuple[str, ...]]
-    effects: dict[str, np.ndarray]
-    low: dict[str, np.ndarray]
-    high: dict[str, np.ndarray]
-    p_values: dict[str, np.ndarray]
-    flips: dict[str, np.ndarray]
-    sae_id: str
-    source: str
-    alpha: float
+    start: Trajectory
+    before: dict[str, Predictions]
+    first: np.ndarray
+    image_steps: int
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        """Images that can change and are drawn; the others cannot."""
+        return int((self.first[:, list(self.features)] < self.request.n_steps).sum())
+
+    def describe(self) -> str:
+        """What will be done and how long it takes, in one sentence."""
+        every = len(self.features) * len(self.request.seeds)
+        minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
+        return (
+            f"{len(self.features)} features on {len(self.request.seeds)} images each: {self.images:,} of {every:,} "
+            f"images can change and are drawn, from where the feature first fires: about {minutes}."
+        )
 
 
-PARTS = ("effects", "low", "high", "p_values")
-
-
-def dissect(lens: JudgedLens, config: DissectConfig, folder: Path, *, on_step: OnStep | None = None) -> Dissection:
+def dissect(
+    lens: DissectedLens,
+    config: DissectConfig,
+    folder: Path,
+    *,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_step: OnStep | None = None,
+) -> Dissection:
     """Measure every chosen feature; a file per feature in ``folder``, so that a stopped run goes on.
 
-    ``on_step(features done, features in total)`` may raise. Raises ``LensError`` where nothing can be measured.
+    Returns everything that ``folder`` holds: a second call with other features adds them. ``on_plan`` hears what is
+    left to do before it begins; ``on_step(image steps done, in total)`` may raise. Raises ``LensError`` where nothing
+    can be measured.
     """
-    chosen = _chosen(config, lens.atlas)
-    told = config.model_dump(mode="json", exclude={"features", "alpha", "min_density", "batch_size"})
-    identity: list[object] = [told, lens_key(lens), lens.classifier.classifier_id]
-    _claim(folder, identity)
-    base: Baseline | None = None
-    for number, feature in enumerate(chosen):
-        path = _file(folder, feature)
-        if not path.is_file():
-            base = base or _baseline(lens, config)
-            save_tensors(path, measure_feature(lens, config, base, feature))
-        if on_step is not None:
-            on_step(number + 1, len(chosen))
-    return read_dissection(lens, config, folder, chosen)
+    chosen = choose_features(lens, config)
+    _check_turn(lens, config, chosen[0])
+    told = config.model_dump(mode="json", exclude={"features", "alpha", "min_density", "by", "top", "batch_size"})
+    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id])
+    missing = [feature for feature in chosen if not _file(folder, feature).is_file()]
+    if missing:
+        plan = make_plan(lens, config, missing)
+        if on_plan is not None:
+            on_plan(plan)
+        done = 0
+        for offset in range(0, len(missing), BLOCK):
+            block = missing[offset : offset + BLOCK]
+
+            def report(steps: int, before: int = done) -> None:
+                if on_step is not None:
+                    on_step(before + steps, max(1, plan.image_steps))
+
+            for feature, arrays in measure_block(lens, config, plan, block, report).items():
+                save_tensors(_file(folder, feature), arrays)
+            done += int((plan.request.n_steps - plan.first[:, block]).sum())
+    return read_dissection(lens, config, folder)
 
 
-def _baseline(lens: JudgedLens, config: DissectConfig) -> Baseline:
+def make_plan(lens: DissectedLens, config: DissectConfig, features: Sequence[int]) -> Plan:
+    """Draw and read the unedited images, and see when each feature fires on them."""
     manifest, seeds = lens.manifest, range(config.first_seed, config.first_seed + config.n)
     wanted = request(lens.model, config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
-    return measure_baseline(lens.model, wanted, lens.classifier, batch_size=config.batch_size, n_examples=0)
+    began = time.monotonic()
+    parts: list[Trajectory] = []
+    fired: list[np.ndarray] = []
+    for offset in range(0, config.n, config.batch_size):
+        part = replace(wanted, seeds=wanted.seeds[offset : offset + config.batch_size])
+        run = record_trajectory(
+            lens.model, part, capture=Capture(dtype=np.float32), batch_size=config.batch_size
+        )  # fmt: skip
+        activations = run.generation.activations
+        assert activations is not None
+        fired.append(first_firing(lens.sae, activations.h))
+        parts.append(replace(run, generation=replace(run.generation, activations=None)))
+    first = np.concatenate(fired)
+    if config.mode == "add":
+        first = np.zeros_like(first)
+    start = Trajectory(
+        join([part.generation for part in parts], wanted),
+        {step: torch.cat([part.latents[step] for part in parts]) for step in parts[0].latents},
+        {step: sum((part.generator_states[step] for part in parts), ()) for step in parts[0].generator_states},
+    )
+    before = lens.classifier.predict(start.generation.images)
+    steps = int((wanted.n_steps - first[:, list(features)]).sum())
+    cost = 1 + UP_SHARE * (config.sampler == "asymmetric")
+    seconds = (time.monotonic() - began) / (config.n * wanted.n_steps) * steps * cost
+    return Plan(wanted, tuple(features), start, before, first, steps, seconds)
 
 
-def measure_feature(lens: JudgedLens, config: DissectConfig, base: Baseline, feature: int) -> dict[str, np.ndarray]:
-    """Turn one feature alone → ``<part>.<attribute>`` arrays ``[class]`` and ``flips.<attribute>`` ``[1]``."""
-    alone = FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id)
-    edit = compile([Intervention(alone, config.mode, config.beta, sampler=config.sampler)], lens.sae)
-    parts = generate_batches(lens.model, base.request, edit=edit, batch_size=config.batch_size)
-    after = read_images(parts, lens.classifier, 0).predictions
+def first_firing(sae: SparseAutoencoder, h: np.ndarray) -> np.ndarray:
+    """Step at which each feature first fires at any position, ``h [n, step, c, y, x]`` → int32 ``[n, d_sae]``.
+
+    The number of steps stands for never.
+    """
+    codes = sae.codes(h)
+    n, n_steps = codes.indices.shape[:2]
+    first = np.full((n, codes.d_sae), n_steps, np.int32)
+    for step in reversed(range(n_steps)):
+        ids, active = codes.indices[:, step].reshape(n, -1), codes.values[:, step].reshape(n, -1) > 0
+        rows = np.broadcast_to(np.arange(n)[:, None], ids.shape)
+        first[rows[active], ids[active]] = step
+    return first
+
+
+def measure_block(
+    lens: DissectedLens,
+    config: DissectConfig,
+    plan: Plan,
+    features: Sequence[int],
+    on_steps: Callable[[int], None] | None = None,
+) -> dict[int, dict[str, np.ndarray]]:
+    """Turn each of ``features`` alone → feature → ``<part>.<attribute>`` ``[class]`` and ``flips.<attribute>`` ``[1]``.
+
+    ``on_steps(image steps done)`` may raise.
+    """
+    n_steps, seeds = plan.request.n_steps, plan.request.seeds
+    place = {seed: i for i, seed in enumerate(seeds)}
+    after = {
+        feature: {name: (p.probs.copy(), p.certain.copy()) for name, p in plan.before.items()} for feature in features
+    }
+    done = 0
+    for batch in plan_batches(plan.first[:, list(features)], n_steps, config.batch_size):
+        begin = min(plan.first[i, features[j]] for i, j in batch)
+        part = replace(plan.request, seeds=tuple(seeds[i] for i, _ in batch))
+        turns = FeatureTurns(
+            lens.sae, {seeds[i]: features[j] for i, j in batch}, config.mode, config.beta, config.sampler,
+            (int(begin), n_steps),
+        )  # fmt: skip
+        counted = sum(n_steps - int(plan.first[i, features[j]]) for i, j in batch)
+        for drawn in generate_batches(
+            lens.model, part, edit=turns, batch_size=len(batch), start=plan.start,
+            on_step=None if on_steps is None else _scaled(on_steps, done, counted),
+        ):  # fmt: skip
+            for name, read in lens.classifier.predict(drawn.images).items():
+                for row, seed in enumerate(drawn.request.seeds):
+                    probs, certain = after[turns.feature[seed]][name]
+                    probs[place[seed]], certain[place[seed]] = read.probs[row], read.certain[row]
+        done += counted
+    return {feature: _compare(plan, feature, after[feature]) for feature in features}
+
+
+def plan_batches(first: np.ndarray, n_steps: int, size: int) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (image, feature) that begin at like steps, no image twice in one; ``first [image, feature]``.
+
+    Pairs that never fire are left out.
+    """
+    pairs = sorted((int(first[i, j]), int(j), int(i)) for i, j in np.argwhere(first < n_steps))
+    open_batches: list[list[tuple[int, int]]] = []
+    for _, j, i in pairs:
+        room = next((b for b in open_batches if all(i != taken for taken, _ in b)), None)
+        if room is None:
+            room = []
+            open_batches.append(room)
+        room.append((i, j))
+        if len(room) == size:
+            open_batches.remove(room)
+            yield room
+    yield from open_batches
+
+
+def _scaled(on_steps: Callable[[int], None], before: int, counted: int) -> OnStep:
+    return lambda done, total: on_steps(before + round(counted * done / total))
+
+
+def _compare(plan: Plan, feature: int, after: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    fires = bool((plan.first[:, feature] < plan.request.n_steps).any())
     found: dict[str, np.ndarray] = {}
-    for name, before in base.reading.predictions.items():
-        moved = paired_effects(before, after[name])
-        found |= {f"{part}.{name}": moved[i] for i, part in enumerate(PARTS)}
-        both = before.certain & after[name].certain
-        turned = (before.labels != after[name].labels)[both]
+    for name, before in plan.before.items():
+        now = replace(before, probs=after[name][0], certain=after[name][1])
+        moved = paired_effects(before, now)
+        if not fires:
+            moved[3] = np.nan  # nothing was tested: these images cannot change
+        found |= {f"{part}.{name}": moved[i] for i, part in enumerate(MEASURED)}
+        both = before.certain & now.certain
+        turned = (before.labels != now.labels)[both]
         found[f"flips.{name}"] = np.array([turned.mean() if len(turned) else np.nan])
     return found
 
@@ -159,10 +284,10 @@ def paired_effects(before: Predictions, after: Predictions) -> np.ndarray:
     return np.array(columns).T
 
 
-def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path, features: Sequence[int]) -> Dissection:
-    """Collect what ``dissect`` measured, those of ``features`` that are there."""
+def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path) -> Dissection:
+    """Collect what ``dissect`` measured, all that ``folder`` holds."""
     classes = {a.name: a.classes for a in lens.classifier.attributes}
-    done = tuple(feature for feature in features if _file(folder, feature).is_file())
+    done = tuple(sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors")))
     if not done:
         raise LensError(f"No feature has been dissected in {folder} yet.")
     rows = [load_tensors(_file(folder, feature)) for feature in done]
@@ -171,68 +296,31 @@ def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path, featu
         return {name: np.stack([row[f"{part}.{name}"] for row in rows]) for name in classes}
 
     prompt = "" if config.prompt is None else f' of "{config.prompt}"'
+    p_values = table("p_values")
     return Dissection(
         features=done,
         classes=classes,
         effects=table("effects"),
         low=table("low"),
         high=table("high"),
-        p_values=table("p_values"),
+        p_values=p_values,
+        q_values=q_values(p_values),
         flips={name: column[:, 0] for name, column in table("flips").items()},
         sae_id=lens.sae.sae_id,
         source=f"turned alone ({config.mode}, β = {config.beta:g}) on {config.n} images{prompt}",
         alpha=config.alpha,
+        n=config.n,
     )
 
 
-def groups(found: Dissection) -> dict[str, tuple[FeatureEffect, ...]]:
-    """Attribute → the features that control it above all else, largest effect first; empty for those without any.
-
-    A feature belongs where its largest sure effect lies; one without a sure effect belongs nowhere.
-    """
-    adjusted = q_values(found)
-    grouped: dict[str, list[FeatureEffect]] = {name: [] for name in found.classes}
-    for row, feature in enumerate(found.features):
-        best = _best(found, adjusted, row, feature)
-        if best is not None:
-            grouped[best.attribute].append(best)
-    return {name: tuple(sorted(own, key=lambda e: -abs(e.difference))) for name, own in grouped.items()}
-
-
-def q_values(found: Dissection) -> dict[str, np.ndarray]:
-    """``p_values`` after Benjamini–Hochberg over every feature, attribute and class together."""
-    names = list(found.classes)
-    flat = np.concatenate([found.p_values[name].ravel() for name in names])
-    adjusted = multipletests(flat, method="fdr_bh")[1]
-    ends = np.cumsum([found.p_values[name].size for name in names])[:-1]
-    parts = np.split(adjusted, ends)
-    return {name: part.reshape(found.p_values[name].shape) for name, part in zip(names, parts, strict=True)}
-
-
-def _best(found: Dissection, adjusted: dict[str, np.ndarray], row: int, feature: int) -> FeatureEffect | None:
-    sizes = {name: np.abs(np.nan_to_num(effect[row])) for name, effect in found.effects.items()}
-    sure = {name: np.where(adjusted[name][row] <= found.alpha, size, 0.0) for name, size in sizes.items()}
-    name = max(sure, key=lambda n: float(sure[n].max()))
-    if sure[name].max() == 0:
-        return None
-    column = _told_class(sure[name], found.effects[name][row])
-    everything = sum(float(size.max()) for size in sizes.values())
-    return FeatureEffect(
-        feature, name, found.classes[name][column], float(found.effects[name][row, column]),
-        (float(found.low[name][row, column]), float(found.high[name][row, column])),
-        float(adjusted[name][row, column]), float(sizes[name].max() / everything), float(found.flips[name][row]),
-    )  # fmt: skip
-
-
-def _told_class(sure: np.ndarray, effect: np.ndarray) -> int:
-    """The class told: the one that grew, where it moved as far as any other."""
-    grown = np.where((effect > 0) & np.isclose(sure, sure.max()), sure, 0.0)
-    return int(grown.argmax()) if grown.max() > 0 else int(sure.argmax())
-
-
-def name_of(effect: FeatureEffect) -> str:
-    """Short text for a card: ``glasses: glasses +12 points``."""
-    return f"{effect.attribute}: {effect.label} {effect.difference * 100:+.0f} points"
+def q_values(p_values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """p after Benjamini–Hochberg over every feature, attribute and class together; NaN stays and counts as no test."""
+    flat = np.concatenate([p.ravel() for p in p_values.values()])
+    adjusted, real = np.full(len(flat), np.nan), np.isfinite(flat)
+    if real.any():
+        adjusted[real] = multipletests(flat[real], method="fdr_bh")[1]
+    parts = np.split(adjusted, np.cumsum([p.size for p in p_values.values()])[:-1])
+    return {name: part.reshape(p.shape) for (name, p), part in zip(p_values.items(), parts, strict=True)}
 
 
 def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
@@ -250,26 +338,24 @@ def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
     for own in groups(found).values():
         for effect in own:
             labels[effect.feature] = name_of(effect)
-    source = f"{atlas.label_source}; with points: by the effect of turning it alone, {found.source}"
+    first = atlas.label_source.split("; with points:")[0]
+    source = f"{first}; with points: by the effect of turning it alone, {found.source}"
     return replace(atlas, effects=effects, effect_source=found.source, labels=tuple(labels), label_source=source)
 
 
 def store_in_lens(found: Dissection, lens_folder: Path) -> Path:
-    """Write effects and names into a lens folder's atlas, and seal the lens anew; returns the atlas's path."""
-    path, manifest = lens_folder / "atlas.safetensors", read_manifest(lens_folder)
-    save_atlas(path, to_atlas(found, load_atlas(path)))
+    """Write effects and names into a lens folder, and seal the lens anew; returns the dissection's path."""
+    manifest, atlas_path = read_manifest(lens_folder), lens_folder / "atlas.safetensors"
+    save_atlas(atlas_path, to_atlas(found, load_atlas(atlas_path)))
+    path = lens_folder / STORED
+    save_dissection(path, found)
     write_manifest(lens_folder, manifest)
     return path
 
 
-def _chosen(config: DissectConfig, atlas: Atlas) -> tuple[int, ...]:
-    if config.features is None:
-        chosen = tuple(int(i) for i in np.flatnonzero(atlas.density >= max(config.min_density, 1e-12)))
-    else:
-        chosen = tuple(dict.fromkeys(config.features))
-    if not chosen or min(chosen) < 0 or max(chosen) >= len(atlas.density):
-        raise LensError(f"Name features from 0 to {len(atlas.density) - 1}, at least one that fires.")
-    return chosen
+def _check_turn(lens: JudgedLens, config: DissectConfig, feature: int) -> None:
+    alone = FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id)
+    compile([Intervention(alone, config.mode, config.beta, sampler=config.sampler)], lens.sae)
 
 
 def _claim(folder: Path, identity: list[object]) -> None:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lens_fixtures import PROMPTS
 from scipy.stats import binomtest
 
 from diffusion_lens import dissect as module
 from diffusion_lens.artifacts import verify
+from diffusion_lens.denoise import StepContext
 from diffusion_lens.dissect import (
-    DissectConfig,
     Dissection,
+    FeatureTurns,
     dissect,
-    groups,
-    name_of,
+    first_firing,
+    make_plan,
     paired_effects,
+    plan_batches,
     q_values,
     store_in_lens,
     to_atlas,
 )
-from diffusion_lens.generate import Cancelled
+from diffusion_lens.dissect_config import DissectConfig, candidates, choose_features
+from diffusion_lens.dissection import (
+    effects_of,
+    evidence,
+    groups,
+    is_sure,
+    least_images,
+    name_of,
+    save_dissection,
+    stored_dissection,
+)
+from diffusion_lens.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.intervene import compile
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import Attribute, FeatureSet, Intervention, LensError, Predictions
 
@@ -45,28 +61,102 @@ def made(effects: dict[str, np.ndarray], p_values: dict[str, np.ndarray], **chan
         "features": tuple(range(n)), "classes": {name: classes[name] for name in effects}, "effects": effects,
         "low": {k: v - 0.1 for k, v in effects.items()}, "high": {k: v + 0.1 for k, v in effects.items()},
         "p_values": p_values, "flips": {k: np.abs(v[:, 0]) for k, v in effects.items()}, "sae_id": "s",
-        "source": "test", "alpha": 0.05, **changes,
+        "q_values": q_values(p_values), "source": "test", "alpha": 0.05, "n": 32, **changes,
     }  # fmt: skip
     return Dissection(**values)
 
 
-def test_a_feature_is_turned_alone_on_the_same_seeds(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
-    feature = int(np.argmax(tiny_lens.atlas.density))
-    found = dissect(tiny_lens, config(features=(feature,)), tmp_path)
+def alone(lens: DiffusionLens, feature: int, mode: Any = "scale", beta: float = 8.0) -> Intervention:
+    """One feature's turn, as anybody would write it."""
+    return Intervention(FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id), mode, beta, sampler="symmetric")
+
+
+def some_features(lens: DiffusionLens) -> tuple[int, ...]:
+    """The most and the least active live features."""
+    order = np.argsort(-lens.atlas.density, kind="stable")
+    live = [int(i) for i in order if lens.atlas.density[i] > 0]
+    return (*live[:3], *live[-3:])
+
+
+@pytest.mark.parametrize(("sampler", "batch"), [("symmetric", 7), ("asymmetric", 20)])
+def test_features_are_turned_alone_on_the_same_seeds(
+    tiny_lens: DiffusionLens, tmp_path: Path, sampler: Any, batch: int
+) -> None:
+    features = some_features(tiny_lens)
+    found = dissect(tiny_lens, config(features=features, sampler=sampler, batch_size=batch), tmp_path)
     seeds = range(10_000_000, 10_000_020)
-    alone = FeatureSet((feature,), (0.0,), "", "", tiny_lens.sae.sae_id)
-    turn = Intervention(alone, "scale", 8.0)
-    before, after = (
-        tiny_lens.classify(tiny_lens.generate(PROMPTS[0], *edits, seeds=seeds, batch_size=20).images)
-        for edits in ((), (turn,))
-    )
-    assert found.features == (feature,) and set(found.classes) == {"gender", "age", "glasses"}
-    for name, p in before.items():
-        both = p.certain & after[name].certain
-        for label in range(len(p.attribute.classes)):
-            shares = [float((q.labels[both] == label).mean()) for q in (p, after[name])]
-            assert found.effects[name][0, label] == pytest.approx(shares[1] - shares[0])
-        assert found.flips[name][0] == pytest.approx((p.labels != after[name].labels)[both].mean())
+    assert found.features == tuple(sorted(features)) and set(found.classes) == {"gender", "age", "glasses"}
+    before = tiny_lens.classify(tiny_lens.generate(PROMPTS[0], seeds=seeds, batch_size=20).images)
+    for row, feature in enumerate(found.features):
+        turn = Intervention(alone(tiny_lens, feature).features, "scale", 8.0, sampler=sampler)
+        after = tiny_lens.classify(tiny_lens.generate(PROMPTS[0], turn, seeds=seeds, batch_size=20).images)
+        for name, p in before.items():
+            both = p.certain & after[name].certain
+            for label in range(len(p.attribute.classes)):
+                shares = [float((q.labels[both] == label).mean()) for q in (p, after[name])]
+                assert found.effects[name][row, label] == pytest.approx(shares[1] - shares[0])
+            assert found.flips[name][row] == pytest.approx((p.labels != after[name].labels)[both].mean())
+
+
+def test_restarted_images_are_those_of_a_whole_run(tiny_lens: DiffusionLens) -> None:
+    settings = config(n=20, batch_size=20)
+    plan = make_plan(tiny_lens, settings, some_features(tiny_lens))
+    late = [(i, f) for i, f in np.argwhere((plan.first > 0) & (plan.first < plan.request.n_steps))]
+    assert late, "some feature must begin to fire late for this test to say anything"
+    image, feature = (int(v) for v in late[0])
+    seed, begin = plan.request.seeds[image], int(plan.first[image, feature])
+    part = tiny_lens.request(PROMPTS[0], [seed])
+    turns = FeatureTurns(tiny_lens.sae, {seed: feature}, "scale", 8.0, "symmetric", (begin, plan.request.n_steps))
+    start = record_trajectory(tiny_lens.model, part)
+    restarted = generate(tiny_lens.model, part, edit=turns, start=start).images
+    whole = tiny_lens.generate(part, alone(tiny_lens, feature)).images
+    np.testing.assert_array_equal(restarted, whole)
+    never = [(i, f) for i, f in np.argwhere(plan.first == plan.request.n_steps)]
+    image, feature = (int(v) for v in never[0])
+    part = tiny_lens.request(PROMPTS[0], [plan.request.seeds[image]])
+    same = tiny_lens.generate(part, alone(tiny_lens, feature)).images
+    np.testing.assert_array_equal(same, tiny_lens.generate(part).images)
+
+
+def test_first_firing_is_the_slow_search(tiny_lens: DiffusionLens) -> None:
+    h = tiny_lens.generate(PROMPTS[0], seeds=range(5), capture=True).activations.h.astype(np.float32)
+    first = first_firing(tiny_lens.sae, h)
+    for image, feature in np.ndindex(first.shape):
+        acts = [
+            tiny_lens.sae.encode(tiny_lens.sae.to_samples(torch.from_numpy(h[image, step][None])))[..., feature]
+            for step in range(h.shape[1])
+        ]
+        fires = [step for step, a in enumerate(acts) if (a > 0).any()]
+        assert first[image, feature] == (fires[0] if fires else h.shape[1])
+
+
+@pytest.mark.parametrize("mode", ["scale", "add", "suppress"])
+def test_a_batch_of_features_turns_each_image_by_its_own(tiny_lens: DiffusionLens, mode: Any) -> None:
+    seeds, features = (3, 5, 9), some_features(tiny_lens)[:2]
+    own = {3: features[0], 5: features[1], 9: features[0]}
+    drawn = tiny_lens.generate(PROMPTS[0], seeds=seeds, capture=True)
+    h = torch.from_numpy(drawn.activations.h[:, 1].astype(np.float32))
+
+    def context(rows: tuple[int, ...]) -> StepContext:
+        return StepContext(1, 4, 500, rows, None, 0.5, torch.zeros(len(rows), 4, 8, 8))
+
+    together = FeatureTurns(tiny_lens.sae, own, mode, 3.0, "symmetric", (0, 4)).apply(h, context(seeds))
+    for row, seed in enumerate(seeds):
+        edit = compile([alone(tiny_lens, own[seed], mode, 3.0)], tiny_lens.sae)
+        expected = edit.apply(h[row : row + 1], context((seed,)))
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(together, h)
+
+
+def test_batches_hold_every_pair_once_and_no_image_twice() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 6, (10, 7))
+    batches = list(plan_batches(first, 5, 4))
+    pairs = [pair for batch in batches for pair in batch]
+    assert sorted(pairs) == [(int(i), int(j)) for i, j in np.argwhere(first < 5)]
+    assert all(len({i for i, _ in batch}) == len(batch) <= 4 for batch in batches)
+    wasted = sum(first[i, j] - min(first[a, b] for a, b in batch) for batch in batches for i, j in batch)
+    assert wasted <= len(pairs) / 2, "a batch begins where its images do"
 
 
 def test_paired_effects_by_hand() -> None:
@@ -107,7 +197,53 @@ def test_false_discoveries_are_held_down() -> None:
     assert sum(map(len, groups(found).values())) <= 2  # 20 would pass at 5 % without adjustment
     flat = np.sort(noise.ravel())
     slow = np.minimum.accumulate((flat * len(flat) / np.arange(1, len(flat) + 1))[::-1])[::-1]
-    np.testing.assert_allclose(np.sort(q_values(found)["glasses"].ravel()), np.minimum(slow, 1))
+    np.testing.assert_allclose(np.sort(found.q_values["glasses"].ravel()), np.minimum(slow, 1))
+
+
+def test_what_cannot_change_is_no_test() -> None:
+    p = np.array([[0.01, 0.01], [0.04, 0.04], [np.nan, np.nan]])
+    adjusted = q_values({"glasses": p})["glasses"]
+    assert np.isnan(adjusted[2]).all() and adjusted[:2].tolist() == [[0.02, 0.02], [0.04, 0.04]]
+    found = made({"glasses": np.array([[-0.4, 0.4], [0.1, -0.1], [0.0, 0.0]])}, {"glasses": p})
+    assert found.tested.tolist() == [True, True, False]
+    assert "2 features tested" in evidence(found, "glasses")
+
+
+def test_evidence_says_what_was_found_and_what_could_have_been() -> None:
+    effects = {"glasses": np.array([[-0.5, 0.5], [0.1, -0.1]]), "beard": np.array([[0.2, -0.2], [0.0, 0.0]])}
+    p_values = {"glasses": np.array([[1e-6, 1e-6], [0.9, 0.9]]), "beard": np.array([[0.2, 0.2], [1.0, 1.0]])}
+    found = made(effects, p_values)
+    assert "feature #0: glasses +50 points (95 % +40 to +60)" in evidence(found, "glasses")
+    none = evidence(found, "beard")
+    assert "No feature tested moves beard for sure (the largest: #0, no beard +20 points" in none
+    assert "2 features tested on 32 paired images" in none
+    # two of eight tests count: an effect passes at p <= 0.05 * 2 / 8 = 0.0125, eight images moved one way (2^-7)
+    assert least_images(found) == 8 and binomtest(8, 8).pvalue <= 0.0125 < binomtest(7, 7).pvalue
+    p_values["beard"][0] = 1e-6
+    assert "1 move it for sure beside something else" in evidence(made(effects, p_values), "beard")
+    still = {name: np.zeros_like(e) for name, e in effects.items()}
+    assert "never moved" in evidence(made(still, {k: np.ones_like(v) for k, v in p_values.items()}), "beard")
+
+
+def test_a_card_gets_every_class_with_its_test() -> None:
+    found = made({"glasses": np.array([[-0.4, 0.4]])}, {"glasses": np.array([[1e-6, 1e-6]])}, features=(5,))
+    first, second = effects_of(found, 5)
+    assert (first.label, second.label) == ("none", "glasses") and second.difference == pytest.approx(0.4)
+    assert is_sure(found, second) and effects_of(found, 4) == ()
+
+
+def test_a_dissection_reads_back_and_belongs_to_one_sae(tmp_path: Path) -> None:
+    found = made({"glasses": np.array([[-0.4, 0.4]])}, {"glasses": np.array([[1e-6, np.nan]])})
+    assert stored_dissection(tmp_path, "s") is None
+    save_dissection(tmp_path / "dissection.safetensors", found)
+    again = stored_dissection(tmp_path, "s")
+    assert again is not None and stored_dissection(tmp_path, "other") is None
+    for part in ("effects", "low", "high", "p_values", "q_values", "flips"):
+        np.testing.assert_array_equal(getattr(again, part)["glasses"], getattr(found, part)["glasses"])
+    assert (again.features, again.classes, again.n, again.source) == (found.features, found.classes, 32, "test")
+    (tmp_path / "dissection.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(LensError, match="damaged"):
+        stored_dissection(tmp_path, "s")
 
 
 def test_the_atlas_takes_effects_and_names(tiny_lens: DiffusionLens) -> None:
@@ -127,37 +263,63 @@ def test_the_atlas_takes_effects_and_names(tiny_lens: DiffusionLens) -> None:
 def test_a_stopped_dissection_goes_on_and_another_is_refused(
     tiny_lens: DiffusionLens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = [int(i) for i in np.flatnonzero(tiny_lens.atlas.density > 0)[:3]]
-    seen: list[tuple[int, int]] = []
-
-    def stop(done: int, total: int) -> None:
-        seen.append((done, total))
-        if done == 2:
-            raise Cancelled
-
-    with pytest.raises(Cancelled):
-        dissect(tiny_lens, config(features=tuple(live)), tmp_path, on_step=stop)
-    assert seen == [(1, 3), (2, 3)]
+    live = some_features(tiny_lens)[:3]
+    monkeypatch.setattr(module, "BLOCK", 1)
     measured: list[int] = []
-    real = module.measure_feature
+    real = module.measure_block
 
-    def count(lens: Any, settings: Any, base: Any, feature: int) -> Any:
-        measured.append(feature)
-        return real(lens, settings, base, feature)
+    def count(lens: Any, settings: Any, plan: Any, features: Any, *rest: Any) -> Any:
+        if len(measured) == 2 and plan.features == live:
+            raise Cancelled
+        measured.extend(features)
+        return real(lens, settings, plan, features, *rest)
 
-    monkeypatch.setattr(module, "measure_feature", count)
-    found = dissect(tiny_lens, config(features=tuple(live)), tmp_path)
-    assert measured == live[2:] and found.features == tuple(live)
+    monkeypatch.setattr(module, "measure_block", count)
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(Cancelled):
+        dissect(tiny_lens, config(features=live), tmp_path, on_step=lambda *step: seen.append(step))
+    assert seen and all(a[0] <= b[0] for a, b in pairwise(seen)) and seen[-1][0] < seen[-1][1]
+    told: list[str] = []
+    found = dissect(tiny_lens, config(features=live), tmp_path, on_plan=lambda plan: told.append(plan.describe()))
+    assert measured == list(live) and found.features == tuple(sorted(live))
+    assert told[0].startswith("1 features on 20 images each")
+    other = some_features(tiny_lens)[3]
+    assert set(dissect(tiny_lens, config(features=(other,)), tmp_path).features) == {*live, other}, "they add up"
     with pytest.raises(LensError, match="another dissection"):
-        dissect(tiny_lens, config(features=tuple(live), beta=3.0), tmp_path)
+        dissect(tiny_lens, config(features=live, beta=3.0), tmp_path)
 
 
-def test_live_features_are_chosen(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
-    least = float(np.sort(tiny_lens.atlas.density)[-2])
-    found = dissect(tiny_lens, config(min_density=least), tmp_path)
-    assert set(found.features) == set(np.flatnonzero(tiny_lens.atlas.density >= least).tolist())
+def test_an_effect_that_came_too_far_is_refused_before_anything_is_drawn(
+    tiny_lens: DiffusionLens, tmp_path: Path
+) -> None:
+    with pytest.raises(LensError, match="beta"):
+        dissect(tiny_lens, config(beta=1e9), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_live_features_are_chosen(tiny_lens: DiffusionLens) -> None:
+    density = tiny_lens.atlas.density
+    least = float(np.sort(density)[-2])
+    assert set(choose_features(tiny_lens, config(min_density=least))) == set(np.flatnonzero(density >= least).tolist())
+    top = choose_features(tiny_lens, config(top=4, min_density=0))
+    assert list(top) == np.argsort(-density, kind="stable")[:4].tolist()
+    by_two = choose_features(tiny_lens, config(top=6, by=("gender", "density"), min_density=0))
+    totals = tiny_lens.attributions["gender"]
+    share = np.max([totals.total(c) / np.abs(totals.total(c)).max() for c in ("female", "male")], axis=0)
+    assert by_two[0] == int(np.where(density > 0, share, -9).argmax()) and by_two[1] == int(density.argmax())
     with pytest.raises(LensError, match="Name features"):
-        dissect(tiny_lens, config(features=(10_000,)), tmp_path)
+        choose_features(tiny_lens, config(features=(10_000,)))
+    with pytest.raises(LensError, match="none of these"):
+        choose_features(tiny_lens, config(top=2, by=("hats",)))
+
+
+def test_features_for_what_nobody_probes_are_found_by_their_images(tiny_lens: DiffusionLens) -> None:
+    score = candidates(tiny_lens, "glasses")
+    labels = tiny_lens.classify(tiny_lens.pool)["glasses"].labels
+    for feature in some_features(tiny_lens):
+        rows = [i for i in tiny_lens.atlas.top_images[feature] if i >= 0]
+        shares = [np.mean(labels[rows] == c) - np.mean(labels == c) for c in (0, 1)]
+        assert score[feature] == pytest.approx(max(shares))
 
 
 def test_effects_can_live_in_the_lens(
@@ -170,3 +332,5 @@ def test_effects_can_live_in_the_lens(
     verify(folder)
     opened = DiffusionLens.from_pretrained(folder)
     np.testing.assert_allclose(opened.atlas.effects["glasses"][feature], found.effects["glasses"][0], rtol=1e-6)
+    again = stored_dissection(folder, opened.manifest.sae_id)
+    assert again is not None and again.features == (feature,)

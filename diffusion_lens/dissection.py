@@ -1,0 +1,206 @@
+"""What single features control, as measured: effects with intervals, groups, and what the evidence amounts to.
+
+Reads and writes without torch, so that the app's first page can show it; ``dissect`` measures it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_lens.artifacts import load_metadata, load_tensors, save_tensors
+from diffusion_lens.types import LensError
+
+STORED = "dissection.safetensors"
+PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")
+TEXTS = ("features", "classes", "sae_id", "source", "alpha", "n")
+
+
+@dataclass(frozen=True)
+class FeatureEffect:
+    """What one feature, turned alone, does to one class.
+
+    Attributes:
+        difference: change of the class's share among images decided both times; ``interval`` paired, 95 %.
+        q_value: McNemar's p after Benjamini–Hochberg over every feature and class; NaN where nothing was tested,
+            because the feature never fires on these images.
+        specificity: this attribute's part of all that the feature moved (1: nothing else moved).
+        flips: share of images whose class of this attribute changed.
+    """
+
+    feature: int
+    attribute: str
+    label: str
+    difference: float
+    interval: tuple[float, float]
+    q_value: float
+    specificity: float
+    flips: float
+
+
+@dataclass(frozen=True)
+class Dissection:
+    """Causal effects of single features.
+
+    Attributes:
+        features: ids measured. classes: attribute → its classes.
+        effects, low, high, p_values, q_values: attribute → ``[feature, class]`` in the order of ``features``;
+            p and q are NaN for features that never fire on these images, which so cannot change.
+        flips: attribute → ``[feature]``.
+        n: paired images per feature. source: what was done, in one line. alpha: false discovery rate.
+    """
+
+    features: tuple[int, ...]
+    classes: dict[str, tuple[str, ...]]
+    effects: dict[str, np.ndarray]
+    low: dict[str, np.ndarray]
+    high: dict[str, np.ndarray]
+    p_values: dict[str, np.ndarray]
+    q_values: dict[str, np.ndarray]
+    flips: dict[str, np.ndarray]
+    sae_id: str
+    source: str
+    alpha: float
+    n: int
+
+    @property
+    def tested(self) -> np.ndarray:
+        """Features that fire on these images and were so put to the test, bool ``[feature]``."""
+        return np.isfinite(next(iter(self.p_values.values()))).any(axis=1)
+
+
+def save_dissection(path: Path, found: Dissection) -> None:
+    """Write one safetensors file, texts in its header."""
+    arrays = {f"{part}.{name}": array for part in PARTS for name, array in getattr(found, part).items()}
+    save_tensors(path, arrays, {"dissection": json.dumps({text: getattr(found, text) for text in TEXTS})})
+
+
+def load_dissection(path: Path) -> Dissection:
+    """Read what ``save_dissection`` wrote; raises ``LensError`` that names a file of another kind."""
+    arrays, metadata = load_tensors(path), load_metadata(path)
+    try:
+        texts = json.loads(metadata["dissection"])
+        texts["features"] = tuple(texts["features"])
+        texts["classes"] = {name: tuple(own) for name, own in texts["classes"].items()}
+        parts: dict[str, Any] = {part: {name: arrays[f"{part}.{name}"] for name in texts["classes"]} for part in PARTS}
+        return Dissection(**texts, **parts)
+    except (KeyError, TypeError, ValueError):
+        raise LensError(f"{path.name} is not a stored dissection; run dissect --store again.") from None
+
+
+def stored_dissection(lens_folder: Path, sae_id: str) -> Dissection | None:
+    """The dissection kept in a lens folder; ``None`` where there is none, or one of another SAE."""
+    path = lens_folder / STORED
+    if not path.is_file():
+        return None
+    found = load_dissection(path)
+    return found if found.sae_id == sae_id else None
+
+
+def groups(found: Dissection) -> dict[str, tuple[FeatureEffect, ...]]:
+    """Attribute → the features that control it above all else, largest effect first; empty for those without any.
+
+    A feature belongs where its largest sure effect lies; one without a sure effect belongs nowhere.
+    """
+    grouped: dict[str, list[FeatureEffect]] = {name: [] for name in found.classes}
+    for row in range(len(found.features)):
+        best = _best(found, row)
+        if best is not None:
+            grouped[best.attribute].append(best)
+    return {name: tuple(sorted(own, key=lambda e: -abs(e.difference))) for name, own in grouped.items()}
+
+
+def effects_of(found: Dissection, feature: int) -> tuple[FeatureEffect, ...]:
+    """Every class of every attribute for one feature; empty where it was not measured."""
+    if feature not in found.features:
+        return ()
+    row = found.features.index(feature)
+    return tuple(_effect(found, row, name, column) for name, own in found.classes.items() for column in range(len(own)))
+
+
+def is_sure(found: Dissection, effect: FeatureEffect) -> bool:
+    """Whether an effect counts at the dissection's false discovery rate."""
+    return bool(effect.q_value <= found.alpha)
+
+
+def name_of(effect: FeatureEffect) -> str:
+    """Short text for a card: ``glasses: glasses +12 points``."""
+    return f"{effect.attribute}: {effect.label} {effect.difference * 100:+.0f} points"
+
+
+def least_images(found: Dissection) -> int:
+    """How many images, all moved one way, make an effect count here: what smaller effects fall below.
+
+    McNemar's exact p of k images that all moved one way is ``2^(1 − k)``; it counts up to ``alpha R / M`` where R of
+    M tests count (Benjamini–Hochberg), or ``alpha / M`` where none does.
+    """
+    q = np.concatenate([values[np.isfinite(values)] for values in found.q_values.values()])
+    limit = found.alpha * max(1, int((q <= found.alpha).sum())) / max(1, len(q))
+    return int(np.ceil(1 - np.log2(limit)))
+
+
+def evidence(found: Dissection, attribute: str) -> str:
+    """What the dissection says of one attribute: its features, or that none is sure and what could have been seen."""
+    tested = int(found.tested.sum())
+    own = groups(found)[attribute]
+    test = (
+        f"{tested} features tested on {found.n} paired images each, false discovery rate {found.alpha:.0%}; an effect "
+        f"counts from about {least_images(found)} images that all move one way."
+    )
+    if own:
+        first = own[0]
+        low, high = first.interval
+        return (
+            f"{len(own)} of these move {attribute} above all else; the strongest is feature #{first.feature}: "
+            f"{first.label} {100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}). {test}"
+        )
+    moved = _also_moved(found, attribute)
+    if moved:
+        return f"No feature moves {attribute} above all else; {moved} move it for sure beside something else. {test}"
+    return f"No feature tested moves {attribute} for sure{_largest(found, attribute)}. {test}"
+
+
+def _also_moved(found: Dissection, attribute: str) -> int:
+    return int((np.nan_to_num(found.q_values[attribute], nan=1.0) <= found.alpha).any(axis=1).sum())
+
+
+def _largest(found: Dissection, attribute: str) -> str:
+    sizes = np.abs(np.nan_to_num(found.effects[attribute]))
+    if not sizes.size or not sizes.max():
+        return "; its share never moved"
+    row, column = np.unravel_index(int(sizes.argmax()), sizes.shape)
+    best = _effect(found, int(row), attribute, int(column))
+    return f" (the largest: #{best.feature}, {name_of(best).split(': ', 1)[1]}, q = {best.q_value:.2g})"
+
+
+def _best(found: Dissection, row: int) -> FeatureEffect | None:
+    sizes = {name: np.abs(np.nan_to_num(effect[row])) for name, effect in found.effects.items()}
+    sure = {
+        name: np.where(np.nan_to_num(found.q_values[name][row], nan=1.0) <= found.alpha, size, 0.0)
+        for name, size in sizes.items()
+    }
+    name = max(sure, key=lambda n: float(sure[n].max()))
+    if sure[name].max() == 0:
+        return None
+    return _effect(found, row, name, _told_class(sure[name], found.effects[name][row]))
+
+
+def _effect(found: Dissection, row: int, name: str, column: int) -> FeatureEffect:
+    sizes = {n: float(np.abs(np.nan_to_num(effect[row])).max()) for n, effect in found.effects.items()}
+    everything = sum(sizes.values())
+    return FeatureEffect(
+        found.features[row], name, found.classes[name][column], float(found.effects[name][row, column]),
+        (float(found.low[name][row, column]), float(found.high[name][row, column])),
+        float(found.q_values[name][row, column]), sizes[name] / everything if everything else 0.0,
+        float(found.flips[name][row]),
+    )  # fmt: skip
+
+
+def _told_class(sure: np.ndarray, effect: np.ndarray) -> int:
+    """The class told: the one that grew, where it moved as far as any other."""
+    grown = np.where((effect > 0) & np.isclose(sure, sure.max()), sure, 0.0)
+    return int(grown.argmax()) if grown.max() > 0 else int(sure.argmax())
