@@ -6,123 +6,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import TypeAdapter
 
 from diffusion_lens.artifacts import read_json, write_json
-from diffusion_lens.classify import Classifier
-from diffusion_lens.compare_rows import RULE, Clock, MethodRow, Sight, choose, flag, look, measure_row, timed
-from diffusion_lens.config import StrictConfig
+from diffusion_lens.compare_rows import choose, flag, measure_row
+from diffusion_lens.compare_shared import JudgedLens, OnStage, Shared
+from diffusion_lens.compare_types import RULE, UNSTEERED, CompareConfig, Comparison, MethodRow
 from diffusion_lens.denoise import Edit
-from diffusion_lens.generate import Capture, OnStep, generate, generate_batches, request
-from diffusion_lens.methods.draws import Draws
-from diffusion_lens.methods.protocol import Fitted, Method, OpenLens, Target, lens_key, target_shares
+from diffusion_lens.generate import Capture, generate
+from diffusion_lens.methods.protocol import Fitted, Method, Target, lens_key, target_shares
 from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.readers import ClipReader
 from diffusion_lens.records import load_point, load_sweep, save_point, save_sweep, to_plain
-from diffusion_lens.sweep import Baseline, collect, measure_baseline, sweep_points
-from diffusion_lens.types import Attribute, GenerationRequest, LensError, SweepPoint, SweepResult
+from diffusion_lens.sweep import collect, sweep_points
+from diffusion_lens.types import LensError, SweepPoint, SweepResult
 
-OnStage = Callable[[str, int, int], None]
-UNSTEERED = "unsteered"
+__all__ = [
+    "Bench", "CompareConfig", "Comparison", "JudgedLens", "OnStage", "Shared", "planned_images", "run_compare",
+    "run_tables",
+]  # fmt: skip
+
 N_NORM = 16
 
 
-class JudgedLens(OpenLens, Protocol):
-    """A lens with its judge; methods get the same lens as an ``OpenLens``."""
-
-    @property
-    def classifier(self) -> Classifier:
-        """The image classifier that judges."""
-
-    @property
-    def prompts(self) -> tuple[str | None, ...]:
-        """Suggested prompts."""
-
-
-class CompareConfig(StrictConfig):
-    """One table: an attribute, a prompt, and how much is drawn for each purpose.
-
-    Attributes:
-        methods: keys, or ``all``. n: images of the final row; ``n_tune``: images per strength of the tuning curve;
-            ``n_fit``: images a method may be fitted on. The three use seeds of their own.
-        fit_prompts: prompts of the fitting images; ``None``: the lens's suggested ones.
-        approach: ``draw`` gives each image a class drawn from the target shares; ``shift`` pushes all images towards
-            the rarest class and lets the strength find the balance; ``auto`` shifts two classes and draws among more.
-            Methods that aim at shares, or at nothing, get the target shares either way.
-        target: class → share that FD is measured from; ``None`` is uniform.
-        options: method key → options, in place of its defaults.
-    """
-
-    attribute: str
-    prompt: str | None
-    methods: tuple[str, ...] = ("all",)
-    n: int = Field(default=1000, ge=10, le=20_000)
-    first_seed: int = 7_000_000
-    n_tune: int = Field(default=96, ge=10, le=20_000)
-    first_tune_seed: int = 8_000_000
-    n_fit: int = Field(default=128, ge=4, le=20_000)
-    first_fit_seed: int = 9_000_000
-    fit_prompts: tuple[str | None, ...] | None = None
-    approach: Literal["auto", "draw", "shift"] = "auto"
-    target: dict[str, float] | None = None
-    options: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"difflens": {"attribution": "fitted"}})
-    batch_size: int = Field(default=16, ge=1)
-    n_examples: int = Field(default=8, ge=0)
-
-    @model_validator(mode="after")
-    def _separate(self) -> CompareConfig:
-        spans = sorted(
-            ((self.first_seed, self.n), (self.first_tune_seed, self.n_tune), (self.first_fit_seed, self.n_fit))
-        )
-        if any(start + n > spans[i + 1][0] for i, (start, n) in enumerate(spans[:-1])):
-            raise ValueError("final, tuning and fitting seeds must not overlap")
-        return self
-
-    def seeds(self, purpose: Literal["final", "tune", "fit"]) -> range:
-        """The seeds of one purpose."""
-        first, n = {
-            "final": (self.first_seed, self.n),
-            "tune": (self.first_tune_seed, self.n_tune),
-            "fit": (self.first_fit_seed, self.n_fit),
-        }[purpose]
-        return range(first, first + n)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A finished table: the unsteered row first, then a row per method; curves are the tuning sweeps.
-
-    ``labels`` name the features and stand-ins behind FID, IS and the two likenesses.
-    """
-
-    config: CompareConfig
-    attribute: Attribute
-    target: tuple[float, ...]
-    rows: tuple[MethodRow, ...]
-    curves: dict[str, SweepResult]
-    labels: dict[str, str]
-    rule: str
-    lens_key: str
-    classifier_id: str
-
-
 class Bench:
-    """One run of the bench, with what its methods share: unedited images, and the images that fits may use."""
+    """One table in the making: methods are fitted, tuned and measured on what ``shared`` holds."""
 
-    def __init__(
-        self, lens: JudgedLens, config: CompareConfig, folder: Path, clip: ClipReader | None, on_stage: OnStage | None
-    ) -> None:
-        self.lens, self.config, self.clip, self.on_stage = lens, config, clip, on_stage
-        found = [a for a in lens.classifier.attributes if a.name == config.attribute]
+    def __init__(self, shared: Shared, config: CompareConfig, folder: Path) -> None:
+        self.shared, self.config, self.lens = shared, config, shared.lens
+        found = [a for a in self.lens.classifier.attributes if a.name == config.attribute]
         if not found:
-            known = ", ".join(a.name for a in lens.classifier.attributes)
+            known = ", ".join(a.name for a in self.lens.classifier.attributes)
             raise LensError(f"The classifier does not read '{config.attribute}'; it reads {known}.")
         self.attribute = found[0]
         even = {c: 1 / len(self.attribute.classes) for c in self.attribute.classes}
@@ -132,67 +52,15 @@ class Bench:
     @property
     def identity(self) -> str:
         """Names everything but the list of methods: results of equal identity belong to one table."""
-        told = [self.config.model_dump_json(exclude={"methods"}), lens_key(self.lens)]
-        told += [self.lens.classifier.classifier_id, "" if self.clip is None else self.clip.reader_id]
+        told = [self.config.model_dump_json(exclude={"methods"}), self.shared.identity]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-    @cached_property
-    def draws(self) -> Draws:
-        """Images that fits may use."""
-        prompts = self.config.fit_prompts or tuple(self.lens.prompts)
-        manifest = self.lens.manifest
-        return Draws(
-            self.lens.model, prompts, self.config.seeds("fit"), manifest.n_steps, manifest.guidance_scale,
-            batch_size=self.config.batch_size,
-        )  # fmt: skip
-
-    def request(self, purpose: Literal["final", "tune"]) -> GenerationRequest:
-        """What is drawn for tuning, or for the final row."""
-        manifest, seeds = self.lens.manifest, self.config.seeds(purpose)
-        return request(self.lens.model, self.config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
-
-    @cached_property
-    def tuning(self) -> Baseline:
-        """The unedited images of the tuning seeds."""
-        return measure_baseline(
-            self.lens.model, self.request("tune"), self.lens.classifier, batch_size=self.config.batch_size,
-            n_examples=self.config.n_examples, on_step=self.step("tuning images"),
-        )  # fmt: skip
-
-    @cached_property
-    def unsteered(self) -> tuple[Sight, float]:
-        """The unedited images of the final seeds, and seconds per image."""
-        return self.draw(None, "unsteered images")[:2]
-
-    @cached_property
-    def prompt_rows(self) -> np.ndarray:
-        """What stands for the prompt: CLIP's text embedding, or the mean features of its unedited tuning images."""
-        if self.clip is not None and self.config.prompt:
-            return self.clip.embed_texts([self.config.prompt])
-        return self.tuning.reading.features.mean(axis=0, keepdims=True)
-
-    def draw(self, edit: Edit | None, stage: str) -> tuple[Sight, float, bool]:
-        """Draw and look at the final seeds → what was seen, seconds per image, whether |h'| was measured on the way."""
-        clock = Clock()
-        parts = generate_batches(
-            self.lens.model, self.request("final"), edit=edit, batch_size=self.config.batch_size,
-            on_step=self.step(stage),
-        )  # fmt: skip
-        embed = None if self.clip is None or not self.config.prompt else self.clip.embed_images
-        sight = look(timed(parts, clock), self.lens.classifier, embed, self.config.n_examples)
-        return sight, clock.seconds / self.config.n, clock.saw_ratio
-
-    def step(self, stage: str) -> OnStep | None:
-        """Progress of one stage."""
-        report = self.on_stage
-        return None if report is None else lambda done, total: report(stage, done, total)
 
     def goal(self, method: Method) -> Target:
         """What a method is fitted to; see ``CompareConfig.approach``."""
         classes = self.attribute.classes
         shift = self.config.approach == "shift" or (self.config.approach == "auto" and len(classes) == 2)
         if method.aim == "class" and shift:
-            gap = np.array(self.target) - _shares(self.tuning.reading.predictions[self.attribute.name].counts)
+            gap = np.array(self.target) - _shares(self.shared.tuning.reading.predictions[self.attribute.name].counts)
             return classes[int(gap.argmax())]
         return dict(zip(classes, self.target, strict=True))
 
@@ -204,8 +72,8 @@ class Bench:
         values = self.config.options.get(method.key, {})
         options = method.options.parse(values, where=f"the options of {method.name}")
         fitted = method.fit(
-            self.lens, self.attribute.name, self.goal(method), options, prompts=self.draws.prompts,
-            seeds=self.draws.seeds, draws=self.draws, on_step=self.step(f"{method.name}: fitting"),
+            self.lens, self.attribute.name, self.goal(method), options, prompts=self.shared.draws.prompts,
+            seeds=self.shared.draws.seeds, draws=self.shared.draws, on_step=self.shared.step(f"{method.name}: fitting"),
         )  # fmt: skip
         fitted.save(folder)
         return fitted
@@ -221,15 +89,15 @@ class Bench:
             stem = f"{number:03d}"
             if not (folder / f"{stem}.json").is_file():
                 (point,) = sweep_points(
-                    self.lens.model, self.tuning.request, lambda s: fitted.edit(s, seeds) if s else None, [strength],
-                    self.lens.classifier, self.attribute, label, baseline=self.tuning, target_shares=goal,
-                    batch_size=self.config.batch_size, n_examples=self.config.n_examples,
-                    on_step=self.step(f"{method.name}: {method.strength_name} {strength:g}"),
+                    self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s, seeds) if s else None,
+                    [strength], self.lens.classifier, self.attribute, label, baseline=self.shared.tuning,
+                    target_shares=goal, batch_size=self.config.batch_size, n_examples=self.config.n_examples,
+                    on_step=self.shared.step(f"{method.name}: {method.strength_name} {strength:g}"),
                 )  # fmt: skip
                 save_point(point, folder, stem)
             points.append(load_point(folder, stem))
         return collect(
-            points, attribute=self.attribute, target=label, request=self.request("tune"), setting=method.name,
+            points, attribute=self.attribute, target=label, request=self.shared.request("tune"), setting=method.name,
             classifier_id=self.lens.classifier.classifier_id, is_control=method.is_control,
             provenance={"method": method.key, "fitted": fitted.digest, "strength": method.strength_name},
         )  # fmt: skip
@@ -258,13 +126,13 @@ class Bench:
 
     def _final(self, fitted: Fitted, strength: float, told: dict[str, Any]) -> MethodRow:
         edit = fitted.edit(strength, self.config.seeds("final")) if strength else None
-        base, base_seconds = self.unsteered
+        base, base_seconds = self.shared.unsteered
         sight, seconds, measured = (base, base_seconds, True)
         if edit is not None:
-            sight, seconds, measured = self.draw(edit, f"{fitted.method.name}: final images")
+            sight, seconds, measured = self.shared.draw("final", edit, f"{fitted.method.name}: final images")
         classes = zip(fitted.record.classes, fitted.record.target, strict=True)
         row = measure_row(
-            sight, base, self.prompt_rows, self.attribute, self.lens.classifier.confusion[self.attribute.name],
+            sight, base, self.shared.prompt_rows, self.attribute, self.lens.classifier.confusion[self.attribute.name],
             np.array(self.target), goal=", ".join(f"{c} {s:.0%}" for c, s in classes if s), strength=strength,
             seconds_to_fit=fitted.record.seconds, seconds_per_image=seconds, **told,
         )  # fmt: skip
@@ -272,7 +140,7 @@ class Bench:
 
     def norm_ratio(self, edit: Edit) -> float:
         """Mean ``|h| / |h unedited|`` at the end of every step, for edits that change the model and not h itself."""
-        few = replace(self.request("final"), seeds=self.request("final").seeds[:N_NORM])
+        few = replace(self.shared.request("final"), seeds=self.shared.request("final").seeds[:N_NORM])
         runs = [
             generate(self.lens.model, few, edit=e, capture=Capture(dtype=np.float32), batch_size=self.config.batch_size)
             for e in (edit, None)
@@ -285,10 +153,11 @@ class Bench:
         """The unedited images in the same table."""
         path = self.folder / UNSTEERED / "row.json"
         if not path.is_file():
-            sight, seconds = self.unsteered
+            sight, seconds = self.shared.unsteered
             row = measure_row(
-                sight, sight, self.prompt_rows, self.attribute, self.lens.classifier.confusion[self.attribute.name],
-                np.array(self.target), method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
+                sight, sight, self.shared.prompt_rows, self.attribute,
+                self.lens.classifier.confusion[self.attribute.name], np.array(self.target),
+                method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
                 strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0, seconds_per_image=seconds,
             )  # fmt: skip
             write_json(path, to_plain(row))
@@ -297,7 +166,7 @@ class Bench:
     def labels(self) -> dict[str, str]:
         """What the numbers are measured in."""
         judge = "the image classifier's features"
-        likeness = ("CLIP-I", "CLIP-T") if self.clip is not None and self.config.prompt else (
+        likeness = ("CLIP-I", "CLIP-T") if self.shared.clip is not None and self.config.prompt else (
             f"(cos + 1) / 2 of {judge}, with and without the edit",
             f"(cos + 1) / 2 of {judge} and their mean over unedited images of the prompt on other seeds",
         )  # fmt: skip
@@ -309,6 +178,9 @@ class Bench:
         }
 
 
+OnRow = Callable[[str, MethodRow], None]
+
+
 def run_compare(
     lens: JudgedLens,
     config: CompareConfig,
@@ -316,30 +188,56 @@ def run_compare(
     *,
     clip: ClipReader | None = None,
     on_stage: OnStage | None = None,
+    on_row: OnRow | None = None,
 ) -> Comparison:
     """Fill the table of one attribute. ``folder`` keeps every finished piece, so a stopped run goes on where it was.
 
     Args:
         clip: measures CLIP-I and CLIP-T on real models; without it their named stand-ins are measured.
         on_stage: called with (stage, done, total); may raise ``Cancelled``.
+        on_row: called with (attribute, row) after every method.
 
     Raises:
         LensError: before anything is drawn, for unknown methods, options or attributes.
     """
-    methods = find_methods(config.methods)
-    for key, values in config.options.items():
-        (method,) = find_methods([key])
-        method.options.parse(values, where=f"the options of {method.name}")
-    bench = Bench(lens, config, folder, clip, on_stage)
-    rows, curves = [bench.unsteered_row()], {}
-    for method in methods:
-        row, curve = bench.row(method)
+    return run_tables(lens, [config], folder, clip=clip, on_stage=on_stage, on_row=on_row)[config.attribute]
+
+
+def run_tables(
+    lens: JudgedLens,
+    configs: Sequence[CompareConfig],
+    folder: Path,
+    *,
+    clip: ClipReader | None = None,
+    on_stage: OnStage | None = None,
+    on_row: OnRow | None = None,
+) -> dict[str, Comparison]:
+    """``run_compare`` for several attributes; tables of one prompt share their unedited images. By attribute."""
+    known: dict[str, Shared] = {}
+    benches = []
+    for config in configs:
+        for key, values in config.options.items():
+            (method,) = find_methods([key])
+            method.options.parse(values, where=f"the options of {method.name}")
+        find_methods(config.methods)
+        own = Shared(lens, config, folder, clip, on_stage)
+        benches.append(Bench(known.setdefault(own.identity, own), config, folder))
+    return {bench.attribute.name: _table(bench, on_row) for bench in benches}
+
+
+def _table(bench: Bench, on_row: OnRow | None) -> Comparison:
+    rows, curves = [], {}
+    for method in (None, *find_methods(bench.config.methods)):
+        row, curve = (bench.unsteered_row(), None) if method is None else bench.row(method)
         rows.append(row)
         if curve is not None:
-            curves[method.key] = curve
+            curves[row.method] = curve
+        if on_row is not None:
+            on_row(bench.attribute.name, row)
+    manifest = bench.lens.manifest
     return Comparison(
-        config, bench.attribute, bench.target, tuple(rows), curves, bench.labels(), RULE, lens_key(lens),
-        lens.classifier.classifier_id,
+        bench.config, bench.attribute, bench.target, tuple(rows), curves, bench.labels(), RULE, lens_key(bench.lens),
+        manifest.sae_id, manifest.base_model.id, bench.lens.classifier.classifier_id,
     )  # fmt: skip
 
 

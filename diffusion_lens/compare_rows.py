@@ -11,75 +11,9 @@ import numpy as np
 
 from diffusion_lens import metrics, stats
 from diffusion_lens.classify import Classifier
+from diffusion_lens.compare_types import NORM_FLAG, Measured, MethodRow
 from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Attribute, Generation, LogRatio, Share, SweepPoint
-
-NORM_FLAG = 1.25
-"""``|h'| / |h|`` beyond which, up or down, an edit is flagged as leaving the data's range (our working form)."""
-
-RULE = (
-    "Among the strengths tried on the tuning seeds, the one with the least FD; where several lie within FD's noise "
-    "floor, the one of them that changes the other attributes least."
-)
-
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number with its 95 % interval; ``None`` stands for "too few images"."""
-
-    value: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class MethodRow:
-    """One method at its best setting, on seeds that were not used to choose it.
-
-    Attributes:
-        goal: the class or shares it was fitted to. strength: chosen by ``RULE`` on ``n_tune`` images per strength.
-        fd: from counts of decided images, against the target; ``fd_floor`` the 95 % point of its null.
-        fid, inception: in the features and over the heads that their labels name (``labels``), FID against the
-            unedited images of the same seeds; inception is the mean over the other attributes' heads.
-        image_likeness, prompt_likeness: CLIP-I and CLIP-T, or their stand-ins, as ``labels`` says.
-        spd: largest difference between the shares of two classes.
-        subgroup_entropy: class → mean entropy of the reading, in nats, among the images read as that class.
-        agreement: other attribute → share of images that kept their class; ``kept`` their mean.
-        certain: share of images that the classifier decides.
-        activation_ratio: mean ``|h'| / |h|``; ``flagged`` beyond ``NORM_FLAG``.
-        note: why there are no numbers, where there are none.
-    """
-
-    method: str
-    name: str
-    kind: str
-    is_control: bool
-    goal: str
-    strength: float
-    strength_name: str
-    n: int
-    n_tune: int
-    n_uncertain: int
-    shares: tuple[Share, ...] = ()
-    log_ratio: LogRatio | None = None
-    log_ratio_corrected: LogRatio | None = None
-    fd: Measured | None = None
-    fd_floor: float | None = None
-    fid: float | None = None
-    inception: float | None = None
-    image_likeness: Measured | None = None
-    prompt_likeness: Measured | None = None
-    spd: Measured | None = None
-    subgroup_entropy: dict[str, float] | None = None
-    agreement: dict[str, float] | None = None
-    kept: float | None = None
-    certain: float | None = None
-    activation_ratio: float | None = None
-    flagged: bool | None = None
-    seconds_to_fit: float | None = None
-    seconds_per_image: float | None = None
-    note: str = ""
+from diffusion_lens.types import Attribute, Generation, SweepPoint
 
 
 @dataclass

@@ -1,24 +1,20 @@
-"""A comparison on disk and as text: JSON with everything, CSV of the rows, a table for the terminal or a page."""
+"""A comparison as text: which value is best in a column, a table for the terminal or a page, CSV of the rows."""
 
 from __future__ import annotations
 
 import csv
 import io
-import shutil
+from collections.abc import Callable
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from diffusion_lens.compare_types import UNSTEERED, Comparison, Measured, MethodRow
+from diffusion_lens.types import LogRatio
 
-from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
-from diffusion_lens.compare import CompareConfig, Comparison
-from diffusion_lens.compare_rows import Measured, MethodRow
-from diffusion_lens.records import load_sweep, save_sweep, to_plain
-from diffusion_lens.types import Attribute, LensError, LogRatio
-
-STORED = "comparisons"
 COLUMNS: dict[str, str] = {
-    "name": "method", "strength": "strength", "shares": "shares (corrected)", "fd": "FD", "fd_floor": "noise floor",
+    "name": "method", "strength": "strength", "shares": "shares (corrected)", "n": "n", "n_uncertain": "uncertain",
+    "fd": "FD", "fd_floor": "noise floor",
     "log_ratio_corrected": "log ratio", "spd": "SPD", "fid": "FID*", "inception": "IS*", "image_likeness": "CLIP-I*",
     "prompt_likeness": "CLIP-T*", "subgroup_entropy": "entropy", "kept": "others kept", "certain": "certain",
     "activation_ratio": "|h'|/|h|", "seconds_to_fit": "fit, s", "seconds_per_image": "s/image",
@@ -27,7 +23,9 @@ COLUMNS: dict[str, str] = {
 
 
 PARTS: dict[str, tuple[str, ...]] = {
-    "balance": ("name", "strength", "shares", "fd", "fd_floor", "log_ratio_corrected", "spd"),
+    "balance": (
+        "name", "strength", "shares", "n", "n_uncertain", "fd", "fd_floor", "log_ratio_corrected", "spd",
+    ),
     "likeness": ("name", "fid", "inception", "image_likeness", "prompt_likeness", "kept"),
     "soundness and cost": (
         "name", "certain", "subgroup_entropy", "activation_ratio", "seconds_to_fit", "seconds_per_image",
@@ -35,64 +33,68 @@ PARTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """The same columns in parts that fit a terminal."""
 
+NOT_MEASURED = "not measured"
+BEST: dict[str, Callable[[float], float]] = {
+    "fd": lambda v: v, "log_ratio_corrected": abs, "spd": lambda v: v, "fid": lambda v: v, "inception": lambda v: -v,
+    "image_likeness": lambda v: -v, "prompt_likeness": lambda v: -v, "kept": lambda v: -v, "certain": lambda v: -v,
+    "activation_ratio": lambda v: abs(log(max(v, 1e-9))), "seconds_to_fit": lambda v: v,
+    "seconds_per_image": lambda v: v,
+}  # fmt: skip
+"""Field → a number of which the least is best; the other columns have no better and worse."""
 
-def save_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write ``comparison.json``, ``comparison.csv``, ``comparison.md`` and one sweep per method."""
+
+def number(row: MethodRow, field: str) -> float | None:
+    """The value of a column without its interval; ``None`` where it was not measured."""
+    value: Any = None if row.note else getattr(row, field)
+    value = value.value if isinstance(value, Measured | LogRatio) else value
+    return float(value) if isinstance(value, int | float) and isfinite(value) else None
+
+
+def best(comparison: Comparison) -> dict[str, frozenset[str]]:
+    """Column → the methods with its best value.
+
+    Controls take part, so that one that does as well as a method is seen to; the unsteered model and methods that
+    ended at strength 0 do not: whoever changes nothing keeps everything.
+    """
+    playing = [row for row in comparison.rows if row.method != UNSTEERED and row.strength and not row.note]
+    found = {}
+    for field, cost in BEST.items():
+        values = {row.method: cost(v) for row in playing if (v := number(row, field)) is not None}
+        least = min(values.values(), default=0.0)
+        found[field] = frozenset(key for key, value in values.items() if value == least)
+    return found
+
+
+def verdict(comparison: Comparison) -> str:
+    """Who is best where, and which methods ended where they began or could not run, in plain sentences."""
+    named = {row.method: row.name for row in comparison.rows}
+    leaders: dict[str, list[str]] = {}
+    for field, methods in best(comparison).items():
+        for method in methods:
+            leaders.setdefault(method, []).append(COLUMNS[field])
+    parts = [
+        f"{named[method]} in {len(fields)} ({', '.join(fields)})"
+        for method, fields in sorted(leaders.items(), key=lambda pair: -len(pair[1]))
+    ]
+    said = [f"Best value, by column: {'; '.join(parts)}." if parts else "No method moved anything."]
+    if "difflens" in named and "difflens" not in leaders:
+        said.append("DiffLens has the best value in none.")
+    steered = [row for row in comparison.rows if row.method != UNSTEERED]
+    still = [row.name for row in steered if not row.strength and not row.note]
+    noise = [row.name for row in steered if row.strength and row.fd and row.fd.value <= (row.fd_floor or 0)]
+    if noise:
+        said.append(f"At balance within noise: {', '.join(noise)}.")
+    if still:
+        said.append(f"No strength was better than none for {', '.join(still)}.")
+    said += [f"{row.name} was not run: {row.note}" for row in steered if row.note]
+    return " ".join(said)
+
+
+def write_tables(comparison: Comparison, folder: Path, stem: str = "comparison") -> None:
+    """Write ``<stem>.csv`` and ``<stem>.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for key, curve in comparison.curves.items():
-        save_sweep(curve, folder, key)
-    plain = to_plain({
-        "config": comparison.config.model_dump(mode="json"),
-        "attribute": comparison.attribute,
-        "target": comparison.target,
-        "rows": comparison.rows,
-        "curves": list(comparison.curves),
-        "labels": comparison.labels,
-        "rule": comparison.rule,
-        "lens_key": comparison.lens_key,
-        "classifier_id": comparison.classifier_id,
-    })  # fmt: skip
-    (folder / "comparison.csv").write_text(csv_text(comparison), encoding="utf-8")
-    (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
-    write_json(folder / "comparison.json", plain)
-
-
-def load_comparison(folder: Path) -> Comparison:
-    """Read what ``save_comparison`` wrote; raises ``LensError`` that names a bad file."""
-    values = read_json(folder / "comparison.json")
-    try:
-        return Comparison(
-            config=CompareConfig.parse(values["config"], where="comparison.json"),
-            attribute=TypeAdapter(Attribute).validate_python(values["attribute"]),
-            target=tuple(float(share) for share in values["target"]),
-            rows=TypeAdapter(tuple[MethodRow, ...]).validate_python(values["rows"]),
-            curves={key: load_sweep(folder, key) for key in values["curves"]},
-            labels=dict(values["labels"]),
-            rule=values["rule"],
-            lens_key=values["lens_key"],
-            classifier_id=values["classifier_id"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, LensError):
-            raise
-        raise LensError(f"{folder / 'comparison.json'} is not a stored comparison; run it again.") from None
-
-
-def add_to_lens(comparison: Comparison, lens_folder: Path) -> Path:
-    """Store a comparison inside a lens folder, in ``comparisons/<attribute>``, and seal the lens anew."""
-    manifest = read_manifest(lens_folder)
-    target = lens_folder / STORED / comparison.attribute.name.replace(" ", "-")
-    shutil.rmtree(target, ignore_errors=True)
-    save_comparison(comparison, target)
-    write_manifest(lens_folder, manifest)
-    return target
-
-
-def stored_comparisons(lens_folder: Path) -> dict[str, Comparison]:
-    """Attribute name → the comparison stored in a lens folder."""
-    folders = sorted(path.parent for path in (lens_folder / STORED).glob("*/comparison.json"))
-    found = [load_comparison(folder) for folder in folders]
-    return {comparison.attribute.name: comparison for comparison in found}
+    (folder / f"{stem}.csv").write_text(csv_text(comparison), encoding="utf-8")
+    (folder / f"{stem}.md").write_text(markdown(comparison), encoding="utf-8")
 
 
 def cells(row: MethodRow, fields: tuple[str, ...] = tuple(COLUMNS)) -> list[str]:
@@ -107,13 +109,16 @@ def _cell(row: MethodRow, field: str) -> str:
     if field == "strength":
         return f"{value:g} ({row.strength_name})" if row.strength_name else "–"
     if field == "shares":
-        return ", ".join(f"{s.label} {s.corrected:.0%}" for s in value)
+        return ", ".join(
+            f"{s.label} {s.corrected:.0%} ({s.corrected_interval[0]:.0%} to {s.corrected_interval[1]:.0%})"
+            for s in value
+        )
     if field == "subgroup_entropy":
         return ", ".join(f"{label} {e:.2f}" for label, e in (value or {}).items())
     if field == "activation_ratio":
-        return "–" if value is None else f"{value:.2f}{' !' if row.flagged else ''}"
+        return NOT_MEASURED if value is None else f"{value:.2f}{' !' if row.flagged else ''}"
     if value is None:
-        return "–"
+        return "two classes only" if field == "log_ratio_corrected" and len(row.shares) > 2 else NOT_MEASURED
     if isinstance(value, Measured):
         return f"{value.value:.3f} ({value.interval[0]:.3f} to {value.interval[1]:.3f})"
     if isinstance(value, LogRatio):
@@ -131,7 +136,7 @@ def markdown(comparison: Comparison) -> str:
     goal = ", ".join(f"{c} {s:.0%}" for c, s in zip(comparison.attribute.classes, comparison.target, strict=True))
     told = [
         f"{comparison.attribute.name}, {prompt}, target {goal}; n = {config.n} per row, on seeds not used for tuning.",
-        f"Setting of each method: {comparison.rule} ({config.n_tune} images per strength.)",
+        f"Setting of each method: {comparison.rule} Every point of a curve has {config.n_tune} images.",
         "FD and SPD from decided images, bootstrap intervals; log ratio corrected for the classifier's error. "
         "! marks activations that leave the data's range.",
         *(f"{COLUMNS[field]} {text}." for field, text in comparison.labels.items()),

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from diffusion_lens.artifacts import MANIFEST, Manifest, verify
+from diffusion_lens.compare_store import stored_comparisons
+from diffusion_lens.compare_types import Comparison
 from diffusion_lens.config import Setting
 from diffusion_lens.records import load_atlas, load_attributions, load_probes, load_sweeps
 from diffusion_lens.sheets import load_sheets
@@ -191,6 +193,11 @@ class LensFolder:
     def sweeps(self) -> tuple[SweepResult, ...]:
         """Sweeps computed when the lens was made."""
         return self._parts.get("sweeps", partial(load_sweeps, self.folder / "sweeps"))
+
+    @property
+    def comparisons(self) -> Mapping[str, Comparison]:
+        """Attribute → the stored table of all methods; empty where none was stored, refused if another SAE's."""
+        return self._parts.get("comparisons", partial(stored_comparisons, self.folder, self.manifest))
 
     def _load_model(self) -> DiffusionModel:
         import torch

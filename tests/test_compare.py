@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,11 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
 
-from diffusion_lens import compare, metrics
-from diffusion_lens.artifacts import verify
+from diffusion_lens import compare, compare_shared, metrics
+from diffusion_lens.artifacts import read_manifest, verify, write_manifest
 from diffusion_lens.compare import CompareConfig, Comparison, run_compare
+from diffusion_lens.compare_plan import costs, plan, telling_prompt
 from diffusion_lens.compare_rows import (
-    NORM_FLAG,
     Clock,
     choose,
     flag,
@@ -26,21 +29,15 @@ from diffusion_lens.compare_rows import (
     share_statistics,
     timed,
 )
-from diffusion_lens.compare_tables import (
-    COLUMNS,
-    PARTS,
-    add_to_lens,
-    cells,
-    csv_text,
-    load_comparison,
-    markdown,
-    save_comparison,
-    stored_comparisons,
-)
+from diffusion_lens.compare_shared import Shared, load_sight
+from diffusion_lens.compare_store import add_to_lens, load_comparison, save_comparison
+from diffusion_lens.compare_tables import COLUMNS, NOT_MEASURED, PARTS, best, cells, csv_text, markdown, number, verdict
+from diffusion_lens.compare_types import NORM_FLAG, Measured, MethodRow
 from diffusion_lens.generate import Cancelled, generate_batches
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import LensError
+from diffusion_lens.types import LensError, LogRatio
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("difflens", "bypass", "h-distribution", "control-prompt")
 
 
@@ -71,7 +68,7 @@ def test_every_cell_is_filled(comparison: Comparison) -> None:
         assert not row.note
         empty = [name for name, value in vars(row).items() if value is None]
         assert not empty, (row.method, empty)
-        assert row.n == 56 and "–" not in cells(row)[2:]
+        assert row.n == 56 and NOT_MEASURED not in cells(row)
     unsteered = comparison.rows[0]
     assert unsteered.fid == pytest.approx(0, abs=1e-6) and unsteered.kept == 1 and unsteered.activation_ratio == 1
     assert unsteered.image_likeness is not None and unsteered.image_likeness.value == pytest.approx(1)
@@ -127,8 +124,8 @@ def test_nothing_is_drawn_twice(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was drawn again")
 
-    for name in ("generate_batches", "measure_baseline", "sweep_points", "generate"):
-        monkeypatch.setattr(compare, name, never)
+    for module, name in ((compare_shared, "generate_batches"), (compare, "sweep_points"), (compare, "generate")):
+        monkeypatch.setattr(module, name, never)
     again = run_compare(tiny_lens, small(), work)
     assert again.rows == comparison.rows and set(again.curves) == set(comparison.curves)
 
@@ -157,11 +154,12 @@ def test_goals_follow_the_approach(tiny_lens: DiffusionLens, tmp_path: Path) -> 
     from diffusion_lens.methods.registry import METHODS as ALL
 
     def bench(**changes: Any) -> compare.Bench:
-        return compare.Bench(tiny_lens, small(**changes), tmp_path, None, None)
+        config = small(**changes)
+        return compare.Bench(Shared(tiny_lens, config, tmp_path), config, tmp_path)
 
     two, three = bench(), bench(attribute="age")
     even = {"female": 0.5, "male": 0.5}
-    counts = two.tuning.reading.predictions["gender"].counts
+    counts = two.shared.tuning.reading.predictions["gender"].counts
     assert two.goal(ALL["difflens"]) == ("female", "male")[int(counts.argmin())]
     assert two.goal(ALL["h-distribution"]) == even and two.goal(ALL["bypass"]) == even
     assert bench(approach="draw").goal(ALL["difflens"]) == even
@@ -257,12 +255,14 @@ def test_only_drawing_is_timed(tiny_lens: DiffusionLens, monkeypatch: pytest.Mon
 
 
 def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
-    save_comparison(comparison, tmp_path)
-    loaded = load_comparison(tmp_path)
-    assert loaded.rows == comparison.rows and loaded.config == comparison.config and loaded.labels == comparison.labels
-    assert loaded.target == comparison.target and loaded.attribute == comparison.attribute
+    save_comparison(comparison, tmp_path, "gender")
+    loaded = load_comparison(tmp_path, "gender")
+    assert replace(loaded, curves={}) == replace(comparison, curves={})
     for key, curve in comparison.curves.items():
-        assert loaded.curves[key].betas == curve.betas and loaded.curves[key].setting == curve.setting
+        kept_images = {0.0, next(row.strength for row in comparison.rows if row.method == key)}
+        for point, again in zip(curve.points, loaded.curves[key].points, strict=True):
+            assert again.shares == point.shares and again.fd == point.fd and again.agreement == point.agreement
+            assert len(again.examples) == (len(point.examples) if point.beta in kept_images else 0)
     rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
     assert [row["method"] for row in rows] == [row.method for row in comparison.rows]
     assert comparison.rows[1].fd is not None
@@ -272,24 +272,143 @@ def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(comparison.rows)
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
-    (tmp_path / "comparison.json").write_text('{"rows": []}')
-    with pytest.raises(LensError, match="not a stored comparison"):
-        load_comparison(tmp_path)
-    (tmp_path / "comparison.json").write_text('{"config": {}}')
-    with pytest.raises(LensError, match="'attribute' is wrong"):
-        load_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda plain: plain.clear(), "another format"),
+    (lambda plain: plain.update(format_version=99), "another format"),
+    (lambda plain: plain.pop("rows"), "'rows'"),
+    (lambda plain: plain.update(rows=[{"method": "unsteered"}]), "not a stored comparison"),
+    (lambda plain: plain["rows"].reverse(), "not the unsteered one"),
+    (lambda plain: plain["rows"].append(plain["rows"][1]), "one per method"),
+    (lambda plain: plain["curves"].pop("bypass"), "images, gender.json speaks of"),
+    (lambda plain: plain["target"].append(0.0), "target is of another attribute"),
+    (lambda plain: plain["rows"][1]["shares"].pop(), "shares of difflens"),
+    (lambda plain: plain.update(curves=[]), "not a stored comparison"),
+    (lambda plain: plain["config"].update(colour=1), "'colour' is wrong"),
+])  # fmt: skip
+def test_foreign_and_damaged_files_are_refused(
+    comparison: Comparison, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    path = save_comparison(comparison, tmp_path, "gender")
+    plain = json.loads(path.read_text())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(LensError, match=message):
+        load_comparison(tmp_path, "gender")
 
 
 def test_a_comparison_can_live_in_the_lens(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
     folder = copied_lens()
     before = DiffusionLens.from_pretrained(folder)
+    assert before.comparisons == {}
     add_to_lens(comparison, folder)
-    add_to_lens(comparison, folder)
+    path = add_to_lens(comparison, folder)
+    assert path == folder / "comparisons" / "gender.json"
     verify(folder)
     opened = DiffusionLens.from_pretrained(folder)
-    assert stored_comparisons(folder)["gender"].rows == comparison.rows
+    assert opened.comparisons["gender"].rows == comparison.rows
     assert opened.manifest.sae_id == before.manifest.sae_id
     assert compare.lens_key(opened) == comparison.lens_key  # fitted methods still belong to it
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(LensError, match=r"gender\.json"):
+        DiffusionLens.from_pretrained(folder)
+
+
+def test_another_saes_comparison_is_refused(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
+    folder = copied_lens()
+    for change in ({"sae_id": "0" * 16}, {"model_id": "another/model"}):
+        with pytest.raises(LensError, match="measured on another"):
+            add_to_lens(replace(comparison, **change), folder)
+    save_comparison(replace(comparison, sae_id="0" * 16), folder / "comparisons", "gender")
+    write_manifest(folder, read_manifest(folder))
+    opened = DiffusionLens.from_pretrained(folder)
+    with pytest.raises(LensError, match="measured on another SAE"):
+        _ = opened.comparisons
+    assert opened.sweeps, "the rest of the lens opens as before"
+
+
+def test_comparisons_are_read_without_torch(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
+    folder = copied_lens()
+    add_to_lens(comparison, folder)
+    code = (
+        "import sys; from diffusion_lens.lens import DiffusionLens; "
+        f"print(len(DiffusionLens.from_pretrained({str(folder)!r}).comparisons['gender'].rows), 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout.split() == [str(len(comparison.rows)), "False"]
+
+
+def test_best_values_by_hand(comparison: Comparison) -> None:
+    unsteered, a, b, c, d = (*comparison.rows[:1], *comparison.rows[1:])
+
+    def made(row: MethodRow, strength: float, fd: float, ratio: float, keeps: float, size: float) -> MethodRow:
+        log_ratio = LogRatio(ratio, (ratio - 1, ratio + 1), "male", "female", False)
+        return replace(row, strength=strength, fd=Measured(fd, (fd, fd)), log_ratio_corrected=log_ratio, kept=keeps,
+                       activation_ratio=size, fd_floor=0.1)  # fmt: skip
+
+    rows = (
+        made(unsteered, 0.0, 0.4, 2.0, 1.0, 1.0), made(a, 1.0, 0.2, -0.1, 0.9, 0.5), made(b, 2.0, 0.05, 0.3, 0.8, 1.2),
+        made(c, 0.0, 0.01, 0.0, 1.0, 1.0), made(d, 1.0, 0.05, 0.5, 0.7, 1.9),
+    )  # fmt: skip
+    table = replace(comparison, rows=rows)
+    found = best(table)
+    # The third of them ended at strength 0, so it competes nowhere; two share the least FD, one of them a control.
+    assert found["fd"] == {b.method, d.method} and d.is_control
+    assert found["log_ratio_corrected"] == {a.method}  # the sign of a ratio does not matter
+    assert found["kept"] == {a.method}
+    assert found["activation_ratio"] == {b.method}  # |ln 1.2| < |ln 0.5|, |ln 1.9|
+    said = verdict(table)
+    assert f"At balance within noise: {b.name}, {d.name}." in said and f"better than none for {c.name}." in said
+    worse = replace(table, rows=(rows[0], replace(rows[2], method="difflens", name="DiffLens"), rows[1]))
+    worse = replace(worse, rows=(rows[0], made(a, 1.0, 0.3, 1.0, 0.1, 3.0), made(b, 1.0, 0.2, 0.9, 0.2, 1.1)))
+    loses = {f: m for f, m in best(worse).items() if "difflens" in m}
+    assert not {"fd", "log_ratio_corrected", "kept", "activation_ratio"} & set(loses)
+    silent = replace(rows[1], note="needs a prompt")
+    assert number(silent, "fd") is None and number(replace(rows[1], fid=None), "fid") is None
+    assert NOT_MEASURED in cells(replace(rows[1], fid=None))
+
+
+def test_a_table_of_another_attribute_draws_no_unedited_image_again(
+    comparison: Comparison, tiny_lens: DiffusionLens, work: Path
+) -> None:
+    stages: list[str] = []
+    config = small(attribute="age", methods=("bypass",), n_tune=12)
+    found = run_compare(tiny_lens, config, work, on_stage=lambda stage, *_: stages.append(stage))
+    assert stages and not [stage for stage in stages if "unsteered" in stage]
+    assert found.rows[0].certain is not None and found.rows[0].shares[0].label == "young"
+    (kept_file,) = work.glob("unedited-*/final.safetensors")
+    sight, seconds = load_sight(kept_file, tiny_lens.classifier)
+    assert seconds == comparison.rows[0].seconds_per_image
+    own = sight.reading.predictions["gender"]
+    assert [s.count for s in comparison.rows[0].shares] == own.counts.tolist()
+
+
+def test_the_plan_shrinks_as_work_is_done(comparison: Comparison, tiny_lens: DiffusionLens, work: Path) -> None:
+    configs = [small(), small(attribute="age", methods=("ddm", "fine-tuning"))]
+    fresh = plan(tiny_lens, configs, work / "nowhere", 0.5)
+    assert fresh.images == 56 + 12 + 8 + (4 + 2) * (56 + 6 * 12)  # the unedited images once for both tables
+    left = plan(tiny_lens, configs, work, 0.5)
+    assert {p.method for p in left.pieces if p.images} == {"unsteered", "ddm", "fine-tuning"}
+    assert left.images == 8 + 2 * (56 + 6 * 12) and left.seconds < fresh.seconds
+    assert left.after("age", "fine-tuning") == 0 < left.after("age", "ddm") < left.seconds
+    row, base = comparison.row("bypass"), comparison.row("unsteered")
+    assert row is not None and base is not None and row.seconds_per_image and base.seconds_per_image
+    if row.strength:
+        told = costs("bypass", {"gender": comparison})
+        assert told[0] == pytest.approx(row.seconds_per_image / base.seconds_per_image)
+    assert costs("bypass", {})[0] == 1.0
+
+
+def test_the_telling_prompt(tiny_lens: DiffusionLens) -> None:
+    (first,) = {s.request.prompt for s in tiny_lens.sweeps if s.attribute.name == "gender"}
+    told = telling_prompt("gender", (*tiny_lens.prompts, first), tiny_lens.sweeps, tiny_lens.settings)
+    assert told == first
+    assert telling_prompt("gender", ("x", "y"), (), {}) == "x"
+    even = [replace(s, request=replace(s.request, prompt="y"), points=tuple(
+        replace(p, shares=tuple(replace(share, corrected=1.0 * (i == 0)) for i, share in enumerate(p.shares)))
+        for p in s.points)) for s in tiny_lens.sweeps]  # fmt: skip
+    assert telling_prompt("gender", (first, "y"), (*tiny_lens.sweeps, *even), tiny_lens.settings) == "y"
 
 
 def test_the_tradeoff_figure_takes_the_curves(comparison: Comparison) -> None:
