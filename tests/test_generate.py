@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import latent_scheduler, make_ddim_pipeline, make_pixel_pipeline, make_text_pipeline, make_xl_pipeline
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from conftest import latent_scheduler, make_pixel_pipeline, make_text_pipeline
+from diffusers import DDIMScheduler
+from edits import STEPS, Turn, ask, bend, nothing, stock
 from torch import Tensor
 
 from diffusion_lens.generate import (
@@ -25,98 +26,18 @@ from diffusion_lens.generate import (
     request,
 )
 from diffusion_lens.hooks import capture, edit_output
-from diffusion_lens.pipelines import DiffusionModel, seed_generators, wrap_pipeline
+from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.types import GenerationRequest, LensError, Sampler
 
 KINDS = ("text", "pixel", "latent", "xl", "lcm")
 SAMPLERS: tuple[Sampler, ...] = ("symmetric", "asymmetric")
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
-STEPS = 4
 KEEP = Capture(dtype=np.float32)
-
-
-@dataclass
-class Turn:
-    """An edit by a plain function of ``(h, context)``; notes every context it saw."""
-
-    fn: Callable[[Tensor, StepContext], Tensor]
-    sampler: Sampler = "symmetric"
-    window: tuple[int, int] | None = None
-    description: str = "turn"
-    seen: list[StepContext] = field(default_factory=list)
-
-    def apply(self, h: Tensor, context: StepContext) -> Tensor:
-        self.seen.append(context)
-        return self.fn(h, context)
-
-
-def bend(h: Tensor, context: StepContext) -> Tensor:
-    """An edit that depends on content and step."""
-    return 1.3 * h + 0.4 * (context.index + 1)
-
-
-def nothing(h: Tensor, context: StepContext) -> Tensor:
-    """The identity, as a new tensor."""
-    return h + 0.0
-
-
-def ask(model: DiffusionModel, seeds: Sequence[int] = (3, 1, 2), scale: float = 4.0) -> GenerationRequest:
-    """A guided request where the model can be guided."""
-    return request(model, "a portrait of a nurse" if model.is_text else None, seeds, STEPS, scale)
 
 
 def hooks_in(model: DiffusionModel) -> int:
     """Hooks left anywhere inside the U-Net."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.unet.modules())
-
-
-def stock(model: DiffusionModel, asked: GenerationRequest) -> np.ndarray:
-    """The images of the stock pipeline's own call."""
-    kwargs: dict[str, Any] = {"batch_size": len(asked.seeds)}
-    if model.is_text:
-        kwargs = {"prompt": asked.prompt, "num_images_per_prompt": len(asked.seeds)}
-        kwargs["guidance_scale"] = asked.guidance_scale
-    generators = seed_generators(asked.seeds)
-    images = model.pipeline(num_inference_steps=asked.n_steps, generator=generators, output_type="pil", **kwargs).images
-    return np.stack([np.array(image) for image in images])
-
-
-@pytest.mark.parametrize("scale", [1.0, 6.5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_edit_is_the_stock_pipeline(kind: str, scale: float, tiny_models: dict[str, DiffusionModel]) -> None:
-    model = tiny_models[kind]
-    asked = ask(model, scale=scale)
-    plain = generate(model, asked)
-    assert np.array_equal(plain.images, stock(model, asked))
-    assert plain.images.std() > 5, "flat images would prove nothing"
-    assert np.array_equal(generate(model, asked, capture=Capture()).images, plain.images)
-    assert plain.edit is None and plain.activation_ratio is None
-
-
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
-def test_few_step_euler_is_the_stock_pipeline(scheduler: Any) -> None:
-    pipe = make_xl_pipeline()
-    pipe.scheduler = scheduler(timestep_spacing="trailing", beta_schedule="scaled_linear")
-    model = wrap_pipeline(pipe, "turbo")
-    assert np.array_equal(generate(model, ask(model, scale=1.0)).images, stock(model, ask(model, scale=1.0)))
-
-
-def test_a_ddim_pipeline_is_the_stock_pipeline() -> None:
-    model = wrap_pipeline(make_ddim_pipeline(), "ddim")
-    assert np.array_equal(generate(model, ask(model)).images, stock(model, ask(model)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "sampler"), [(k, s) for k in KINDS for s in SAMPLERS if (k, s) != ("lcm", "asymmetric")]
-)
-def test_an_identity_edit_is_bit_identical(kind: str, sampler: Sampler, tiny_models: dict[str, DiffusionModel]) -> None:
-    model = tiny_models[kind]
-    plain = generate(model, ask(model), capture=KEEP)
-    same = generate(model, ask(model), edit=Turn(nothing, sampler), capture=KEEP)
-    assert np.array_equal(same.images, plain.images)
-    assert plain.activations is not None and same.activations is not None
-    assert np.array_equal(same.activations.h, plain.activations.h)
-    assert same.activation_ratio is None
 
 
 @contextmanager
@@ -139,7 +60,7 @@ def test_symmetric_edits_equal_a_hook_in_the_stock_pipeline(kind: str, tiny_mode
     asked, edit = ask(model), Turn(bend)
     edited = generate(model, asked, edit=edit)
     with guided_edit(model, asked, edit):
-        assert np.array_equal(edited.images, stock(model, asked))
+        assert np.array_equal(edited.images, stock(model.pipeline, asked))
     assert not np.array_equal(edited.images, generate(model, asked).images)
     assert edited.edit == "turn"
 
@@ -233,7 +154,7 @@ def test_any_module_can_be_edited(hook_name: str, sampler: Sampler, tiny_text_pi
         assert np.abs(edited.images.astype(int) - images).max() <= 1
     else:
         with guided_edit(model, asked, edit):
-            assert np.array_equal(edited.images, stock(model, asked))
+            assert np.array_equal(edited.images, stock(model.pipeline, asked))
 
 
 def test_the_unconditional_half_and_the_down_path_run_once(text_model: DiffusionModel) -> None:
