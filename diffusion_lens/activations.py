@@ -24,6 +24,7 @@ from diffusion_lens.config import StrictConfig
 from diffusion_lens.denoise import BatchRun, Capture
 from diffusion_lens.generate import OnStep, check
 from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.processes import ALONE, Processes
 from diffusion_lens.types import Activations, GenerationRequest, LensError
 
 STORE_FILE = "store.json"
@@ -150,10 +151,12 @@ def collect_to(
     *,
     batch_size: int = 16,
     on_step: OnStep | None = None,
+    processes: Processes = ALONE,
 ) -> ActivationStore:
     """Fill ``folder`` with one shard per batch and open it. Shards that are there already are kept.
 
-    Raises ``LensError`` where the folder holds another collection's shards. ``on_step(done, total)`` counts batches.
+    Several ``processes`` share the batches and wait for each other. Raises ``LensError`` where the folder holds
+    another collection's shards. ``on_step(done, total)`` counts this process's batches.
     """
     sizes = plan(model, requests, spec)
     batches = _batches(requests, batch_size)
@@ -167,14 +170,16 @@ def collect_to(
             raise LensError(f"{folder} holds activations made with other settings; choose another folder.")
     else:
         write_json(folder / STORE_FILE, description)
-    for done, (index, request) in enumerate(batches):
-        path = _shard(folder, done)
+    mine = processes.share(list(enumerate(batches)))
+    for done, (number, (index, request)) in enumerate(mine):
+        path = _shard(folder, number)
         if not path.exists():
             samples = _draw(model, index, request, spec, sizes)
             arrays = {f.name: getattr(samples, f.name) for f in fields(Samples)}
             save_tensors(path, arrays, {"fingerprint": str(description["fingerprint"])})
         if on_step is not None:
-            on_step(done + 1, len(batches))
+            on_step(done + 1, len(mine))
+    processes.wait()
     return ActivationStore(folder)
 
 

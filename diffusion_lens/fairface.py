@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.calibration import softmax
 from diffusion_lens.checkpoints import read_state_dict
-from diffusion_lens.readers import BATCH_SIZE, LabelMap, Scores, empty_scores, pool_labels
+from diffusion_lens.readers import BATCH_SIZE, LabelMap, Scores, empty_scores, map_text, pool_labels
 from diffusion_lens.types import Attribute, LensError
 from diffusion_lens.weights import weight_file, weights_digest
 
@@ -87,6 +87,14 @@ class ResNet34(nn.Module):
         return features, self.fc(features)
 
 
+def _check_labels(label_map: LabelMap) -> None:
+    for name, groups in label_map.items():
+        for label in (label for labels in groups.values() for label in labels):
+            if label not in OUTPUTS.get(name, ()):
+                own = "; ".join(f"{head}: {', '.join(labels)}" for head, labels in OUTPUTS.items())
+                raise LensError(f"FairFace has no {name} '{label}'; it reads {own}.")
+
+
 def _stage(c: int, d: int, n: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(c, d, stride), *(BasicBlock(d, d, 1) for _ in range(n - 1)))
 
@@ -98,6 +106,7 @@ class FairFaceReader:
     network: ResNet34
     label_map: LabelMap
     reader_id: str
+    path: Path
     size: int = 224
 
     @classmethod
@@ -106,6 +115,7 @@ class FairFaceReader:
     ) -> FairFaceReader:
         """Read FairFace's file (``weights_only``) or a ``.safetensors`` copy; ``LensError`` if missing or foreign."""
         weights = weight_file(FAIRFACE_FILE, "the FairFace repository's README", path)
+        _check_labels(label_map)
         with torch.device("meta"):
             network = ResNet34()
         try:
@@ -113,7 +123,7 @@ class FairFaceReader:
         except RuntimeError:
             raise LensError(f"{weights.name} is not FairFace's ResNet-34 with 18 outputs; fetch it again.") from None
         network.eval().requires_grad_(False).to(device)
-        return cls(network, label_map, weights_digest(network, repr(label_map)))
+        return cls(network, label_map, weights_digest(network, map_text(label_map)), weights)
 
     @property
     def attributes(self) -> tuple[Attribute, ...]:

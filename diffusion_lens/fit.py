@@ -2,25 +2,31 @@
 
 Each stage has a folder named after a hash of everything that decides its content, and a marker when it is
 done: a fit that is killed goes on where it was, and a changed configuration repeats only what it touches.
+Under ``accelerate launch`` the processes share the stages that draw and read images; the main one does the rest.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_lens.artifacts import write_json
-from diffusion_lens.classify import Classifier, HeadsClassifier
+from diffusion_lens.classify import Classifier
+from diffusion_lens.described import open_classifier
 from diffusion_lens.fit_config import STAGES, FitConfig, stage_hashes
 from diffusion_lens.fit_estimate import Estimate, estimate
 from diffusion_lens.fit_measure import fit_effects, fit_settings, fit_sweeps
 from diffusion_lens.fit_stages import (
+    SHARED_STAGES,
     OnStage,
     Work,
     collect_activations,
@@ -32,12 +38,16 @@ from diffusion_lens.fit_stages import (
     sample,
 )
 from diffusion_lens.fit_write import check_target, write_lens
+from diffusion_lens.labelled import HumanLabels
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.pipelines import DiffusionModel, load_model
+from diffusion_lens.processes import ALONE, Processes
 from diffusion_lens.types import LensError
 from diffusion_lens.weights import weights_digest
 
 DONE = "done.json"
+PEOPLE = "csv:"
+"""Begins a labeller that is a table of people's labels."""
 STAGE_FUNCTIONS: Mapping[str, Callable[[Work], None]] = {
     "sample": sample,
     "label": label,
@@ -61,7 +71,13 @@ class Models:
     labeller: Classifier
 
 
-def load_models(config: FitConfig, *, device: str = "cpu", dtype: Any = None, offline: bool = False) -> Models:
+def load_models(
+    config: FitConfig,
+    *,
+    device: str = "cpu",
+    dtype: Any = None,
+    offline: bool = False,
+) -> Models:
     """Load what ``config`` names."""
     import torch
 
@@ -69,12 +85,26 @@ def load_models(config: FitConfig, *, device: str = "cpu", dtype: Any = None, of
         config.model, device=device, dtype=dtype or torch.float32, hook_name=config.hook_name,
         revision=config.revision, offline=offline, model_id=config.model_id,
     )  # fmt: skip
-    classifier = HeadsClassifier.load(config.classifier, device=device)
-    labeller = HeadsClassifier.load(config.labeller, device=device) if config.labeller else classifier
-    return Models(model, classifier, labeller)
+    classifier = open_classifier(config.classifier, device=device, offline=offline)
+    return Models(model, classifier, open_labeller(config.labeller, classifier, device=device, offline=offline))
 
 
-def prepare(config: FitConfig, models: Models, work: Path, on_stage: OnStage | None = None) -> Work:
+def open_labeller(source: str | None, judge: Classifier, *, device: str = "cpu", offline: bool = False) -> Classifier:
+    """The classifier that labels: ``judge`` itself (``None``), people (``csv:FILE``), or as ``open_classifier``."""
+    if source is None:
+        return judge
+    if source.startswith(PEOPLE):
+        return HumanLabels.from_csv(source.removeprefix(PEOPLE), judge.attributes)
+    return open_classifier(source, device=device, offline=offline)
+
+
+def prepare(
+    config: FitConfig,
+    models: Models,
+    work: Path,
+    on_stage: OnStage | None = None,
+    processes: Processes = ALONE,
+) -> Work:
     """The stages' folders under ``work``; raises ``LensError`` where models and configuration do not fit."""
     model = models.model
     if model.model_id != config.model_id or model.hook_name != config.hook_name:
@@ -92,7 +122,8 @@ def prepare(config: FitConfig, models: Models, work: Path, on_stage: OnStage | N
         "labeller": models.labeller.classifier_id,
     }
     folders = {stage: work / f"{stage}-{digest}" for stage, digest in stage_hashes(config, identities).items()}
-    ready = Work(config, model, models.classifier, models.labeller, folders, on_stage or (lambda *_: None))
+    told = on_stage or (lambda *_: None)
+    ready = Work(config, model, models.classifier, models.labeller, folders, told, processes)
     for name in config.attributes:
         ready.attribute(name)
     return ready
@@ -108,33 +139,55 @@ def fit(
     dtype: Any = None,
     offline: bool = False,
     on_stage: OnStage | None = None,
+    processes: Processes = ALONE,
 ) -> DiffusionLens:
     """Fit a lens and write it to ``out``; ``work`` keeps intermediate results and may be deleted afterwards.
 
     Killed at any point, the same call goes on and gives the same lens. ``on_stage(stage, done, total)`` may
-    raise to stop. See ``fit_estimate.estimate`` for the cost beforehand.
+    raise to stop. See ``fit_estimate.estimate`` for the cost beforehand. Several ``processes`` (see
+    ``processes.launched``) make the same lens as one, on one folder that all of them reach.
 
     Raises:
-        LensError: what does not fit together, or a class that too few images show.
+        LensError: what does not fit together, a class that too few images show, or a full disk.
     """
     check_target(Path(out))
-    ready = prepare(
-        config, models or load_models(config, device=device, dtype=dtype, offline=offline), Path(work), on_stage
-    )
-    for stage in STAGES:
-        run_stage(ready, stage)
-    write_lens(ready, Path(out))
+    models = models or load_models(config, device=device, dtype=dtype, offline=offline)
+    ready = prepare(config, models, Path(work), on_stage, processes)
+    with _full_disk_told(Path(work)):
+        for stage in STAGES:
+            run_stage(ready, stage)
+        if processes.is_main:
+            write_lens(ready, Path(out))
+    processes.wait()
     return DiffusionLens.from_pretrained(out, device=device, dtype=dtype, offline=offline)
 
 
 def run_stage(work: Work, stage: str) -> None:
-    """Run one stage unless its marker says it is done."""
-    folder = work.folders[stage]
-    if (folder / DONE).is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    STAGE_FUNCTIONS[stage](work)
-    write_json(folder / DONE, {"stage": stage})
+    """Run one stage unless its marker says it is done; returns when every process may go on."""
+    folder, processes = work.folders[stage], work.processes
+    if not (folder / DONE).is_file() and (processes.is_main or stage in SHARED_STAGES):
+        folder.mkdir(parents=True, exist_ok=True)
+        STAGE_FUNCTIONS[stage](work)
+    # Nobody may write the marker while another still looks for it.
+    processes.wait()
+    if processes.is_main and not (folder / DONE).is_file():
+        write_json(folder / DONE, {"stage": stage})
+    processes.wait()
+
+
+@contextmanager
+def _full_disk_told(work: Path) -> Iterator[None]:
+    """A full disk, by whatever library it is noticed, as one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors and torch tell of it in words of their own.
+        if not full and not any(text in str(error) for text in ("os error 28", "No space left", "failed writing file")):
+            raise
+        raise LensError(
+            f"The disk under {work} is full; make room and give the same command again: what is finished is kept."
+        ) from error
 
 
 def check_space(cost: Estimate, work: Path) -> None:
@@ -154,10 +207,15 @@ def load_config(path: str | Path) -> FitConfig:
     config = FitConfig.load(path)
 
     def found(source: str | None) -> str | None:
-        beside = path.parent / source if source else None
-        return str(beside) if beside is not None and beside.is_dir() else source
+        people = source is not None and source.startswith(PEOPLE)
+        beside = path.parent / source.removeprefix(PEOPLE) if source else None
+        if beside is None or not beside.exists():
+            return source
+        return f"{PEOPLE if people else ''}{beside}"
 
     return config.model_copy(update={key: found(getattr(config, key)) for key in ("model", "classifier", "labeller")})
 
 
-__all__ = ["FitConfig", "Models", "estimate", "fit", "load_config", "load_models", "prepare", "write_lens"]
+__all__ = [
+    "FitConfig", "Models", "estimate", "fit", "load_config", "load_models", "open_labeller", "prepare", "write_lens",
+]  # fmt: skip

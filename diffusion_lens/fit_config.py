@@ -118,16 +118,23 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+FIRST_ASKED = {"labeller": "label", "classifier": "settings"}
+"""Classifier → the first stage that it decides."""
+
+
 def stage_hashes(config: FitConfig, identities: dict[str, str]) -> dict[str, str]:
     """Stage → 12 hex digits over its part of the configuration and that of every stage before it.
 
-    ``identities``: what the model and classifiers are; their paths do not count.
+    ``identities``: what the model and classifiers are; their paths do not count. A classifier counts from the stage
+    on that first asks it, so that another one, or people, may read images that are sampled already.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps(identities, sort_keys=True).encode())
+    always = {name: text for name, text in identities.items() if name not in FIRST_ASKED}
+    digest = hashlib.sha256(json.dumps(always, sort_keys=True).encode())
     hashes = {}
     for stage in STAGES:
         part = {key: values[key] for key in STAGE_KEYS[stage]}
+        part |= {name: identities.get(name) for name, first in FIRST_ASKED.items() if first == stage}
         digest.update(json.dumps([stage, part], sort_keys=True).encode())
         hashes[stage] = digest.hexdigest()[:12]
     return hashes

@@ -21,12 +21,15 @@ from diffusion_lens.fit_config import FitConfig
 from diffusion_lens.generate import generate, request
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.probes import Probe
+from diffusion_lens.processes import ALONE, Processes
 from diffusion_lens.records import load_attributions, load_probes, save_atlas, save_attributions, save_probes
 from diffusion_lens.sae import SparseAutoencoder
 from diffusion_lens.train import train_probe, train_sae
 from diffusion_lens.types import Attribute, Attribution, GenerationRequest, LensError, Predictions
 
 OnStage = Callable[[str, int, int], None]
+SHARED_STAGES = ("sample", "label", "collect")
+"""Stages that several processes share; the main one does the others alone."""
 MIN_PER_CLASS = 4
 """Certain images of a class that a probe needs at least."""
 
@@ -36,6 +39,7 @@ class Work:
     """What every stage gets: configuration, models, and each stage's own folder.
 
     ``on_stage(stage, done, total)`` reports progress and may raise to stop; nothing finished is lost.
+    Several ``processes`` share the batches of the stages that draw and read images (``SHARED_STAGES``).
     """
 
     config: FitConfig
@@ -44,6 +48,7 @@ class Work:
     labeller: Classifier
     folders: Mapping[str, Path]
     on_stage: OnStage
+    processes: Processes = ALONE
 
     def attribute(self, name: str) -> Attribute:
         """A steered attribute, with the classes that the labeller knows; the judge must know the same."""
@@ -81,11 +86,12 @@ def sample(work: Work) -> None:
         for whole in requests_of(work, range(work.config.n_images))
         for start in range(0, len(whole.seeds), size)
     ]
-    for number, wanted in enumerate(plan):
+    mine = work.processes.share(list(enumerate(plan)))
+    for done, (number, wanted) in enumerate(mine):
         path = work.folders["sample"] / f"{number:06d}.safetensors"
         if not path.is_file():
             save_tensors(path, {"images": generate(work.model, wanted, batch_size=size).images})
-        work.on_stage("sample", number + 1, len(plan))
+        work.on_stage("sample", done + 1, len(mine))
 
 
 def sampled(work: Work) -> Iterator[np.ndarray]:
@@ -95,25 +101,27 @@ def sampled(work: Work) -> Iterator[np.ndarray]:
 
 
 def label(work: Work) -> None:
-    """Read every sampled image with the labeller."""
-    n_files = len(list(work.folders["sample"].glob("[0-9]*.safetensors")))
-    readings: dict[str, list[Predictions]] = {}
-    for number, images in enumerate(sampled(work)):
-        for name, predictions in work.labeller.predict(images).items():
-            readings.setdefault(name, []).append(predictions)
-        work.on_stage("label", number + 1, n_files)
-    arrays = {}
-    for name, parts in readings.items():
-        arrays[f"{name}.probs"] = np.concatenate([p.probs for p in parts])
-        arrays[f"{name}.certain"] = np.concatenate([p.certain for p in parts])
-    save_tensors(work.folders["label"] / "readings.safetensors", arrays)
+    """Read every sampled image with the labeller, a file per batch."""
+    mine = work.processes.share(sorted(work.folders["sample"].glob("[0-9]*.safetensors")))
+    for done, source in enumerate(mine):
+        path = work.folders["label"] / source.name
+        if not path.is_file():
+            arrays: dict[str, np.ndarray] = {}
+            for name, read in work.labeller.predict(load_tensors(source)["images"]).items():
+                arrays |= {f"{name}.probs": read.probs, f"{name}.certain": read.certain}
+            save_tensors(path, arrays)
+        work.on_stage("label", done + 1, len(mine))
 
 
 def read_labels(work: Work) -> dict[str, Predictions]:
     """The labeller's reading of the sampled images, by attribute."""
-    arrays = load_tensors(work.folders["label"] / "readings.safetensors")
+    parts = [load_tensors(path) for path in sorted(work.folders["label"].glob("[0-9]*.safetensors"))]
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([part[name] for part in parts])
+
     return {
-        a.name: Predictions(arrays[f"{a.name}.probs"], arrays[f"{a.name}.certain"], a, work.labeller.classifier_id)
+        a.name: Predictions(joined(f"{a.name}.probs"), joined(f"{a.name}.certain"), a, work.labeller.classifier_id)
         for a in work.labeller.attributes
     }
 
@@ -156,6 +164,7 @@ def collect_activations(work: Work) -> None:
         SampleSpec(layout="map"),
         batch_size=config.batch_size,
         on_step=lambda done, total: work.on_stage("collect", done, total),
+        processes=work.processes,
     )
 
 

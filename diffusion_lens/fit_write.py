@@ -15,7 +15,7 @@ from diffusion_lens.artifacts import (
     write_json,
     write_manifest,
 )
-from diffusion_lens.classify import Classifier
+from diffusion_lens.described import save_classifier
 from diffusion_lens.fit_config import FitConfig
 from diffusion_lens.fit_measure import read_atlas, read_settings
 from diffusion_lens.fit_stages import Work, read_attributions, read_probes, read_sae
@@ -33,7 +33,8 @@ def write_lens(work: Work, out: Path) -> Manifest:
     config, sae, classifier = work.config, read_sae(work), work.classifier
     _clear(out)
     sae.save(out / "sae")
-    _save_classifier(classifier, out / "classifier")
+    # One that cannot be stored is given to from_pretrained instead.
+    save_classifier(classifier, out / "classifier")
     save_probes(out / "probes.safetensors", read_probes(work))
     save_attributions(out / "attribution.safetensors", read_attributions(work))
     save_atlas(out / "atlas.safetensors", read_atlas(work))
@@ -86,14 +87,6 @@ def _clear(out: Path) -> None:
     (out / MANIFEST).unlink(missing_ok=True)
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _save_classifier(classifier: Classifier, folder: Path) -> None:
-    """Store the classifier with the lens; one that cannot be stored is given to ``from_pretrained`` instead."""
-    save = getattr(classifier, "save", None)
-    if save is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save(folder)
 
 
 def _write_examples(work: Work, folder: Path) -> None:

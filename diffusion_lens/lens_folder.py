@@ -224,16 +224,19 @@ class LensFolder:
         return sae
 
     def _load_classifier(self) -> Classifier:
-        from diffusion_lens.classify import HeadsClassifier
+        from diffusion_lens.described import open_classifier
 
         if not (self.folder / "classifier").is_dir():
             raise LensError(
                 f"This lens was judged by the classifier {self.manifest.classifier_id}, which is not stored with it; "
                 "give it to from_pretrained(..., classifier=...)."
             )
-        classifier = HeadsClassifier.load(self.folder / "classifier", device=self.device)
+        classifier = open_classifier(self.folder / "classifier", device=self.device, offline=self.offline)
         if classifier.classifier_id != self.manifest.classifier_id:
-            raise LensError(f"classifier/ in {self.folder} belongs to another lens; restore it from the original.")
+            raise LensError(
+                f"classifier/ in {self.folder} belongs to another lens, or the weights that it names are not on this "
+                "machine as they were; restore it from the original, or fetch them again."
+            )
         return classifier
 
 

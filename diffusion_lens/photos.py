@@ -80,7 +80,8 @@ class PhotoClassifier:
     @property
     def classifier_id(self) -> str:
         """Names the reader's weights, the decision rule, and whether and how faces are sought."""
-        rule = [self.reader.reader_id, sorted(self.temperatures.items()), sorted(self.thresholds.items())]
+        numbers = [sorted((k, float(v)) for k, v in own.items()) for own in (self.temperatures, self.thresholds)]
+        rule = [self.reader.reader_id, *numbers]
         faces = [self.detector_id if self.detector else "", self.crop]
         return hashlib.sha256(repr([*rule, *faces]).encode()).hexdigest()[:16]
 

@@ -6,6 +6,7 @@ and the known error. FairFace has a file of its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +62,12 @@ LabelMap = Mapping[str, Mapping[str, Sequence[str]]]
 """Attribute → class → the network's own labels that count as it; the order is the class order."""
 
 
+def map_text(label_map: LabelMap) -> str:
+    """A label map as one text, the same whatever kinds of mapping and sequence it is made of."""
+    plain = {name: {label: list(own) for label, own in groups.items()} for name, groups in label_map.items()}
+    return json.dumps(plain, ensure_ascii=False)
+
+
 def pool_labels(probs: np.ndarray, groups: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Sum ``probs [n, label]`` over each group and renormalise: ``[n, group]`` and the mass inside all groups ``[n]``.
 
@@ -113,11 +120,13 @@ class ClipConfig(StrictConfig):
 
     Attributes:
         model_id: hub id or folder of a CLIP model with its processor; the paper's own for CLIP-I and CLIP-T.
+        revision: of the hub repository; ``None``: its newest.
         prompts: attribute → class → prompts whose embeddings are averaged; the order is the class order.
         face_prompts: the same for ``no face / one face / several faces``; empty: every image counts as one face.
     """
 
     model_id: str = "openai/clip-vit-large-patch14"
+    revision: str | None = None
     prompts: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=lambda: CLIP_PROMPTS)
     face_prompts: dict[str, tuple[str, ...]] = Field(default_factory=lambda: FACE_PROMPTS)
 
@@ -144,9 +153,12 @@ class ClipReader:
         _check_map(config.prompts)
         if config.face_prompts and tuple(config.face_prompts) != FACES:
             raise LensError(f"face_prompts must name {', '.join(FACES)}, in this order.")
-        model = _pretrained(CLIPModel, config.model_id, offline, use_safetensors=True).to(device)
-        processor = _pretrained(CLIPProcessor, config.model_id, offline)
-        bare = cls(config, model, processor, {}, None, weights_digest(model, config.model_dump_json()))
+        revision = config.revision
+        model = _pretrained(CLIPModel, config.model_id, offline, revision, use_safetensors=True).to(device)
+        processor = _pretrained(CLIPProcessor, config.model_id, offline, revision)
+        # Where the weights lie says nothing about what they read.
+        own = config.model_dump_json(exclude={"model_id", "revision"})
+        bare = cls(config, model, processor, {}, None, weights_digest(model, own))
         classes = {name: bare.ensemble(list(groups.values())) for name, groups in config.prompts.items()}
         faces = bare.ensemble(list(config.face_prompts.values())) if config.face_prompts else None
         return cls(config, model, processor, classes, faces, bare.reader_id)
@@ -193,24 +205,33 @@ class HubReader:
     processor: Any
     label_map: LabelMap
     reader_id: str
+    model_id: str
+    revision: str | None = None
 
     @classmethod
     def load(
-        cls, model_id: str, label_map: LabelMap, *, device: str | torch.device = "cpu", offline: bool = False
+        cls,
+        model_id: str,
+        label_map: LabelMap,
+        *,
+        device: str | torch.device = "cpu",
+        offline: bool = False,
+        revision: str | None = None,
     ) -> HubReader:
         """Load a hub id or folder; ``LensError`` where it is not to be had or has not the labels of ``label_map``."""
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         _check_map(label_map)
-        model = _pretrained(AutoModelForImageClassification, model_id, offline, use_safetensors=True).to(device)
+        model = _pretrained(AutoModelForImageClassification, model_id, offline, revision, use_safetensors=True)
+        model = model.to(device)
         if model.config.problem_type == "multi_label_classification":
             raise LensError(f"{model_id} gives several labels at once; choose a classifier with one label per image.")
         known = set(model.config.id2label.values())
         for wanted in (label for groups in label_map.values() for labels in groups.values() for label in labels):
             if wanted not in known:
                 raise LensError(f"{model_id} has no label '{wanted}'; its labels are {', '.join(sorted(known))}.")
-        processor = _pretrained(AutoImageProcessor, model_id, offline)
-        return cls(model, processor, label_map, weights_digest(model, repr(label_map)))
+        processor = _pretrained(AutoImageProcessor, model_id, offline, revision)
+        return cls(model, processor, label_map, weights_digest(model, map_text(label_map)), model_id, revision)
 
     @property
     def attributes(self) -> tuple[Attribute, ...]:
@@ -244,10 +265,10 @@ def _batches(processor: Any, images: Sequence[np.ndarray] | np.ndarray, device: 
         yield processor(images=chunk, return_tensors="pt", input_data_format="channels_last")["pixel_values"].to(device)
 
 
-def _pretrained(kind: Any, model_id: str, offline: bool, **options: Any) -> Any:
+def _pretrained(kind: Any, model_id: str, offline: bool, revision: str | None, **options: Any) -> Any:
     """``kind.from_pretrained`` with one sentence in place of a page of traceback."""
     try:
-        loaded = kind.from_pretrained(model_id, local_files_only=offline, **options)
+        loaded = kind.from_pretrained(model_id, local_files_only=offline, revision=revision, **options)
     except (OSError, ValueError, KeyError) as error:
         raise LensError(
             f"'{model_id}' holds no usable {kind.__name__} on this machine; fetch it once while online with "
