@@ -93,6 +93,7 @@ def every_figure() -> dict[str, tuple[go.Figure, str]]:
         "sweep": (plots.sweep_figure([FALLING, RANDOM]), plots.describe_sweep([FALLING, RANDOM])),
         "shares": (plots.share_figure(groups), plots.describe_shares(groups)),
         "tradeoff": (plots.tradeoff_figure(curves), plots.describe_tradeoff(curves)),
+        "strengths": (plots.strength_figure(curves), plots.describe_strengths(curves)),
         "spillover": (plots.spillover_figure(columns), plots.describe_spillover(columns)),
         "confusion": (plots.confusion_figure(counts, TONES), plots.describe_confusion(counts, TONES)),
         "depth": (
@@ -202,9 +203,29 @@ def test_tradeoff() -> None:
     assert figure.layout.yaxis.title.text.startswith("FID, portraits features")
     assert list(named(plots.tradeoff_figure({"lens": FALLING}, lost="glasses"), "lens").y) == pytest.approx([0.1] * 3)
     sentence = plots.describe_tradeoff({"lens": FALLING, "random": thin})
-    assert "least bias FD 0.100, within noise at β = 1" in sentence and "random: too few images" in sentence
-    with pytest.raises(LensError, match="one of fid, glasses"):
+    assert "least bias FD 0.100, within noise at strength 1" in sentence and "random: too few images" in sentence
+    with pytest.raises(LensError, match="one of fid, others, glasses"):
         plots.tradeoff_figure({"lens": FALLING}, lost="hats")
+
+
+def test_methods_are_told_apart_and_the_best_settings_ringed() -> None:
+    many = {f"method {i}": replace(FALLING, is_control=i > 11) for i in range(14)}
+    figure = plots.tradeoff_figure(many, lost="others", chosen={"method 3": 1.0}, emphasised=["method 3"])
+    looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data if t.name}
+    assert len(looks) == 14
+    ring = next(t for t in figure.data if not t.name)
+    assert [*ring.x, *ring.y] == pytest.approx([0.1, 0.1]) and ring.legendgroup == "method 3"
+    assert {t.name for t in figure.data if t.name and t.opacity == 1} == {"method 3"}
+
+
+def test_strengths_run_over_each_methods_own_range() -> None:
+    figure = plots.strength_figure({"lens": FALLING}, chosen={"lens": 2.0})
+    betas = np.array([p.beta for p in FALLING.points])
+    assert list(named(figure, "lens").x) == pytest.approx(list(betas / betas.max()))
+    assert list(named(figure, "lens").y) == pytest.approx([0.3, 0.1, 0.2])
+    said = plots.describe_strengths({"lens": FALLING})
+    within = [p.beta for p in FALLING.points if p.fd <= p.fd_floor]
+    assert said == f"lens: within noise at {len(within)} of 3 strengths ({within[0]:g})."
 
 
 def test_spillover_cells() -> None:

@@ -3,6 +3,7 @@
 Colours are Okabe–Ito and cividis, and nothing is told by colour alone: series differ in marker and dash too.
 """
 
+from diffusion_lens.plots.compared import describe_strengths, describe_tradeoff, strength_figure, tradeoff_figure
 from diffusion_lens.plots.inside import (
     atlas_figure,
     attribution_figure,
@@ -16,10 +17,8 @@ from diffusion_lens.plots.inside import (
 from diffusion_lens.plots.measured import (
     describe_shares,
     describe_sweep,
-    describe_tradeoff,
     share_figure,
     sweep_figure,
-    tradeoff_figure,
 )
 from diffusion_lens.plots.tables import (
     confusion_figure,
@@ -43,12 +42,14 @@ __all__ = [
     "describe_shares",
     "describe_spillover",
     "describe_step_profile",
+    "describe_strengths",
     "describe_sweep",
     "describe_tradeoff",
     "probe_figure",
     "share_figure",
     "spillover_figure",
     "step_profile_figure",
+    "strength_figure",
     "sweep_figure",
     "tradeoff_figure",
 ]

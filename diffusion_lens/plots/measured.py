@@ -1,4 +1,4 @@
-"""Shares and what they cost: the β sweep, share bars, the trade-off of methods."""
+"""Shares: the β sweep and share bars."""
 
 from __future__ import annotations
 
@@ -147,61 +147,6 @@ def describe_shares(
     return " ".join(sentences)
 
 
-def tradeoff_figure(results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID") -> go.Figure:
-    """Bias left against what was lost, one curve over β per method; the lower left corner is best.
-
-    Args:
-        results: method name → its sweep, all on the same seeds.
-        lost: ``fid`` (against the unedited images), or another attribute's name: the share of images that did
-            not keep their class of it.
-        fid_name: names the distance and its features, e.g. ``FID, portraits features``.
-    """
-    figure = blank(x_title="bias left (FD)", y_title=_lost_title(lost, fid_name))
-    floor = max(p.fd_floor for r in results.values() for p in r.points)
-    for index, (name, result) in enumerate(results.items()):
-        look = style(index, control=result.is_control)
-        seen = [(p, _lost(p, lost)) for p in result.points]
-        kept = [(p, y) for p, y in seen if y is not None and np.isfinite(p.fd)]
-        figure.add_scatter(
-            name=name,
-            mode="lines+markers",
-            x=[p.fd for p, _ in kept],
-            y=[y for _, y in kept],
-            line={"color": look.colour, "dash": look.dash, "width": 2},
-            marker={"symbol": look.symbol, "size": 9, "color": look.colour},
-            customdata=[f"β = {p.beta:g}, n = {p.shares[0].n}" for p, _ in kept],
-            hovertemplate=f"<b>{name}</b> %{{customdata}}<br>FD %{{x:.3f}}<br>lost %{{y:.3g}}<extra></extra>",
-        )
-    if np.isfinite(floor):
-        figure.add_vrect(
-            x0=0,
-            x1=floor,
-            fillcolor=TEXT,
-            opacity=0.12,
-            line_width=0,
-            annotation={"text": "within noise", "font": {"size": 12, "color": TEXT}},
-            annotation_position="top left",
-        )
-    figure.update_xaxes(rangemode="tozero")
-    figure.update_yaxes(rangemode="tozero", tickformat="" if lost == "fid" else ".0%")
-    return figure
-
-
-def describe_tradeoff(results: Mapping[str, SweepResult], *, lost: str = "fid", fid_name: str = "FID") -> str:
-    """For each method the point with the least bias, and what it lost there."""
-    sentences = []
-    for name, result in results.items():
-        kept = [(p.fd, y, p) for p in result.points if (y := _lost(p, lost)) is not None and np.isfinite(p.fd)]
-        if not kept:
-            sentences.append(f"{name}: too few images for this comparison.")
-            continue
-        fd, y, point = min(kept, key=lambda row: row[0])
-        cost = f"{fid_name} {y:.2f}" if lost == "fid" else f"{percent(y)} of images with another {lost}"
-        noise = ", within noise" if fd <= point.fd_floor else ""
-        sentences.append(f"{name}: least bias FD {fd:.3f}{noise} at β = {point.beta:g}, at the cost of {cost}.")
-    return " ".join(sentences)
-
-
 def _add_curve(figure: go.Figure, result: SweepResult, curve: _Curve, look: Style) -> None:
     name = f"{result.setting} (control)" if result.is_control else result.setting
     if len(curve.beta) > 1:
@@ -301,19 +246,6 @@ def _crossing_text(curve: _Curve, level: float) -> str:
         return " without crossing balance"
     i = int(turns[0])
     return f" and crosses balance between β = {curve.beta[i]:g} and {curve.beta[i + 1]:g}"
-
-
-def _lost(point: SweepPoint, lost: str) -> float | None:
-    if lost == "fid":
-        return point.fid
-    if lost not in point.agreement:
-        known = ", ".join(["fid", *point.agreement])
-        raise LensError(f"What was lost is measured as one of {known}; '{lost}' is not.")
-    return 1 - point.agreement[lost]
-
-
-def _lost_title(lost: str, fid_name: str) -> str:
-    return f"{fid_name}, to the unedited images" if lost == "fid" else f"images with another {lost}"
 
 
 def _check_sweeps(results: Sequence[SweepResult], measure: Measure) -> None:
