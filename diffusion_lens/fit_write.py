@@ -24,7 +24,8 @@ from diffusion_lens.records import load_sweeps, save_atlas, save_attributions, s
 from diffusion_lens.sheets import save_sheets
 from diffusion_lens.types import LensError
 
-OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit")
+OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together")
+OWN_FILES = (MANIFEST, "dissection.safetensors")
 PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
 
 
@@ -84,7 +85,8 @@ def _clear(out: Path) -> None:
     """Remove a former lens's own parts, its pipeline excepted."""
     check_target(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
+    for name in OWN_FILES:
+        (out / name).unlink(missing_ok=True)
     for name in OWN_FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
 

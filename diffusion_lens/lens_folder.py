@@ -21,6 +21,7 @@ from diffusion_lens.artifacts import MANIFEST, Manifest, verify
 from diffusion_lens.compare_store import stored_comparisons
 from diffusion_lens.compare_types import Comparison
 from diffusion_lens.config import Setting
+from diffusion_lens.dissection import Dissection, stored_dissection
 from diffusion_lens.records import load_atlas, load_attributions, load_probes, load_sweeps
 from diffusion_lens.sheets import load_sheets
 from diffusion_lens.types import Atlas, Attribute, Attribution, LensError, SweepResult
@@ -198,6 +199,11 @@ class LensFolder:
     def comparisons(self) -> Mapping[str, Comparison]:
         """Attribute → the stored table of all methods; empty where none was stored, refused if another SAE's."""
         return self._parts.get("comparisons", partial(stored_comparisons, self.folder, self.manifest))
+
+    @property
+    def dissection(self) -> Dissection | None:
+        """What single features control, where ``dissect --store`` measured it on this SAE."""
+        return self._parts.get("dissection", partial(stored_dissection, self.folder, self.manifest.sae_id))
 
     def _load_model(self) -> DiffusionModel:
         import torch
