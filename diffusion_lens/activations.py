@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from diffusion_lens.artifacts import load_metadata, load_tensors, read_json, sav
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.denoise import BatchRun, Capture
 from diffusion_lens.generate import OnStep, check
+from diffusion_lens.memory import in_batches
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.processes import ALONE, Processes
 from diffusion_lens.types import Activations, GenerationRequest, LensError
@@ -254,7 +255,14 @@ def _draw(model: DiffusionModel, index: int, request: GenerationRequest, spec: S
     wanted = sorted({int(step) for steps, _ in picks for step in steps})
     capture = Capture(tuple(wanted), np.dtype(spec.dtype))
     check(model, request, None, capture, len(request.seeds))
-    activations = BatchRun(model, request, capture=capture).read(lambda done: None)
+
+    def read(part: GenerationRequest, told: Callable[[int], None]) -> Activations:
+        return BatchRun(model, part, capture=capture).read(told)
+
+    activations, *others = in_batches(model.room, request, len(request.seeds), 1, read)
+    if others:
+        h = np.concatenate([activations.h, *(part.h for part in others)])
+        activations = replace(activations, h=h, seeds=request.seeds)
     if not np.isfinite(activations.h).all():
         raise LensError(f"Some activations do not fit into {spec.dtype}; collect them as float32.")
     return _concatenate([_rows(activations, i, *pick, wanted, index, spec) for i, pick in enumerate(picks)])

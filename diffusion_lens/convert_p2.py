@@ -84,7 +84,7 @@ def _split_qkv(stacked: Tensor, config: P2Config) -> tuple[Tensor, ...]:
     return tuple(by_head[:, part].reshape(channels, *stacked.shape[1:]) for part in range(3))
 
 
-def _unet_config(config: P2Config) -> dict[str, Any]:
+def unet_config(config: P2Config) -> dict[str, Any]:
     """``UNet2DModel``'s arguments; raises where it has no counterpart."""
     if config.class_cond:
         raise LensError("This checkpoint is class-conditional; only unconditional ones can be opened.")
@@ -130,7 +130,7 @@ def convert_unet(state: dict[str, Tensor], config: P2Config) -> UNet2DModel:
     Raises:
         LensError: names the first missing or unexpected tensor, or the first of a wrong shape.
     """
-    arguments = _unet_config(config)
+    arguments = unet_config(config)
     plan = list(layers(config))
     expected = [key for layer in plan for key in source_keys(layer)]
     if missing := [key for key in expected if key not in state]:

@@ -160,6 +160,7 @@ class BatchRun:
         model, edit = self.model, self.edit
         context = getattr(edit, "model_context", None)
         with ExitStack() as stack:
+            self._hold(stack)
             if context is not None:
                 # Nobody else may use these weights meanwhile, nor the prompts they encode.
                 stack.enter_context(model.lock)
@@ -176,8 +177,16 @@ class BatchRun:
         """Run to the last captured step and no further; nothing is decoded. Needs a ``capture``."""
         capture = self.capture or Capture()
         self.capture = capture
-        _, scheduler = self._walk(capture.indices(self.request.n_steps)[-1] + 1, on_step, None)
+        with ExitStack() as stack:
+            self._hold(stack)
+            _, scheduler = self._walk(capture.indices(self.request.n_steps)[-1] + 1, on_step, None)
         return self._activations(scheduler, capture)
+
+    def _hold(self, stack: ExitStack) -> None:
+        """Keep other threads from moving an offloaded model's parts away during this run."""
+        if self.model.offloaded:
+            stack.enter_context(self.model.lock)
+            stack.callback(self.model.pipeline.maybe_free_model_hooks)
 
     def _walk(self, stop: int, on_step: Callable[[int], None], keep: Keep | None) -> tuple[Tensor, Any]:
         model, request = self.model, self.request

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.denoise import BatchRun, Capture, Edit, StepContext, Trajectory
+from diffusion_lens.memory import OnStep, in_batches
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.types import Generation, GenerationRequest, LensError
 
 __all__ = [
-    "Cancelled", "Capture", "Edit", "StepContext", "Trajectory",
+    "Cancelled", "Capture", "Edit", "OnStep", "StepContext", "Trajectory",
     "generate", "generate_batches", "join", "record_trajectory", "request",
 ]  # fmt: skip
 
-OnStep = Callable[[int, int], None]
+_Recorded = tuple[Generation, dict[int, Tensor], dict[int, tuple[Tensor, ...]]]
 TRAJECTORY_BYTES = 256 * 2**20
 
 
@@ -64,7 +65,7 @@ def generate_batches(
     on_step: OnStep | None = None,
     start: Trajectory | None = None,
 ) -> Iterator[Generation]:
-    """The same, one ``Generation`` per batch as soon as it is drawn.
+    """The same, one ``Generation`` per batch as soon as it is drawn; where memory runs out, the batch is halved once.
 
     Args:
         on_step: called with (steps done, steps in total) over all batches; may raise ``Cancelled``.
@@ -81,13 +82,12 @@ def generate_batches(
         yield Generation(start.generation.images[rows], request)
         return
     first = None if start is None or capture is not None else _restart_step(start, edit)
-    steps = request.n_steps - (first or 0)
-    total = steps * -(-len(request.seeds) // batch_size)
-    for offset in range(0, len(request.seeds), batch_size):
-        seeds = request.seeds[offset : offset + batch_size]
-        part = replace(request, seeds=seeds)
-        run = BatchRun(model, part, edit, capture, None if first is None else start, first or 0)
-        yield run.draw(_progress(on_step, offset // batch_size * steps, total))
+    restart = None if first is None else start
+
+    def draw(part: GenerationRequest, told: Callable[[int], None]) -> Generation:
+        return BatchRun(model, part, edit, capture, restart, first or 0).draw(told)
+
+    yield from in_batches(model.room, request, batch_size, request.n_steps - (first or 0), draw, on_step)
 
 
 def record_trajectory(
@@ -106,22 +106,23 @@ def record_trajectory(
     fits = max(1, max_bytes // per_step)
     wanted = list(range(request.n_steps)) if steps is None else sorted(set(steps))
     kept = set(wanted[:: -(-len(wanted) // fits)])
-    parts: list[Generation] = []
-    latents: dict[int, list[Tensor]] = {}
-    states: dict[int, tuple[Tensor, ...]] = {}
-    total = request.n_steps * -(-len(request.seeds) // batch_size)
-    for offset in range(0, len(request.seeds), batch_size):
-        seeds = request.seeds[offset : offset + batch_size]
-        run = BatchRun(model, replace(request, seeds=seeds), capture=capture)
+
+    def draw(part: GenerationRequest, told: Callable[[int], None]) -> _Recorded:
+        latents: dict[int, Tensor] = {}
+        states: dict[int, tuple[Tensor, ...]] = {}
 
         def keep(index: int, x: Tensor, generators: list[torch.Generator]) -> None:
             if index in kept:
-                latents.setdefault(index, []).append(x.cpu())
+                latents[index] = x.cpu()
                 if not model.is_ddim:
-                    states[index] = states.get(index, ()) + tuple(g.get_state() for g in generators)
+                    states[index] = tuple(g.get_state() for g in generators)
 
-        parts.append(run.draw(_progress(on_step, offset // batch_size * request.n_steps, total), keep))
-    return Trajectory(join(parts, request), {i: torch.cat(x) for i, x in latents.items()}, states)
+        return BatchRun(model, part, capture=capture).draw(told, keep), latents, states
+
+    parts = list(in_batches(model.room, request, batch_size, request.n_steps, draw, on_step))
+    latents = {i: torch.cat([x[i] for _, x, _ in parts]) for i in parts[0][1]}
+    states = {i: tuple(state for _, _, s in parts for state in s[i]) for i in parts[0][2]}
+    return Trajectory(join([drawn for drawn, _, _ in parts], request), latents, states)
 
 
 def join(parts: Sequence[Generation], request: GenerationRequest) -> Generation:
@@ -134,10 +135,6 @@ def join(parts: Sequence[Generation], request: GenerationRequest) -> Generation:
     ratios = [(p.activation_ratio, len(p.images)) for p in parts if p.activation_ratio is not None]
     ratio = sum(r * n for r, n in ratios) / sum(n for _, n in ratios) if ratios else None
     return Generation(np.concatenate([p.images for p in parts]), request, first.edit, activations, ratio)
-
-
-def _progress(on_step: OnStep | None, done: int, total: int) -> Callable[[int], None]:
-    return lambda steps: on_step(done + steps, total) if on_step is not None else None
 
 
 def check(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusion_lens.classify import Classifier
     from diffusion_lens.pipelines import DiffusionModel
     from diffusion_lens.probes import Probe
+    from diffusion_lens.run_options import RunOptions
     from diffusion_lens.sae import SparseAutoencoder
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ class LensFolder:
     device: str = "cpu"
     dtype: Any = None
     offline: bool = False
+    options: RunOptions | None = None
     _parts: Parts = field(default_factory=Parts, repr=False)
 
     @classmethod
@@ -88,18 +90,23 @@ class LensFolder:
         revision: str | None = None,
         offline: bool = False,
         classifier: Classifier | None = None,
+        options: RunOptions | None = None,
     ) -> Self:
         """Open a lens folder or a hub repository after checking every file against its sha256.
 
         Args:
             dtype: a torch dtype for the diffusion model; ``None`` is float32.
             classifier: judge images by this one instead of the lens's own.
+            options: where and how the diffusion model runs, in place of ``device`` and ``dtype``.
 
         Raises:
             LensError: names the file that is missing, truncated, altered or foreign.
         """
         folder = _find(source, revision, offline)
-        lens = cls(folder, verify(folder), device, dtype, offline)
+        if options is not None:
+            options = options.resolved()
+            device = options.device
+        lens = cls(folder, verify(folder), device, dtype, offline, options)
         if classifier is not None:
             lens._parts.put("classifier", classifier)
         return lens
@@ -219,6 +226,7 @@ class LensFolder:
             revision=base.revision,
             offline=self.offline,
             model_id=base.id,
+            options=self.options,
         )
 
     def _load_sae(self) -> SparseAutoencoder:

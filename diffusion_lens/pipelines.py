@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from diffusion_lens.codec import decode_pixels, encode_text, encode_xl
 from diffusion_lens.hooks import Rows, capture, select_rows
+from diffusion_lens.memory import Room
+from diffusion_lens.placement import place
+from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import LensError
 
 Kind = Literal["text", "text-xl", "pixel", "latent"]
@@ -63,7 +66,9 @@ class DiffusionModel:
     Attributes:
         pipeline: the stock pipeline; its scheduler is the one used here.
         unet: the denoiser; ``hook_name`` names the module inside it that is read and edited.
+        offloaded: the pipeline's parts move between devices, so one run at a time holds the lock throughout.
         lock: held while hooks are in place, so that two threads cannot read each other's activations.
+        room: how many images fit into memory at once, learned when more did not.
     """
 
     model_id: str
@@ -73,8 +78,10 @@ class DiffusionModel:
     hook_name: str
     device: torch.device
     dtype: torch.dtype
+    offloaded: bool = False
     lock: Any = field(default_factory=threading.RLock, repr=False)
     prompts: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict, repr=False)
+    room: Room = field(default_factory=Room, repr=False)
 
     @property
     def is_text(self) -> bool:
@@ -233,23 +240,27 @@ def wrap_pipeline(
     dtype: torch.dtype = torch.float32,
     hook_name: str = "mid_block",
     keep_scheduler: bool = False,
+    options: RunOptions | None = None,
 ) -> DiffusionModel:
     """Open a diffusers pipeline that is already in memory; it is moved to ``device`` and ``dtype``.
 
-    The sampler becomes DDIM, made from the pipeline's own scheduler configuration. Samplers of few-step models
-    (LCM, TCD, Euler with trailing steps) stay, and so does any supported one where ``keep_scheduler``.
+    ``options`` take the place of both and say what else changes how it runs. The sampler becomes DDIM, made from the
+    pipeline's own scheduler configuration. Samplers of few-step models (LCM, TCD, Euler with trailing steps) stay,
+    and so does any supported one where ``keep_scheduler``.
     Raises ``LensError`` for pipelines without a known U-Net and for unknown hook names, naming some that exist.
     """
     kind = _kind(pipe)
+    if options is not None:
+        options = options.resolved()
+        device, dtype = options.device, options.torch_dtype
     pipe = copy.copy(pipe)
     pipe.register_modules(scheduler=_scheduler(pipe.scheduler, kind, keep_scheduler))
     pipe.set_progress_bar_config(disable=True)
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            # transformers loads "auto" dtypes, so each part is checked; diffusers' own .to() would warn needlessly.
-            nn.Module.to(module, device=torch.device(device), dtype=dtype).eval()
     _check_hook(pipe.unet, hook_name)
-    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, torch.device(device), dtype)
+    where = torch.device(device)
+    place(pipe, hook_name, where, dtype, options)
+    offloaded = options is not None and options.offload
+    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, where, dtype, offloaded)
 
 
 def load_model(
@@ -263,14 +274,19 @@ def load_model(
     keep_scheduler: bool = False,
     safety_checker: bool = True,
     model_id: str | None = None,
+    options: RunOptions | None = None,
 ) -> DiffusionModel:
     """Load a diffusers folder or a hub repository; safetensors only, no code from the repository is run.
 
-    ``model_id`` defaults to the hub name, or to the folder's name. ``safety_checker=False`` leaves the model's own
-    checker out (it paints refused images black, which changes what is counted).
+    ``options`` take the place of ``device`` and ``dtype``. ``model_id`` defaults to the hub name, or to the folder's
+    name. ``safety_checker=False`` leaves the model's own checker out (it paints refused images black, which changes
+    what is counted).
     Raises ``LensError`` where files are missing, broken or of another kind of model.
     """
     folder = Path(source)
+    if options is not None:
+        options = options.resolved()  # before minutes of loading
+        dtype = options.torch_dtype
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise LensError(f"{source} is no diffusers pipeline: it has no model_index.json.")
     # Hub names never start like a path; without this a mistyped folder would be looked up on the network.
@@ -288,7 +304,9 @@ def load_model(
         hint = "" if folder.exists() else "; check the name and the network, or give a folder on this machine"
         raise LensError(f"{source} could not be loaded as a diffusers pipeline{hint}. Reason: {reason}") from error
     name = model_id or (folder.resolve().name if folder.exists() else str(source))
-    return wrap_pipeline(pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler)
+    return wrap_pipeline(
+        pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler, options=options
+    )
 
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)

@@ -14,11 +14,11 @@ PACKAGE = ROOT / "diffusion_lens"
 BOTTOM = {"types", "config"}
 FOUNDATION = {
     "artifacts", "sheets", "records", "pipelines", "hooks", "codec", "weights", "sae", "probes", "stats", "settings",
-    "calibration", "resume",
+    "calibration", "resume", "memory", "placement", "run_options", "precision",
 }  # fmt: skip
 TOP = {
-    "lens", "lens_folder", "report", "check", "checks", "fit", "fit_config", "fit_estimate", "fit_measure",
-    "fit_stages", "fit_write",
+    "lens", "lens_folder", "report", "check", "checks", "fit", "fit_config", "fit_defaults", "fit_estimate",
+    "fit_measure", "fit_stages", "fit_write",
 }  # fmt: skip
 APP = {"ui", "app", "__main__", "cli"}
 MODEL_MODULES = {"pipelines", "hooks", "generate", "denoise", "activations", "lens", "lens_folder"}

@@ -22,9 +22,9 @@ from diffusion_lens.cli.console import (
     show_table,
 )
 from diffusion_lens.cli.options import (
+    DEFAULT_RUN,
     AttributeOption,
     BatchOption,
-    DeviceOption,
     FirstSeedOption,
     HtmlOption,
     ImagesOption,
@@ -36,8 +36,10 @@ from diffusion_lens.cli.options import (
     open_lens,
     parse_turn,
     seeds_of,
+    with_run_flags,
 )
 from diffusion_lens.records import to_plain
+from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import Evaluation, Generation, LensError
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
+@with_run_flags
 def generate(
     prompt: PromptArgument = None,
     turn: Annotated[
@@ -68,7 +71,7 @@ def generate(
     ),
     batch_size: BatchOption = 16,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
 ) -> None:
     """Draw images and read them; with --turn, draw the same seeds unedited and edited.
@@ -81,7 +84,7 @@ def generate(
     """
     if out.suffix and out.suffix.lower() not in PICTURES:
         raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     seeds = seeds_of(images, first_seed)
     request = opened.request(checked_prompt(opened, prompt), seeds, n_steps=steps, guidance_scale=guidance)
     turns = [parse_turn(opened, text) for text in turn or ()]
@@ -142,6 +145,7 @@ def show_evaluation(name: str, evaluation: Evaluation) -> None:
 
 
 @guarded
+@with_run_flags
 def attribute(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
@@ -154,7 +158,7 @@ def attribute(
     first_seed: FirstSeedOption = 0,
     batch_size: BatchOption = 16,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -164,7 +168,7 @@ def attribute(
 
     python -m diffusion_lens attribute '' -a age -t old --top 30 --html age.html
     """
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     wanted = opened.attribute_named(attribute)
     target = target or opened.setting(attribute).target
     wanted.index(target)

@@ -19,8 +19,8 @@ from diffusion_lens.cli.console import (
     show_table,
 )
 from diffusion_lens.cli.options import (
+    DEFAULT_RUN,
     BatchOption,
-    DeviceOption,
     FirstSeedOption,
     HtmlOption,
     ImagesOption,
@@ -30,7 +30,9 @@ from diffusion_lens.cli.options import (
     open_lens,
     parse_turn,
     seeds_of,
+    with_run_flags,
 )
+from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import LensError
 
 NOT_PASSED = 1
@@ -43,11 +45,12 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
+@with_run_flags
 def check(
     full: Annotated[bool, typer.Option("--full", help="The figures to quote: n = 1,000, every row must hold.")] = False,
     part: Annotated[list[int] | None, typer.Option(help="Only this group of rows, 1 to 5; may be repeated.")] = None,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -66,7 +69,7 @@ def check(
     """
     from diffusion_lens.check import PARTS, TITLES, plain_report, row_texts, run_check
 
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     with progress("checking") as bar:
         report = run_check(opened, full=full, parts=tuple(part or PARTS), on_stage=bar.stage)
     if html is not None and report.sweeps:
@@ -93,6 +96,7 @@ def check(
 
 
 @guarded
+@with_run_flags
 def audit(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; the lens's suggestions by default.")
@@ -109,7 +113,7 @@ def audit(
     notes: Annotated[str, typer.Option(help="The reviewer's notes, or @FILE to read them from a file.")] = "",
     batch_size: BatchOption = 16,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
 ) -> None:
     """Write a report on who appears under some prompts: one HTML page, JSON and CSV.
@@ -121,7 +125,7 @@ def audit(
     from diffusion_lens.report import audit as measure
     from diffusion_lens.report import plain_audit, write_report
 
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     prompts = [checked_prompt(opened, p) for p in prompt] if prompt else list(opened.prompts)
     turns = [parse_turn(opened, text) for text in turn or ()]
     command = _command(lens, prompt or [], turn or [], images, first_seed, batch_size)

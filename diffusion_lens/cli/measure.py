@@ -20,9 +20,9 @@ from diffusion_lens.cli.console import (
     span,
 )
 from diffusion_lens.cli.options import (
+    DEFAULT_RUN,
     AttributeOption,
     BatchOption,
-    DeviceOption,
     FirstSeedOption,
     HtmlOption,
     ImagesOption,
@@ -34,8 +34,10 @@ from diffusion_lens.cli.options import (
     open_lens,
     parse_betas,
     seeds_of,
+    with_run_flags,
 )
 from diffusion_lens.records import to_plain
+from diffusion_lens.run_options import RunOptions
 from diffusion_lens.settings import Control
 from diffusion_lens.types import LensError, SweepPoint, SweepResult
 
@@ -52,6 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
+@with_run_flags
 def sweep(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
@@ -62,7 +65,7 @@ def sweep(
     first_seed: FirstSeedOption = 0,
     batch_size: BatchOption = 16,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -74,7 +77,7 @@ def sweep(
     """
     if control not in (None, "random", "flip"):
         raise LensError(f"A control is random or flip; '{control}' is neither.")
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     request = opened.request(checked_prompt(opened, prompt), seeds_of(images, first_seed))
     strengths = parse_betas(betas)
     results = []
@@ -101,6 +104,7 @@ def sweep(
 
 
 @guarded
+@with_run_flags
 def balance(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
@@ -111,7 +115,7 @@ def balance(
     first_seed: FirstSeedOption = 0,
     batch_size: BatchOption = 16,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -123,7 +127,7 @@ def balance(
     """
     from diffusion_lens.sweep import balance as find
 
-    opened = open_lens(lens, device)
+    opened = open_lens(lens, running)
     request = opened.request(checked_prompt(opened, prompt), seeds_of(images, first_seed))
     if not 0 < share < 1:
         raise LensError(f"A target share lies between 0 and 1, both excluded; it is {share}.")

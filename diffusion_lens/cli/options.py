@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from diffusion_lens.run_options import DTYPES, Dtype, RunOptions
+from diffusion_lens.run_options import pick_device as pick_device
 from diffusion_lens.types import MAX_IMAGES, MAX_SEED, Intervention, LensError
 
 if TYPE_CHECKING:
@@ -34,17 +39,62 @@ PromptArgument = Annotated[
 ]
 
 
-def pick_device(name: str) -> str:
-    """``auto`` → ``cuda`` where torch finds one; raises ``LensError`` for a device that is not there."""
-    import torch
+RUN_FLAGS: dict[str, tuple[Any, Any]] = {
+    "device": (DeviceOption, "auto"),
+    "dtype": (
+        Annotated[
+            str, typer.Option(help=f"Number format of the diffusion model: {', '.join(DTYPES)}; half ones need a GPU.")
+        ],
+        "fp32",
+    ),
+    "compile": (
+        Annotated[bool, typer.Option("--compile", help="Compile the U-Net's blocks: a slow start, then faster.")],
+        False,
+    ),
+    "slicing": (
+        Annotated[bool, typer.Option("--slicing", help="Save memory: attention and decoding in slices; slower.")],
+        False,
+    ),
+    "offload": (
+        Annotated[bool, typer.Option("--offload", help="Save GPU memory: keep idle parts of the model on the CPU.")],
+        False,
+    ),
+}
+"""Flag → its annotation and default; together they make ``RunOptions``."""
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise LensError(f"There is no device '{name}' here; choose cpu, or auto.") from None
-    return name
+DEFAULT_RUN = RunOptions()
+R = TypeVar("R")
+
+
+def with_run_flags(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command ``RUN_FLAGS`` in place of its parameter ``running: RunOptions``."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.name != "running":
+            parameters.append(parameter)
+            continue
+        parameters += [
+            inspect.Parameter(name, parameter.kind, default=default, annotation=annotation)
+            for name, (annotation, default) in RUN_FLAGS.items()
+        ]
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> R:
+        values = {name: kwargs.pop(name) for name in RUN_FLAGS if name in kwargs}
+        return command(*args, **kwargs, running=run_options(**values))
+
+    # typer reads a command's flags off its signature
+    cast(Any, run).__signature__ = signature.replace(parameters=parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def run_options(dtype: str = "fp32", **values: Any) -> RunOptions:
+    """The flags as ``RunOptions``, a device picked and checked."""
+    if dtype not in DTYPES:
+        raise LensError(f"--dtype is {', '.join(DTYPES)}; '{dtype}' is none of them.")
+    return RunOptions(dtype=cast(Dtype, dtype), **values).resolved()
 
 
 def hide_loading_bars() -> None:
@@ -56,15 +106,19 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def open_lens(source: str, device: str = "auto") -> DiffusionLens:
-    """Open a lens, after checking its files; the bundled one is found from any working directory."""
+def open_lens(source: str, running: RunOptions | str = "auto") -> DiffusionLens:
+    """Open a lens, after checking its files; the bundled one is found from any working directory.
+
+    ``running``: how its diffusion model runs, or just the device.
+    """
     from diffusion_lens.lens import DiffusionLens
 
     hide_loading_bars()
     if not source:
         beside = Path(__file__).resolve().parents[2] / BUNDLED
         source = str(BUNDLED if BUNDLED.is_dir() else beside)
-    return DiffusionLens.from_pretrained(source, device=pick_device(device))
+    options = run_options(device=running) if isinstance(running, str) else running
+    return DiffusionLens.from_pretrained(source, options=options)
 
 
 def seeds_of(n: int, first: int) -> range:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from diffusion_lens.cli.console import guarded
-from diffusion_lens.cli.options import DeviceOption, LensOption, open_lens
+from diffusion_lens.cli.options import DEFAULT_RUN, LensOption, open_lens, with_run_flags
+from diffusion_lens.run_options import RunOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -16,12 +17,13 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
+@with_run_flags
 def serve(
     lens: LensOption = "",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network card.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="Also open a public link for 72 hours.")] = False,
-    device: DeviceOption = "auto",
+    running: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Open the app in the browser: features, sliders, images, ratios, live.
 
@@ -31,4 +33,4 @@ def serve(
     """
     from diffusion_lens.ui import launch
 
-    launch(open_lens(lens, device), server_name=host, server_port=port, share=share)
+    launch(open_lens(lens, running), server_name=host, server_port=port, share=share)

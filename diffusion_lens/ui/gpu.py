@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, TypeVar
+
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.run_options import gpu_is_lent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def lent(duration: int) -> Callable[[F], F]:
-    """``spaces.GPU(duration=…)`` where the ``spaces`` package is installed; otherwise nothing."""
-    if find_spec("spaces") is None:
+    """``spaces.GPU(duration=…)``, in seconds, where the ``spaces`` package is installed; otherwise nothing."""
+    if not gpu_is_lent():
         return lambda handler: handler
     import spaces
 
     return spaces.GPU(duration=duration)
+
+
+def load_before_lending(lens: DiffusionLens) -> None:
+    """Where GPUs are lent, load the models now: a lent GPU gets what was placed on ``cuda`` before the launch."""
+    if gpu_is_lent():
+        _ = (lens.model, lens.sae, lens.classifier)
