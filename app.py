@@ -6,7 +6,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning neighbour make
 
 from diffusion_lens import ui
 from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.run_options import RunOptions
+from diffusion_lens.ui.gpu import load_before_lending
 
 if __name__ == "__main__":
     folder = os.environ.get("DIFFUSION_LENS", "assets/portraits")
-    ui.launch(DiffusionLens.from_pretrained(folder, device=os.environ.get("DIFFUSION_LENS_DEVICE", "cpu")))
+    lens = DiffusionLens.from_pretrained(folder, options=RunOptions.from_environment(os.environ))
+    load_before_lending(lens)
+    ui.launch(lens)
