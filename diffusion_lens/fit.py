@@ -42,6 +42,7 @@ from diffusion_lens.labelled import HumanLabels
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.pipelines import DiffusionModel, load_model
 from diffusion_lens.processes import ALONE, Processes
+from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import LensError
 from diffusion_lens.weights import weights_digest
 
@@ -77,13 +78,14 @@ def load_models(
     device: str = "cpu",
     dtype: Any = None,
     offline: bool = False,
+    options: RunOptions | None = None,
 ) -> Models:
-    """Load what ``config`` names."""
+    """Load what ``config`` names; ``options`` take the place of ``device`` and ``dtype`` for the diffusion model."""
     import torch
 
     model = load_model(
         config.model, device=device, dtype=dtype or torch.float32, hook_name=config.hook_name,
-        revision=config.revision, offline=offline, model_id=config.model_id,
+        revision=config.revision, offline=offline, model_id=config.model_id, options=options,
     )  # fmt: skip
     classifier = open_classifier(config.classifier, device=device, offline=offline)
     return Models(model, classifier, open_labeller(config.labeller, classifier, device=device, offline=offline))
@@ -153,6 +155,7 @@ def fit(
     check_target(Path(out))
     models = models or load_models(config, device=device, dtype=dtype, offline=offline)
     ready = prepare(config, models, Path(work), on_stage, processes)
+    check_judge(config, models.classifier)
     with _full_disk_told(Path(work)):
         for stage in STAGES:
             run_stage(ready, stage)
@@ -160,6 +163,16 @@ def fit(
             write_lens(ready, Path(out))
     processes.wait()
     return DiffusionLens.from_pretrained(out, device=device, dtype=dtype, offline=offline)
+
+
+def check_judge(config: FitConfig, judge: Classifier) -> None:
+    """Raise ``LensError`` where the judge's error on a steered attribute is unknown: no share could be corrected."""
+    unknown = [name for name in config.attributes if name not in judge.confusion]
+    if unknown:
+        raise LensError(
+            f"How often the classifier errs on {unknown[0]} is not known: give images that people labelled, with "
+            "--labelled FILE.csv (--label-sheet FOLDER writes some to fill in)."
+        )
 
 
 def run_stage(work: Work, stage: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lens_fixtures import GENDER, tiny_config
 from PIL import Image
+from test_fit import quick
 from test_photos import LABEL_MAP, hub_folder, photos  # noqa: F401
 from tiny_clip import save_tiny_clip
 
@@ -27,7 +28,7 @@ from diffusion_lens.described import (
     save_classifier,
 )
 from diffusion_lens.fairface import FAIRFACE_FILE, ResNet34
-from diffusion_lens.fit import Models, load_config, open_labeller, prepare, run_stage
+from diffusion_lens.fit import Models, fit, load_config, open_labeller, prepare, run_stage
 from diffusion_lens.fit_stages import read_labels, sampled
 from diffusion_lens.labelled import write_label_sheet
 from diffusion_lens.lens import DiffusionLens
@@ -174,3 +175,32 @@ def test_a_configuration_names_people_beside_it(tmp_path: Path) -> None:
     config.save(tmp_path / "fit.json")
     read = load_config(tmp_path / "fit.json")
     assert read.labeller == f"csv:{tmp_path / 'labels.csv'}" and read.classifier == "clip"
+
+
+def test_a_lens_judged_by_clip_is_fitted_moved_and_opened(
+    clip_folder: Path, tiny_fit_models: Models, tmp_path: Path
+) -> None:
+    spec = ClassifierSpec(
+        kind="clip", model=str(clip_folder), labels={"gender": {"female": ("a doctor",), "male": ("w w w w",)}},
+        temperatures={"gender": 0.1}, thresholds={"gender": 0.5},
+        confusion={"gender": ((38, 2), (1, 39))}, uncertain={"gender": (2, 1)},
+    )  # fmt: skip
+    spec.save(tmp_path / "judge.json")
+    config = quick(classifier="judge.json", n_images=48, per_class=8, sweep_images=8)
+    config.save(tmp_path / "fit.json")
+    assert load_config(tmp_path / "fit.json").classifier == str(tmp_path / "judge.json")
+    judge = open_classifier(tmp_path / "judge.json", offline=True)
+    blind = replace(judge, confusion={})
+    with pytest.raises(LensError, match=r"How often the classifier errs on gender is not known: .*--label-sheet"):
+        fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, blind, blind))
+    assert not (tmp_path / "w").exists()
+    made = fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, judge, judge))
+    (tmp_path / "made").rename(tmp_path / "moved")
+    lens = DiffusionLens.from_pretrained(tmp_path / "moved", offline=True)
+    assert lens.manifest.classifier_id == lens.classifier.classifier_id == judge.classifier_id
+    assert lens.attributes == judge.attributes == made.attributes
+    assert str(tmp_path) not in (tmp_path / "moved" / "classifier" / "config.json").read_text()
+    stored = lens.sweeps[0]
+    fresh = lens.sweep(stored.request, "gender")
+    for mine, theirs in zip(stored.points, fresh.points, strict=True):
+        np.testing.assert_array_equal(mine.labels, theirs.labels)

@@ -1,4 +1,4 @@
-"""``fit``, ``convert-p2`` and ``import-difflens``: how a lens is made."""
+"""``convert-p2`` and ``import-difflens``: what others published, in this project's form."""
 
 from __future__ import annotations
 
@@ -7,65 +7,14 @@ from typing import Annotated
 
 import typer
 
-from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
-from diffusion_lens.cli.options import DeviceOption, JsonOption, hide_loading_bars, pick_device
+from diffusion_lens.cli.console import guarded, say
 from diffusion_lens.types import Attribute, LensError
 
 
 def register(app: typer.Typer) -> None:
     """Add this family's commands."""
-    app.command("fit")(fit)
     app.command("convert-p2")(convert_p2)
     app.command("import-difflens")(import_difflens)
-
-
-@guarded
-def fit(
-    config: Annotated[Path, typer.Argument(help="A JSON file; see docs for its keys.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished lens.")],
-    work: Annotated[Path, typer.Option(help="Folder of intermediate results; may be deleted afterwards.")] = Path(
-        "runs/fit"
-    ),
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will cost in time and disk.")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask a hub.")] = False,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Fit a lens to a diffusion model: sample, train the SAE and probes, attribute, choose turns, sweep.
-
-    Killed or stopped, the same command goes on where it was.
-
-      python -m diffusion_lens fit my-model.json --out runs/my-lens --estimate
-
-      python -m diffusion_lens fit my-model.json --out runs/my-lens
-    """
-    from diffusion_lens import fit as fitting
-
-    chosen = pick_device(device)
-    settings = fitting.load_config(config)
-    say("Loading the models…")
-    hide_loading_bars()
-    models = fitting.load_models(settings, device=chosen, offline=offline)
-    cost = fitting.estimate(settings, models.model, models.classifier)
-    if estimate and as_json:
-        stages = {c.stage: {"seconds": c.seconds, "disk_bytes": c.disk_bytes} for c in cost.stages}
-        show_json({"stages": stages, "seconds": cost.seconds, "memory_bytes": cost.memory_bytes})
-        return
-    say(cost.text())
-    fitting.check_space(cost, work)
-    if estimate:
-        return
-    with progress("fitting") as bar:
-        lens = fitting.fit(settings, out, work=work, models=models, device=chosen, offline=offline, on_stage=bar.stage)
-    if as_json:
-        show_json({"folder": str(out), "lens_id": lens.manifest.lens_id, "sae_id": lens.manifest.sae_id})
-        return
-    show_table(
-        f"{lens.manifest.name}, lens {lens.manifest.lens_id}",
-        ("attribute", "features", "note"),
-        [(name, str(setting.n_features), setting.note) for name, setting in lens.settings.items()],
-    )
-    say(f"The lens is in {out}; look at it with: python -m diffusion_lens serve --lens {out}")
 
 
 @guarded

@@ -1,0 +1,376 @@
+"""``fit`` and ``calibrate``: a lens from a model, and a photo classifier's error from labelled images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffusion_lens.cli.console import guarded, percent, progress, say, show_json, show_table
+from diffusion_lens.cli.options import DEFAULT_RUN, JsonOption, hide_loading_bars, with_run_flags
+from diffusion_lens.run_options import RunOptions
+from diffusion_lens.types import LensError
+
+if TYPE_CHECKING:
+    from diffusion_lens.described import Detector
+    from diffusion_lens.fit import FitConfig, Models
+    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.processes import Processes
+
+MODEL, READING, SIZE = "The model", "Who reads the images", "Size; the defaults depend on the kind of model"
+ClassifierOption = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=READING,
+        help="Judges the images: clip, clip:ID, fairface:FILE, hf:ID, a description (.json) or a classifier's folder.",
+    ),
+]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=READING,
+        help="JSON: attribute, class, and for each class CLIP prompts or the network's own labels.",
+    ),
+]
+DetectorOption = Annotated[
+    bool,
+    typer.Option("--find-faces", rich_help_panel=READING, help="Find and crop the face first (OpenCV's YuNet)."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this family's commands."""
+    app.command("fit")(fit)
+    app.command("calibrate")(calibrate)
+
+
+@guarded
+@with_run_flags
+def fit(
+    given: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG | PROMPTS]", help="A JSON file; or more prompts.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the finished lens.")] = Path("my-lens"),
+    work: Annotated[Path, typer.Option(help="Folder of intermediate results; may be deleted afterwards.")] = Path(
+        "runs/fit"
+    ),
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", rich_help_panel=MODEL, help="Hub id or folder of a diffusers model.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Of the hub repository.")] = None,
+    hook_name: Annotated[
+        str, typer.Option(rich_help_panel=MODEL, help="Module that is read and edited.")
+    ] = "mid_block",
+    bundle: Annotated[
+        bool, typer.Option("--bundle", rich_help_panel=MODEL, help="Copy the model into the lens.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Of the lens.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", "-p", rich_help_panel=MODEL, help="To sample; may be repeated.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(rich_help_panel=MODEL, help="A text file with one prompt a line.")
+    ] = None,
+    attributes: Annotated[
+        str, typer.Option("--attributes", "-a", rich_help_panel=READING, help="What to steer, e.g. gender,age,race.")
+    ] = "",
+    classifier: ClassifierOption = "clip",
+    labels: LabelsOption = None,
+    find_faces: DetectorOption = False,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=READING, help="Labelled images (CSV) that measure the classifier's error."),
+    ] = None,
+    labeller: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=READING,
+            help="Labels the images that are learned from: csv:FILE (people), or as --classifier.",
+        ),
+    ] = None,
+    label_sheet: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=READING, help="Only sample, and write the images with a table for people to fill."
+        ),
+    ] = None,
+    images: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Images sampled and labelled.")] = None,
+    per_class: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Images learned from, a class.")] = None,
+    steps: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(rich_help_panel=SIZE, help="Guidance scale; 1 is none.")] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Images drawn at once.")] = None,
+    sae_features: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Features of the SAE.")] = None,
+    sae_k: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Active ones at a time.")] = None,
+    sae_steps: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Training steps of the SAE.")] = None,
+    sae_layout: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=SIZE, help="position: a code per position; map: one for the whole map."),
+    ] = None,
+    sweep_images: Annotated[int | None, typer.Option(rich_help_panel=SIZE, help="Images per strength swept.")] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=SIZE, help="Of every random choice.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", rich_help_panel=SIZE, help="A small lens, for a first look.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--dry-run", "--estimate", help="Only say what it will cost in time, disk and memory.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask a hub.")] = False,
+    running: RunOptions = DEFAULT_RUN,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a lens to a diffusion model: sample, train the SAE and probes, attribute, choose turns, sweep.
+
+    Killed or stopped, the same command goes on where it was. What it was fitted with is written to WORK/fit.json,
+    which may be given in place of the flags.
+
+      python -m diffusion_lens fit --model stable-diffusion-v1-5/stable-diffusion-v1-5 --attributes gender,age,race \\
+        --prompts 'a photo of a doctor' 'a photo of a nurse' --dtype fp16 --labelled faces/labels.csv --out my-lens
+
+      python -m diffusion_lens fit --model google/ddpm-celebahq-256 --attributes gender \
+        --classifier fairface:FILE --dry-run
+
+      python -m diffusion_lens fit runs/fit/fit.json --out my-lens
+
+      accelerate launch --num_processes 2 -m diffusion_lens fit …
+    """
+    from diffusion_lens import fit as fitting
+    from diffusion_lens.processes import launched
+
+    processes = launched()
+    running = running.model_copy(update={"device": processes.device(running.device)})
+    if model is None:
+        if not given or len(given) != 1:
+            raise LensError("Name a model with --model, or give one configuration file.")
+        config = fitting.load_config(given[0])
+        _announce(processes, "Loading the models…")
+        models = fitting.load_models(config, device=running.device, offline=offline, options=running)
+    else:
+        texts = _prompts(prompts, given, prompts_file)
+        reading = _Reading(classifier, labels, find_faces, labelled, labeller, attributes)
+        changes = {
+            "n_images": images, "per_class": per_class, "n_steps": steps, "guidance_scale": guidance,
+            "batch_size": batch_size, "sweep_images": sweep_images, "seed": seed, "name": name, "revision": revision,
+            "bundle_pipeline": bundle,
+        }  # fmt: skip
+        sae = {"d_sae": sae_features, "k": sae_k, "n_steps": sae_steps, "layout": sae_layout, "seed": seed}
+        _announce(processes, "Loading the models…")
+        config, models = _from_flags(model, hook_name, texts, reading, changes, sae, work, quick, running, offline)
+    if label_sheet is not None:
+        _write_sheet(config, models, work, label_sheet, processes)
+        return
+    if processes.is_main and _tell_cost(config, models, work, estimate, as_json):
+        return
+    if estimate:
+        return
+    with progress("fitting") as bar:
+        lens = fitting.fit(
+            config, out, work=work, models=models, device=running.device, dtype=running.torch_dtype, offline=offline,
+            on_stage=bar.stage if processes.is_main else None, processes=processes,
+        )  # fmt: skip
+    if processes.is_main:
+        _report(lens, out, as_json)
+
+
+class _Reading:
+    """The flags about who reads the images."""
+
+    def __init__(
+        self,
+        classifier: str,
+        labels: Path | None,
+        find_faces: bool,
+        labelled: Path | None,
+        labeller: str | None,
+        attributes: str,
+    ) -> None:
+        self.classifier, self.labelled, self.labeller = classifier, labelled, labeller
+        self.labels = _labels(labels)
+        self.detector: Detector | None = "yunet" if find_faces else None
+        self.attributes = tuple(part.strip() for part in attributes.split(",") if part.strip())
+
+
+def _from_flags(
+    model: str,
+    hook_name: str,
+    prompts: tuple[str, ...],
+    reading: _Reading,
+    changes: dict[str, Any],
+    sae: dict[str, Any],
+    work: Path,
+    quick: bool,
+    running: RunOptions,
+    offline: bool,
+) -> tuple[FitConfig, Models]:
+    """The models that the flags name and the configuration that they mean, kept in ``work``."""
+    from diffusion_lens.fit import Models, open_labeller
+    from diffusion_lens.fit_defaults import default_config
+    from diffusion_lens.pipelines import load_model
+
+    hide_loading_bars()
+    where = str(Path(model).resolve()) if Path(model).is_dir() else model
+    # The classifier first: a mistake in its name should not wait for a large download.
+    judge, source = _judge(reading, work, running.device, offline)
+    opened = load_model(where, hook_name=hook_name, revision=changes["revision"], offline=offline, options=running)
+    people = reading.labeller
+    if people is not None and people.startswith("csv:"):
+        people = f"csv:{Path(people.removeprefix('csv:')).resolve()}"
+    config = default_config(
+        opened, judge, source=where, classifier=source, attributes=reading.attributes, prompts=prompts, quick=quick,
+        sae=sae, changes={**changes, "labeller": people},
+    )  # fmt: skip
+    config.save(work / "fit.json")
+    return config, Models(opened, judge, open_labeller(people, judge, device=running.device, offline=offline))
+
+
+def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[Any, str]:
+    """The classifier, and what names it in a configuration: a folder, or a description that is kept in ``work``."""
+    from diffusion_lens.described import build, describe, named_spec, open_classifier
+    from diffusion_lens.labelled import calibrate_from_folder
+
+    place = Path(reading.classifier)
+    if place.exists():
+        if reading.labels or reading.detector:
+            raise LensError(
+                "--labels and --find-faces go with clip, fairface or hf:ID; a saved classifier has its own."
+            )
+        if reading.labelled:
+            raise LensError(f"{place} carries its own error; measure it anew with the command calibrate.")
+        return open_classifier(place, device=device, offline=offline), str(place.resolve())
+    spec = named_spec(reading.classifier, labels=reading.labels, detector=reading.detector)
+    model = Path(spec.model)
+    if model.exists():
+        spec = spec.model_copy(update={"model": str(model.resolve())})
+    judge = build(spec, device=device, offline=offline)
+    if reading.labelled is not None:
+        judge = calibrate_from_folder(judge, reading.labelled)
+    (describe(judge) or spec).save(work / "classifier.json")
+    return judge, str((work / "classifier.json").resolve())
+
+
+def _prompts(prompts: list[str] | None, more: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    from diffusion_lens.fit_defaults import read_prompts
+
+    if more and not prompts:
+        raise LensError(f"With --model, '{more[0]}' is a prompt too many; give prompts after --prompts.")
+    return tuple(dict.fromkeys([*(prompts or ()), *(more or ()), *(read_prompts(file) if file else ())]))
+
+
+def _labels(path: Path | None) -> dict[str, dict[str, tuple[str, ...]]] | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TypeAdapter(dict[str, dict[str, tuple[str, ...]]]).validate_python(values)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError):
+        raise LensError(
+            f'{path} is no table of labels; write JSON like {{"gender": {{"female": ["woman"], "male": ["man"]}}}}.'
+        ) from None
+
+
+def _write_sheet(config: FitConfig, models: Models, work: Path, folder: Path, processes: Processes) -> None:
+    import numpy as np
+
+    from diffusion_lens.fit import prepare, run_stage
+    from diffusion_lens.fit_stages import sampled
+    from diffusion_lens.labelled import write_label_sheet
+
+    with progress("sample") as bar:
+        ready = prepare(config, models, work, bar.stage if processes.is_main else None, processes)
+        run_stage(ready, "sample")
+    if not processes.is_main:
+        return
+    attributes = [ready.attribute(name) for name in config.attributes]
+    table = write_label_sheet(np.concatenate(list(sampled(ready))), folder, attributes)
+    say(f"Wrote {table}; fill it in and fit with --labeller csv:{table}")
+
+
+def _tell_cost(config: FitConfig, models: Models, work: Path, only: bool, as_json: bool) -> bool:
+    """Print the estimate and refuse a disk that is too small; whether that is all that was asked for."""
+    from diffusion_lens import fit as fitting
+
+    cost = fitting.estimate(config, models.model, models.classifier)
+    if only and as_json:
+        stages = {c.stage: {"seconds": c.seconds, "disk_bytes": c.disk_bytes} for c in cost.stages}
+        show_json({"stages": stages, "seconds": cost.seconds, "memory_bytes": cost.memory_bytes})
+        return True
+    say(cost.text())
+    fitting.check_space(cost, work)
+    try:
+        fitting.check_judge(config, models.classifier)
+    except LensError as error:
+        if not only:
+            raise
+        say(str(error))
+    return only
+
+
+def _announce(processes: Processes, text: str) -> None:
+    hide_loading_bars()
+    if processes.is_main:
+        say(text)
+
+
+def _report(lens: DiffusionLens, out: Path, as_json: bool) -> None:
+    if as_json:
+        show_json({"folder": str(out), "lens_id": lens.manifest.lens_id, "sae_id": lens.manifest.sae_id})
+        return
+    show_table(
+        f"{lens.manifest.name}, lens {lens.manifest.lens_id}",
+        ("attribute", "features", "note"),
+        [(name, str(setting.n_features), setting.note) for name, setting in lens.settings.items()],
+    )
+    say(f"The lens is in {out}; look at it with: python -m diffusion_lens serve --lens {out}")
+
+
+@guarded
+@with_run_flags
+def calibrate(
+    labelled: Annotated[Path, typer.Option(help="A CSV with a column file and one per attribute.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the described classifier.")],
+    classifier: ClassifierOption = "clip",
+    labels: LabelsOption = None,
+    find_faces: DetectorOption = False,
+    fit_rules: Annotated[
+        bool, typer.Option("--fit-rules", help="Half of the images set temperature and threshold, the others measure.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask a hub.")] = False,
+    running: RunOptions = DEFAULT_RUN,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how often a photo classifier errs, on images that people labelled, and keep it with its error.
+
+    python -m diffusion_lens calibrate --classifier clip --labelled photos/labels.csv --out runs/clip
+    """
+    from diffusion_lens.described import build, named_spec, open_classifier, save_classifier
+    from diffusion_lens.labelled import calibrate_from_folder, fit_from_folder
+    from diffusion_lens.photos import PhotoClassifier
+
+    hide_loading_bars()
+    if Path(classifier).exists():
+        read = open_classifier(classifier, device=running.device, offline=offline)
+    else:
+        spec = named_spec(classifier, labels=_labels(labels), detector="yunet" if find_faces else None)
+        read = build(spec, device=running.device, offline=offline)
+    if not isinstance(read, PhotoClassifier):
+        raise LensError(f"{classifier} is no photo classifier; it carries the error that it was made with.")
+    measured = fit_from_folder(read, labelled) if fit_rules else calibrate_from_folder(read, labelled)
+    save_classifier(measured, out)
+    rows = []
+    for attribute in measured.attributes:
+        if attribute.name not in measured.confusion:
+            continue
+        table, undecided = measured.confusion[attribute.name], measured.uncertain[attribute.name]
+        for number, label in enumerate(attribute.classes):
+            n = int(table[number].sum())
+            right = percent(table[number, number] / n) if n else "–"
+            rows.append((attribute.name, label, str(n), right, str(int(undecided[number]))))
+    if as_json:
+        columns = ("attribute", "class", "decided", "right", "uncertain")
+        show_json([dict(zip(columns, row, strict=True)) for row in rows])
+        return
+    show_table("", ("attribute", "class", "decided", "read as such", "uncertain"), rows)
+    say(f"Wrote {out}; use it with: fit --classifier {out}")
