@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import Atlas, Attribution, Examples, FeatureCard, LensError, Predictions
+from diffusion_lens.types import Atlas, Attribute, Attribution, Examples, FeatureCard, LensError, Predictions
 
 if TYPE_CHECKING:
     from diffusion_lens.sae import SparseAutoencoder
@@ -197,9 +197,16 @@ def build_atlas(
 
 
 def feature_card(
-    atlas: Atlas, attributions: Mapping[str, Attribution], pool: np.ndarray, feature_id: int
+    atlas: Atlas,
+    attributions: Mapping[str, Attribution],
+    pool: np.ndarray,
+    feature_id: int,
+    *,
+    nuisances: Sequence[Attribute] = (),
 ) -> FeatureCard:
     """Everything known of one feature; ``pool uint8 [n, H, W, 3]`` are the images of the atlas.
+
+    ``nuisances``: what the classifier reads besides the steered attributes, for the effects measured on it.
 
     Raises ``LensError`` for an id outside the dictionary.
     """
@@ -207,14 +214,10 @@ def feature_card(
         raise LensError(f"Features are numbered 0 to {len(atlas.density) - 1}; there is no feature {feature_id}.")
     scores: dict[str, dict[str, float]] = {}
     rank: dict[str, dict[str, int]] = {}
-    effects: dict[str, dict[str, float]] = {}
     for name, attribution in attributions.items():
         totals = {label: attribution.total(label) for label in attribution.attribute.classes}
         scores[name] = {label: float(total[feature_id]) for label, total in totals.items()}
         rank[name] = {label: int((total > total[feature_id]).sum()) + 1 for label, total in totals.items()}
-        effect = atlas.effects.get(name)
-        if effect is not None and np.isfinite(effect[feature_id]).all():
-            effects[name] = dict(zip(attribution.attribute.classes, map(float, effect[feature_id]), strict=True))
     near = atlas.near_images[feature_id]
     blank = np.zeros((len(near), *atlas.heatmaps.shape[2:]), np.float16)
     return FeatureCard(
@@ -225,7 +228,7 @@ def feature_card(
         steps=atlas.steps,
         attribution=scores,
         rank=rank,
-        effects=effects,
+        effects=_effects(atlas, [*(a.attribute for a in attributions.values()), *nuisances], feature_id),
         top=_examples(pool, atlas.top_images[feature_id], atlas.heatmaps[feature_id]),
         random=_examples(pool, atlas.random_images[feature_id], atlas.random_heatmaps[feature_id]),
         near=_examples(pool, near, blank),
@@ -234,6 +237,15 @@ def feature_card(
         effect_source=atlas.effect_source,
         sae_id=atlas.sae_id,
     )
+
+
+def _effects(atlas: Atlas, attributes: Sequence[Attribute], feature_id: int) -> dict[str, dict[str, float]]:
+    measured = {a.name: (a.classes, atlas.effects[a.name][feature_id]) for a in attributes if a.name in atlas.effects}
+    return {
+        name: dict(zip(classes, map(float, effect), strict=True))
+        for name, (classes, effect) in measured.items()
+        if np.isfinite(effect).all()
+    }
 
 
 def _examples(pool: np.ndarray, rows: np.ndarray, maps: np.ndarray) -> Examples:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class FeatureEffect:
     flips: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dissection:
     """Causal effects of single features.
 
@@ -101,6 +102,7 @@ def stored_dissection(lens_folder: Path, sae_id: str) -> Dissection | None:
     return found if found.sae_id == sae_id else None
 
 
+@lru_cache(maxsize=4)
 def groups(found: Dissection) -> dict[str, tuple[FeatureEffect, ...]]:
     """Attribute → the features that control it above all else, largest effect first; empty for those without any.
 
@@ -162,6 +164,16 @@ def evidence(found: Dissection, attribute: str) -> str:
     if moved:
         return f"No feature moves {attribute} above all else; {moved} move it for sure beside something else. {test}"
     return f"No feature tested moves {attribute} for sure{_largest(found, attribute)}. {test}"
+
+
+def summary(found: Dissection) -> str:
+    """Every attribute with the number of features that control it, and those that none does."""
+    counts = {name: len(own) for name, own in groups(found).items()}
+    some = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+    none = ", ".join(name for name, n in counts.items() if not n)
+    told = f"{int(found.tested.sum())} features tested, each alone on {found.n} paired images. "
+    told += f"Features by what each moves above all else: {some}. " if some else "No feature moves anything for sure. "
+    return told + (f"None for {none}." if none and some else "")
 
 
 def _also_moved(found: Dissection, attribute: str) -> int:

@@ -309,4 +309,5 @@ class DiffusionLens(LensFolder):
 
     def card(self, feature_id: int) -> FeatureCard:
         """Everything known of one feature."""
-        return feature_card(self.atlas, self.attributions, self.pool, feature_id)
+        nuisances = [a.attribute() for a in self.manifest.nuisances]
+        return feature_card(self.atlas, self.attributions, self.pool, feature_id, nuisances=nuisances)

@@ -188,6 +188,10 @@ def test_a_card_gathers_what_is_known(atlas: Atlas) -> None:
     assert [int(image[0, 0, 0]) for image in card.top.images] == list(card.top.rows)
     assert card.top.heatmaps.shape == (len(card.top.rows), Y, X)
     assert feature_card(full, {"gender": attribution}, pool, 5).effects == {}
+    glasses = Attribute("glasses", ("none", "glasses"))
+    seen = Atlas(**{**atlas.__dict__, "effects": {"gender": effect, "glasses": -effect, "hats": effect}})
+    both = feature_card(seen, {"gender": attribution}, pool, 4, nuisances=[glasses]).effects
+    assert both == {**card.effects, "glasses": {"none": 0.5, "glasses": -0.5}}
     dead = feature_card(full, {}, pool, D - 1)
     assert dead.dead and dead.top.images.shape == (0, 8, 8, 3)
     with pytest.raises(LensError, match="no feature 16"):

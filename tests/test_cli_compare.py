@@ -47,6 +47,7 @@ def test_dissect_prints_groups(run: Any, tiny_lens: DiffusionLens) -> None:
     result = run("dissect", "-p", PROMPTS[0], "--feature", feature, "-n", 12)
     assert result.exit_code == 0, result.output
     assert "of 1 features" in result.stderr
+    assert "1 features on 12 images each" in result.stderr and "evidence" not in result.stderr
     grouped = json.loads(run("dissect", "-p", PROMPTS[0], "--feature", feature, "-n", 12, "--json").stdout)
     assert set(grouped) == {"gender", "age", "glasses"}
 
@@ -56,6 +57,8 @@ def test_mistakes_are_one_sentence(run: Any) -> None:
         (("compare", "-m", "magic"), "no method"),
         (("compare", "-n", 3), "'n' is wrong"),
         (("dissect", "-n", 2), "'n' is wrong"),
+        (("dissect", "--by", "glasses"), "--top"),
+        (("dissect", "--by", "hats", "--top", 2), "none of these"),
         (("portraits", "depth"), "no trained autoencoder"),
     ):
         result = run(*words)

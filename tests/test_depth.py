@@ -15,15 +15,8 @@ from diffusion_lens.plots import depth_figure, describe_depth
 from diffusion_lens.portraits import depth as module
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
-from diffusion_lens.portraits.depth import (
-    CAVEAT,
-    DepthConfig,
-    DepthResult,
-    count_flips,
-    depth_series,
-    load_depth,
-    run_depth,
-)
+from diffusion_lens.portraits.depth import DepthConfig, count_flips, planned_images, run_depth
+from diffusion_lens.portraits.depth_result import CAVEAT, DepthResult, depth_series, flips_of, load_depth, point_of
 from diffusion_lens.portraits.networks import DenoiserConfig, make_autoencoder
 from diffusion_lens.types import LensError, Predictions
 
@@ -96,6 +89,36 @@ def test_the_result_is_stored_and_drawn(run: tuple[DepthResult, Path]) -> None:
     (work / "other.json").write_text("{}")
     with pytest.raises(LensError, match="not a stored depth experiment"):
         load_depth(work / "other.json")
+
+
+def test_what_guidance_cannot_change_is_drawn_once(run: tuple[DepthResult, Path]) -> None:
+    config = tiny(prompts=("", DOCTOR))
+    assert planned_images(config) == 3 * (1 + 2 + 2 + 2) * 12  # the empty prompt unbypassed; the rest at two scales
+    assert planned_images(tiny()) == 12 * len(list((run[1] / "readings").glob("*.safetensors")))
+
+
+def test_the_empty_prompt_is_the_same_at_every_scale(classifier: HeadsClassifier, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tiny(prompts=("",), n=10, attributes=("gender",))
+    result = run_depth(config, make_autoencoder(8), classifier, tmp_path, device=torch.device("cpu"))
+    model = module.load_model(tmp_path / "pipeline-2-levels", device=torch.device("cpu"), offline=True)
+    images = [
+        module.generate_batches(model, module.request(model, "", range(11_000_000, 11_000_010), 2, scale))
+        for scale in (1.0, 2.0)
+    ]
+    first, second = (np.concatenate([part.images for part in parts]).astype(int) for parts in images)
+    assert np.abs(first - second).max() <= 1, "both halves of a guided step are equal"
+    counts = [p.shares for p in result.points if p.depth == "2 levels" and not p.bypass]
+    assert counts[0] == counts[1] and len(list((tmp_path / "readings").iterdir())) == planned_images(config) // 10
+
+
+def test_settings_and_flips_are_found(run: tuple[DepthResult, Path]) -> None:
+    result, _ = run
+    point = point_of(result, "3 levels", "age", prompt=DOCTOR, guidance_scale=2.0, bypass=True)
+    assert (point.depth, point.attribute, point.bypass, point.guidance_scale) == ("3 levels", "age", True, 2.0)
+    assert len(flips_of(result, "gender", prompt=DOCTOR)) == 6 * 2
+    with pytest.raises(LensError, match="did not measure"):
+        point_of(result, "9 levels", "age", prompt=DOCTOR, guidance_scale=2.0, bypass=True)
 
 
 def test_nothing_is_made_twice(

@@ -258,6 +258,15 @@ def test_depth_errors_and_sentence() -> None:
     assert list(figure.data[0].error_y.arrayminus) == pytest.approx([0.08, 0.08])
     assert "training data 70 %" in notes(figure)
     sentence = plots.describe_depth(["2", "4"], shares, training_share=0.7)
+    assert not figure.layout.showlegend
+    both = {"training_share": 0.7, "name": "plain", "others": {"bypassed": shares[::-1]}}
+    two = plots.depth_figure(["2", "4"], shares, **both)
+    assert [line.name for line in two.data] == ["plain", "bypassed"] and two.layout.showlegend
+    assert list(two.data[1].y) == [shares[1].corrected, shares[0].corrected]
+    assert len({(line.marker.symbol, line.line.dash) for line in two.data}) == 2
+    assert "bypassed: at depth 2 90 %" in plots.describe_depth(["2", "4"], shares, **both)
+    with pytest.raises(LensError, match="one share of the same class"):
+        plots.depth_figure(["2", "4"], shares, training_share=0.7, others={"short": shares[:1]})
     assert "at depth 2 72 % (+2 points, within" in sentence and "at depth 4 90 % (+20 points, beyond" in sentence
     with pytest.raises(LensError, match="one share of the same class"):
         plots.depth_figure(["2"], shares, training_share=0.7)

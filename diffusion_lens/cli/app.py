@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from diffusion_lens.cli import build, compare, draw, fit, judge, measure, portraits, serve
+from diffusion_lens.cli import build, compare, dissect, draw, fit, judge, measure, portraits, serve
 
 app = typer.Typer(
     name="diffusion-lens",
@@ -21,7 +21,7 @@ app = typer.Typer(
         "Every command explains itself with --help."
     ),
 )
-for family in (draw, measure, judge, compare, fit, build, serve):
+for family in (draw, measure, judge, compare, dissect, fit, build, serve):
     family.register(app)
 app.add_typer(portraits.app, name="portraits")
 

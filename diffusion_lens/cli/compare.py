@@ -1,4 +1,4 @@
-"""``compare`` and ``dissect``, and ``portraits depth``: the long measurements, resumable."""
+"""``compare``: every method on the same seeds, resumable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_lens.cli import portraits
 from diffusion_lens.cli.console import Bar, duration, guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import BatchOption, DeviceOption, JsonOption, LensOption, checked_prompt, open_lens
 from diffusion_lens.records import to_plain
@@ -26,8 +25,6 @@ WorkOption = Annotated[Path, typer.Option(help="Folder of finished pieces; a sto
 def register(app: typer.Typer) -> None:
     """Add this family's commands."""
     app.command("compare")(compare)
-    app.command("dissect")(dissect)
-    portraits.app.command("depth")(depth)
 
 
 @guarded
@@ -157,109 +154,3 @@ def _print_table(comparison: Comparison) -> None:
         show_table(f"{comparison.attribute.name}: {part}", tuple(COLUMNS[field] for field in fields), rows)
     notes = [f"{COLUMNS[field]} {text}." for field, text in comparison.labels.items()]
     say("\n".join([verdict(comparison), comparison.rule, *notes]))
-
-
-@guarded
-def dissect(
-    prompt: PromptOption = None,
-    n: Annotated[int, typer.Option("--images", "-n", help="Images per feature, on paired seeds.")] = 64,
-    beta: Annotated[float, typer.Option(help="How far every feature is turned; 1 changes nothing.")] = 5.0,
-    feature: Annotated[
-        list[int] | None, typer.Option(help="A feature; may be repeated. All that fire by default.")
-    ] = None,
-    work: WorkOption = Path("runs/dissect"),
-    store: Annotated[bool, typer.Option("--store", help="Keep effects and names in the lens's atlas.")] = False,
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Turn every SAE feature alone and group them by what that changes: hair, glasses, beard, smile, …
-
-    python -m diffusion_lens dissect --prompt '' --images 64
-
-    python -m diffusion_lens dissect -p 'a portrait of a doctor' --feature 12 --feature 90 --json
-    """
-    from diffusion_lens.dissect import DissectConfig, groups, store_in_lens
-    from diffusion_lens.dissect import dissect as run
-
-    opened = open_lens(lens, device)
-    told = checked_prompt(opened, prompt if prompt is not None or opened.prompts == (None,) else opened.prompts[0])
-    values: dict[str, Any] = {"prompt": told, "n": n, "beta": beta, "batch_size": batch_size}
-    config = DissectConfig.parse({**values, "features": tuple(feature) if feature else None}, where="the dissection")
-    with progress("dissecting") as bar:
-        found = run(opened, config, work, on_step=bar.step)
-    grouped = groups(found)
-    if store:
-        say(f"Wrote {store_in_lens(found, opened.folder)}")
-    if as_json:
-        show_json(to_plain(grouped))
-        return
-    rows = [
-        (name, str(e.feature), e.label, _points(e.difference, e.interval), f"{e.q_value:.2g}", f"{e.specificity:.0%}")
-        for name, effects in grouped.items()
-        for e in effects[:5]
-    ]
-    show_table("what single features control", ("attribute", "feature", "class", "points", "q", "specific"), rows)
-    none = [name for name, effects in grouped.items() if not effects]
-    sure = sum(len(effects) for effects in grouped.values())
-    say(f"{sure} of {len(found.features)} features have a sure effect, {found.source}.")
-    if none:
-        say(f"No feature controls {', '.join(none)} above all else.")
-
-
-@guarded
-def depth(
-    work: WorkOption = Path("runs/depth"),
-    parts: Annotated[Path, typer.Option(help="Folder with the trained autoencoder/ and classifier/.")] = Path(
-        "runs/portraits"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every training.")] = 3000,
-    drawings: Annotated[int, typer.Option(min=1, help="Pictures they all learn from.")] = 20_000,
-    n: Annotated[int, typer.Option("--images", "-n", help="Images per prompt and setting.")] = 300,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Train U-Nets of three depths on the same drawings, and measure how each amplifies what was planted.
-
-    python -m diffusion_lens portraits depth --work runs/depth
-    """
-    import torch
-    from diffusers import AutoencoderTiny
-
-    from diffusion_lens.classify import HeadsClassifier
-    from diffusion_lens.cli.options import pick_device
-    from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
-    from diffusion_lens.portraits.depth import DepthConfig, run_depth
-
-    if not (parts / "autoencoder" / "config.json").is_file():
-        raise LensError(f"There is no trained autoencoder in {parts}; run: portraits train --stage autoencoder.")
-    place = torch.device(pick_device(device))
-    config = DepthConfig.parse(
-        {"train": DenoiserTrainConfig(n_steps=steps), "n_drawings": drawings, "n": n}, where="the depth experiment"
-    )
-    vae = AutoencoderTiny.from_pretrained(parts / "autoencoder").to(place).eval()
-    with progress("depth") as bar:
-        judge = HeadsClassifier.load(parts / "classifier")
-        result = run_depth(config, vae, judge, work, device=place, on_stage=bar.stage)
-    if as_json:
-        show_json(to_plain(result))
-        return
-    rows = [
-        (p.depth, "yes" if p.bypass else "no", f"'{p.prompt}'", f"{p.guidance_scale:g}", p.attribute, p.majority,
-         *_amplified(p.shares, p.amplification, p.intervals, p.majority))
-        for p in result.points
-    ]  # fmt: skip
-    headings = ("depth", "bypass", "prompt", "guidance", "attribute", "majority", "share", "points")
-    show_table("amplification", headings, rows)
-    say(result.caveat)
-    say(f"Wrote {work / 'depth.json'}")
-
-
-def _amplified(shares: Any, amplification: Any, intervals: Any, label: str) -> tuple[str, str]:
-    column = [share.label for share in shares].index(label)
-    return f"{shares[column].corrected:.0%}", _points(amplification[column], intervals[column])
-
-
-def _points(value: float, interval: tuple[float, float]) -> str:
-    return f"{value * 100:+.0f} ({interval[0] * 100:+.0f} to {interval[1] * 100:+.0f})"

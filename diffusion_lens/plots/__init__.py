@@ -6,9 +6,11 @@ Colours are Okabe–Ito and cividis, and nothing is told by colour alone: series
 from diffusion_lens.plots.compared import describe_strengths, describe_tradeoff, strength_figure, tradeoff_figure
 from diffusion_lens.plots.inside import (
     atlas_figure,
+    atlas_groups_figure,
     attribution_figure,
     describe_atlas,
     describe_attribution,
+    describe_groups,
     describe_probe,
     describe_step_profile,
     probe_figure,
@@ -31,6 +33,7 @@ from diffusion_lens.plots.tables import (
 
 __all__ = [
     "atlas_figure",
+    "atlas_groups_figure",
     "attribution_figure",
     "confusion_figure",
     "depth_figure",
@@ -38,6 +41,7 @@ __all__ = [
     "describe_attribution",
     "describe_confusion",
     "describe_depth",
+    "describe_groups",
     "describe_probe",
     "describe_shares",
     "describe_spillover",

@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from diffusion_lens.plots.theme import CONTROL, DIVERGING, SEQUENTIAL, TEXT, blank, colour_bar, percent, style
+from diffusion_lens.plots.theme import (
+    CONTROL,
+    DIVERGING,
+    OKABE_ITO,
+    SEQUENTIAL,
+    TEXT,
+    blank,
+    colour_bar,
+    percent,
+    style,
+)
 from diffusion_lens.types import Atlas, Attribution, LensError
 
 CHOSEN = "#009E73"
@@ -118,13 +128,19 @@ def describe_step_profile(profile: np.ndarray, steps: Sequence[int], *, feature:
 
 
 def atlas_figure(
-    atlas: Atlas, *, scores: np.ndarray | None = None, score_name: str = "density", chosen: Sequence[int] = ()
+    atlas: Atlas,
+    *,
+    scores: np.ndarray | None = None,
+    score_name: str = "density",
+    chosen: Sequence[int] = (),
+    only: Sequence[int] | None = None,
 ) -> go.Figure:
     """The map of features: a point per decoder direction; its id is the point's ``customdata[0]``.
 
     Args:
         scores: what colours the points, ``[d_sae]``; default the density. Signed scores get a diverging scale.
         chosen: features drawn with a ring, e.g. the ones being turned.
+        only: features shown in full; all others become small grey dots.
     """
     values = _scores(atlas, scores)
     live = np.flatnonzero(~atlas.dead)
@@ -132,6 +148,9 @@ def atlas_figure(
     signed = bool((values[live] < 0).any())
     reach = float(np.abs(values[live]).max(initial=0)) or 1.0
     figure = blank(height=460)
+    if only is not None:
+        _add_others(figure, atlas, np.setdiff1d(live, only))
+        live = np.intersect1d(live, only)
     if len(dead):
         figure.add_scatter(
             name="dead",
@@ -161,10 +180,71 @@ def atlas_figure(
         hovertemplate=f"feature #%{{customdata[0]}}: %{{customdata[1]}}<br>{score_name} %{{marker.color:.4g}}"
         "<br>fires on %{customdata[2]:.2%} of positions<extra></extra>",
     )
+    _add_ring(figure, atlas, chosen)
+    return figure
+
+
+def atlas_groups_figure(atlas: Atlas, groups: Mapping[str, Sequence[int]], *, chosen: Sequence[int] = ()) -> go.Figure:
+    """The same map, features told apart by what they control (colour and marker); all others small and grey.
+
+    Args:
+        groups: what is controlled → features; empty groups are left out.
+        chosen: features drawn with a ring.
+    """
+    figure = blank(height=460)
+    known = np.array([i for own in groups.values() for i in own], dtype=np.int64)
+    _add_others(figure, atlas, np.setdiff1d(np.arange(len(atlas.density)), known))
+    for index, (name, own) in enumerate(groups.items()):
+        if not len(own):
+            continue
+        look, rows = style(index), np.array(own)
+        figure.add_scatter(
+            name=f"{name} ({len(own)})",
+            mode="markers",
+            x=atlas.xy[rows, 0],
+            y=atlas.xy[rows, 1],
+            marker={
+                "symbol": look.symbol if index < len(OKABE_ITO) else f"{look.symbol}-open",
+                "size": 11,
+                "color": look.colour,
+                "line": {"width": 0.5 if index < len(OKABE_ITO) else 2, "color": look.colour},
+            },
+            customdata=[[int(i), atlas.labels[i] or "no label"] for i in own],
+            hovertemplate=f"feature #%{{customdata[0]}}, controls {name}: %{{customdata[1]}}<extra></extra>",
+        )
+    _add_ring(figure, atlas, chosen)
+    figure.update_layout(showlegend=True)
+    return figure
+
+
+def describe_groups(atlas: Atlas, groups: Mapping[str, Sequence[int]], *, chosen: Sequence[int] = ()) -> str:
+    """How many features control what, and which come first."""
+    parts = [f"{name}: {len(own)} (first #{own[0]})" for name, own in groups.items() if len(own)]
+    ring = f" Chosen: {', '.join(f'#{i}' for i in chosen[:10])}." if chosen else ""
+    told = "; ".join(parts) or "none for sure"
+    n = len(atlas.density)
+    return f"Map ({atlas.layout}) of {n} features, marked by what turning one alone changes: {told}.{ring}"
+
+
+def _add_others(figure: go.Figure, atlas: Atlas, rows: np.ndarray) -> None:
+    figure.add_scatter(
+        name="others",
+        showlegend=False,
+        mode="markers",
+        x=atlas.xy[rows, 0],
+        y=atlas.xy[rows, 1],
+        marker={"size": 4, "color": CONTROL, "opacity": 0.5},
+        customdata=rows[:, None],
+        hovertemplate="feature #%{customdata[0]}<extra></extra>",
+    )
+
+
+def _add_ring(figure: go.Figure, atlas: Atlas, chosen: Sequence[int]) -> None:
     if chosen:
         rows = np.array(chosen)
         figure.add_scatter(
             name="chosen",
+            showlegend=False,
             mode="markers",
             x=atlas.xy[rows, 0],
             y=atlas.xy[rows, 1],
@@ -174,7 +254,6 @@ def atlas_figure(
         )
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
-    return figure
 
 
 def describe_atlas(

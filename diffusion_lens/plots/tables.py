@@ -96,51 +96,74 @@ def describe_confusion(counts: np.ndarray, attribute: Attribute) -> str:
     return f"On {int(counts.sum())} labelled images, read rightly: {right}; {worst}."
 
 
-def depth_figure(depths: Sequence[str], shares: Sequence[Share], *, training_share: float) -> go.Figure:
-    """Generated share of one class by depth of the model, with intervals, against its share in the training data."""
-    _check_depths(depths, shares)
-    look = style(0)
-    values = np.array([s.corrected for s in shares])
-    ends = np.array([s.corrected_interval for s in shares])
+def depth_figure(
+    depths: Sequence[str],
+    shares: Sequence[Share],
+    *,
+    training_share: float,
+    name: str = "generated",
+    others: Mapping[str, Sequence[Share]] | None = None,
+) -> go.Figure:
+    """Generated share of one class by depth of the model, with intervals, against its share in the training data.
+
+    ``others``: further lines by name, e.g. at another guidance scale or with mid-block bypass.
+    """
+    lines = _depth_lines(depths, shares, name, others)
     figure = blank(x_title="depth of the model", y_title=f"share {shares[0].label}")
-    figure.add_scatter(
-        name="generated",
-        mode="lines+markers",
-        x=list(depths),
-        y=values,
-        error_y={"type": "data", "array": ends[:, 1] - values, "arrayminus": values - ends[:, 0], "thickness": 2},
-        line={"color": look.colour, "width": 2},
-        marker={"symbol": look.symbol, "size": 10, "color": look.colour},
-        customdata=[
-            f"{percent(s.corrected)} ({span(s.corrected_interval)})<br>amplification "
-            f"{points(s.corrected - training_share)} points<br>n = {s.n}, {s.n_uncertain} undecided"
-            for s in shares
-        ],
-        hovertemplate="depth %{x}<br>%{customdata}<extra></extra>",
-    )
+    for index, (title, line) in enumerate(lines.items()):
+        look = style(index)
+        values = np.array([s.corrected for s in line])
+        ends = np.array([s.corrected_interval for s in line])
+        figure.add_scatter(
+            name=title,
+            mode="lines+markers",
+            x=list(depths),
+            y=values,
+            error_y={"type": "data", "array": ends[:, 1] - values, "arrayminus": values - ends[:, 0], "thickness": 2},
+            line={"color": look.colour, "width": 2, "dash": look.dash},
+            marker={"symbol": look.symbol, "size": 10, "color": look.colour},
+            customdata=[
+                f"{percent(s.corrected)} ({span(s.corrected_interval)})<br>amplification "
+                f"{points(s.corrected - training_share)} points<br>n = {s.n}, {s.n_uncertain} undecided"
+                for s in line
+            ],
+            hovertemplate=f"{title}, %{{x}}<br>%{{customdata}}<extra></extra>",
+        )
     figure.add_hline(
         y=training_share,
         line={"color": TEXT, "width": 1.5, "dash": "dot"},
         annotation={"text": f"training data {percent(training_share)}", "font": {"size": 12, "color": TEXT}},
         annotation_position="bottom right",
     )
+    figure.update_layout(showlegend=len(lines) > 1)
     figure.update_xaxes(type="category")
-    figure.update_yaxes(tickformat=".0%")
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return figure
 
 
-def describe_depth(depths: Sequence[str], shares: Sequence[Share], *, training_share: float) -> str:
-    """Amplification at the first and last depth and whether their intervals exclude the training share."""
-    _check_depths(depths, shares)
-    parts = []
-    for depth, share in ((depths[0], shares[0]), (depths[-1], shares[-1])):
-        low, high = share.corrected_interval
-        clear = "beyond" if not low <= training_share <= high else "within"
-        parts.append(
-            f"at depth {depth} {percent(share.corrected)} ({points(share.corrected - training_share)} points, "
-            f"{clear} its 95 % interval)"
-        )
-    return f"Share {shares[0].label} against {percent(training_share)} in the training data: {'; '.join(parts)}."
+def describe_depth(
+    depths: Sequence[str],
+    shares: Sequence[Share],
+    *,
+    training_share: float,
+    name: str = "generated",
+    others: Mapping[str, Sequence[Share]] | None = None,
+) -> str:
+    """Amplification at the first and last depth of every line; whether their intervals exclude the training share."""
+    lines = _depth_lines(depths, shares, name, others)
+    sentences = []
+    for title, line in lines.items():
+        parts = []
+        for depth, share in ((depths[0], line[0]), (depths[-1], line[-1])):
+            low, high = share.corrected_interval
+            clear = "beyond" if not low <= training_share <= high else "within"
+            parts.append(
+                f"at depth {depth} {percent(share.corrected)} ({points(share.corrected - training_share)} points, "
+                f"{clear} its 95 % interval)"
+            )
+        sentences.append(f"{f'{title}: ' if len(lines) > 1 else ''}{'; '.join(parts)}")
+    told = f"Share {shares[0].label} against {percent(training_share)} in the training data: "
+    return f"{told}{'. '.join(sentences)}."
 
 
 def _change_rows(columns: Mapping[str, Sequence[Change]]) -> list[tuple[str, str]]:
@@ -187,6 +210,11 @@ def _check_confusion(counts: np.ndarray, attribute: Attribute) -> np.ndarray:
     return counts
 
 
-def _check_depths(depths: Sequence[str], shares: Sequence[Share]) -> None:
-    if not depths or len(depths) != len(shares) or len({s.label for s in shares}) != 1:
+def _depth_lines(
+    depths: Sequence[str], shares: Sequence[Share], name: str, others: Mapping[str, Sequence[Share]] | None
+) -> dict[str, Sequence[Share]]:
+    lines = {name: shares, **(others or {})}
+    labels = {s.label for line in lines.values() for s in line}
+    if not depths or any(len(line) != len(depths) for line in lines.values()) or len(labels) != 1:
         raise LensError("A depth plot takes one share of the same class per depth.")
+    return lines

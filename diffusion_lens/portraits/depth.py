@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from diffusion_lens import metrics, stats
 from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
@@ -30,19 +28,13 @@ from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import encode_all
 from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, train_denoiser
+from diffusion_lens.portraits.depth_result import DepthPoint, DepthResult, Flips
 from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.portraits.recipe import save_pipeline
 from diffusion_lens.records import to_plain
-from diffusion_lens.types import Attribute, LensError, Predictions, Share
+from diffusion_lens.types import Attribute, LensError, Predictions
 
 OnStage = Callable[[str, int, int], None]
-
-CAVEAT = (
-    "A small experiment on drawn faces: a few small networks, one training run each, so that depth, size and the luck "
-    "of one training cannot be told apart; the intervals count images alone, not trainings. It can show that these "
-    "networks over- or under-state their training shares, and by how much; it cannot show that depth as such does so, "
-    "nor anything about photographs or about large models. Deeper networks here have more parameters, too."
-)
 
 
 class DepthConfig(StrictConfig):
@@ -59,16 +51,18 @@ class DepthConfig(StrictConfig):
 
     shapes: dict[str, DenoiserConfig] = Field(
         default_factory=lambda: {
-            "2 levels": DenoiserConfig(channels=(64, 96), attention=(False, True)),
-            "3 levels": DenoiserConfig(channels=(48, 64, 96), attention=(False, False, True)),
-            "4 levels": DenoiserConfig(channels=(48, 64, 80, 96), attention=(False, False, False, True)),
+            "2 levels": DenoiserConfig(channels=(32, 64), attention=(False, True), text_width=64),
+            "3 levels": DenoiserConfig(channels=(32, 64, 96), attention=(False, False, True), text_width=64),
+            "4 levels": DenoiserConfig(
+                channels=(32, 64, 96, 128), attention=(False, False, False, True), text_width=64
+            ),
         }
     )
-    train: DenoiserTrainConfig = DenoiserTrainConfig(n_steps=3000)
-    n_drawings: int = Field(default=20_000, ge=1)
+    train: DenoiserTrainConfig = DenoiserTrainConfig(n_steps=1100, batch_size=64)
+    n_drawings: int = Field(default=12_000, ge=1)
     prompts: tuple[str, ...] = ("", "a portrait of a firefighter", "a portrait of a nurse")
-    guidance_scales: tuple[float, ...] = (1.0, 2.0, 4.0)
-    n: int = Field(default=300, ge=stats.MIN_PAIRS)
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)
+    n: int = Field(default=150, ge=stats.MIN_PAIRS)
     first_seed: int = 11_000_000
     n_steps: int = Field(default=20, ge=1)
     bypass: float = Field(default=0.5, gt=0, le=1)
@@ -86,57 +80,16 @@ class DepthConfig(StrictConfig):
         return self
 
 
-@dataclass(frozen=True)
-class DepthPoint:
-    """One depth, prompt, guidance scale, with or without bypass: one attribute's shares against the planted ones.
-
-    Attributes:
-        shares: corrected and raw, with intervals. planted: ``[class]``.
-        amplification: corrected minus planted share, ``[class]``; ``intervals`` theirs, ``[class]`` pairs.
-        majority: the class planted most often.
-    """
-
-    depth: str
-    bypass: bool
-    prompt: str
-    guidance_scale: float
-    attribute: str
-    shares: tuple[Share, ...]
-    planted: tuple[float, ...]
-    amplification: tuple[float, ...]
-    intervals: tuple[tuple[float, float], ...]
-    majority: str
-
-
-@dataclass(frozen=True)
-class Flips:
-    """The same seeds in two settings: images that left the minority for the majority class, and the other way.
-
-    ``p_value`` is McNemar's, exact, for "both ways alike"; ``n`` images decided both times.
-    """
-
-    first: str
-    second: str
-    prompt: str
-    guidance_scale: float
-    attribute: str
-    majority: str
-    to_majority: int
-    to_minority: int
-    p_value: float
-    n: int
-
-
-@dataclass(frozen=True)
-class DepthResult:
-    """All points and flips. ``parameters``: depth → weights of its U-Net. ``caveat``: what this can and can't show."""
-
-    points: tuple[DepthPoint, ...]
-    flips: tuple[Flips, ...]
-    parameters: dict[str, int]
-    config: dict[str, Any]
-    classifier_id: str
-    caveat: str = CAVEAT
+def planned_images(config: DepthConfig) -> int:
+    """Images that a whole run draws; guided ones cost two forward passes a step."""
+    settings = [
+        (bypassed, prompt, scale)
+        for bypassed in (False, True)
+        for prompt in config.prompts
+        for scale in config.guidance_scales
+        if prompt or bypassed or scale == config.guidance_scales[0]
+    ]
+    return len(config.shapes) * len(settings) * config.n
 
 
 def run_depth(
@@ -172,30 +125,6 @@ def run_depth(
     return result
 
 
-def load_depth(path: Path) -> DepthResult:
-    """Read ``depth.json``; raises ``LensError`` that names a bad file."""
-    try:
-        return TypeAdapter(DepthResult).validate_python(read_json(path))
-    except ValueError as error:
-        if isinstance(error, LensError):
-            raise
-        raise LensError(f"{path} is not a stored depth experiment; run it again.") from None
-
-
-def depth_series(
-    result: DepthResult, attribute: str, label: str, *, prompt: str, guidance_scale: float, bypass: bool = False
-) -> tuple[list[str], list[Share], float]:
-    """Depths, the shares of one class and its planted share, as ``plots.depth_figure`` takes them."""
-    chosen = [
-        p for p in result.points
-        if (p.attribute, p.prompt, p.guidance_scale, p.bypass) == (attribute, prompt, guidance_scale, bypass)
-    ]  # fmt: skip
-    if not chosen or label not in {s.label for s in chosen[0].shares}:
-        raise LensError(f"This experiment did not measure {attribute} = {label} there.")
-    column = [s.label for s in chosen[0].shares].index(label)
-    return [p.depth for p in chosen], [p.shares[column] for p in chosen], chosen[0].planted[column]
-
-
 def _train_all(
     config: DepthConfig, vae: AutoencoderTiny, work: Path, device: torch.device, on_stage: OnStage | None
 ) -> None:
@@ -228,6 +157,9 @@ def _read(
 ) -> dict[str, Predictions]:
     """What the classifier reads in one setting's images, drawn once and kept."""
     name, bypassed, prompt, scale = where
+    if not prompt and not bypassed:  # both halves of a guided step are told nothing: the scale changes nothing
+        scale = config.guidance_scales[0]
+        where = (name, bypassed, prompt, scale)
     wanted = {a.name: a for a in classifier.attributes if a.name in config.attributes}
     path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
+from diffusion_lens.dissection import Dissection, FeatureEffect, effects_of, is_sure
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import Examples, FeatureCard
 from diffusion_lens.ui.pictures import data_uri, spotlight
@@ -77,7 +79,7 @@ def large_card(lens: DiffusionLens, feature: int) -> str:
         _gallery("Also fires on, drawn at random", card.random, feature),
         _gallery("Just misses", card.near, feature),
         _attribution_table(card),
-        _effects(card),
+        effects_html(lens, card),
         "</article>",
     ]
     return "".join(parts)
@@ -133,21 +135,75 @@ def _attribution_table(card: FeatureCard) -> str:
     )
 
 
-def _effects(card: FeatureCard) -> str:
+def effects_html(lens: DiffusionLens, card: FeatureCard) -> str:
+    """What turning this feature alone changes, attribute by attribute: sure effects first, all others folded away."""
+    title = "<h3>Effect when it alone is turned</h3>"
+    found = lens.dissection
+    own = effects_of(found, card.id) if found is not None else ()
+    if found is None or not own:
+        return title + _untested(lens, card)
+    sure = [e for e in own if is_sure(found, e)]
+    quiet = [name for name in found.classes if name not in {e.attribute for e in sure}]
+    if not np.isfinite([e.q_value for e in own]).any():
+        said = f"It never fires on these {found.n} images, so turning it changes nothing in them."
+    elif not sure:
+        said = f"Nothing that the classifier reads moved for sure on {found.n} paired images."
+    else:
+        said = f"Nothing sure on {', '.join(quiet)}." if quiet else ""
+    rest = [e for e in own if e not in sure and np.isfinite(e.difference)]
+    return (
+        f"{title}{_effect_table(sure, 'moved for sure') if sure else ''}<p>{escape(said)}</p>"
+        f"<details class='dl-table'><summary>All {len(own)} classes measured</summary>"
+        f"{_effect_table([*sure, *rest], 'points, 95 % interval')}</details>"
+        f'<p class="dl-quiet">{escape(_how(found))}</p>'
+    )
+
+
+def _untested(lens: DiffusionLens, card: FeatureCard) -> str:
+    """Effects that the fit measured without a test, or how to measure them."""
+    if not card.effects:
+        found = lens.dissection
+        many = "" if found is None else f" {len(found.features)} other features were: see “Show” above the map."
+        return f'<p class="dl-quiet">Not measured for this feature; turn it in Explore.{many}</p>'
     known = [
         f"<tr><th scope='row'>{escape(attribute)}: {escape(label)}</th><td>{100 * change:+.0f} points</td></tr>"
         for attribute, changes in card.effects.items()
         for label, change in changes.items()
         if np.isfinite(change) and abs(change) >= 0.005
     ]
-    if not card.effects:
-        return (
-            "<h3>Effect when it alone is turned</h3>"
-            '<p class="dl-quiet">Not measured for this feature; turn it in Explore.</p>'
-        )
     body = f"<table><tbody>{''.join(known)}</tbody></table>" if known else "<p>No share moved by half a point.</p>"
-    source = f'<p class="dl-quiet">{escape(card.effect_source)}</p>' if card.effect_source else ""
-    return f"<h3>Effect when it alone is turned</h3>{body}{source}"
+    source = f"{card.effect_source}; without a test of chance." if card.effect_source else ""
+    return f'{body}<p class="dl-quiet">{escape(source)}</p>'
+
+
+def _effect_table(effects: Sequence[FeatureEffect], title: str) -> str:
+    rows = [
+        f"<tr><th scope='row'>{escape(e.attribute)}: {escape(e.label)}</th><td>{_points(e)}</td><td>{_q(e)}</td></tr>"
+        for e in sorted(effects, key=lambda e: -abs(np.nan_to_num(e.difference)))
+    ]
+    return (
+        f"<div class='dl-scroll' tabindex='0'><table><thead><tr><th scope='col'>{escape(title)}</th>"
+        "<th scope='col'>points (95 %)</th><th scope='col'>q</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _points(effect: FeatureEffect) -> str:
+    low, high = effect.interval
+    return f"{100 * effect.difference:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def _q(effect: FeatureEffect) -> str:
+    if np.isnan(effect.q_value):
+        return "not tested"
+    return "&lt; 0.001" if effect.q_value < 0.001 else f"{effect.q_value:.3f}"
+
+
+def _how(found: Dissection) -> str:
+    return (
+        f"{found.source[:1].upper()}{found.source[1:]}; McNemar's test on paired seeds, false discovery rate "
+        f"{found.alpha:.0%} over all features and classes."
+    )
 
 
 def _percent(share: float) -> str:
