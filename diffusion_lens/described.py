@@ -28,6 +28,8 @@ DESCRIPTION = "config.json"
 WEIGHTS = "weights"
 """Folder of a network so small that it is kept with its description."""
 SMALL_BYTES = 10_000_000
+ASSUMED = 1_000_000
+"""Images per class in a confusion matrix that is an assumption."""
 KINDS = "clip, clip:ID, fairface, fairface:FILE, hf:ID, a description (.json) or the folder of a saved classifier"
 Map = dict[str, dict[str, tuple[str, ...]]]
 Detector = Literal["yunet"]
@@ -142,6 +144,18 @@ def _reader(spec: ClassifierSpec, place: str, device: str, offline: bool) -> Rea
             file if file.is_file() else weights_folder() / file.name, label_map=spec.labels, device=device
         )
     return HubReader.load(place, spec.labels, device=device, offline=offline, revision=spec.revision)
+
+
+def assumed_right(classifier: PhotoClassifier) -> PhotoClassifier:
+    """The classifier with an error that was assumed, not measured: none, on ``ASSUMED`` images of every class.
+
+    Corrected shares and their intervals are then those of the raw counts; nobody knows how far off they are.
+    """
+    n = {a.name: len(a.classes) for a in classifier.attributes}
+    return classifier.with_confusion(
+        {name: ASSUMED * np.eye(k, dtype=np.int64) for name, k in n.items()},
+        {name: np.zeros(k, dtype=np.int64) for name, k in n.items()},
+    )
 
 
 def describe(classifier: Classifier) -> ClassifierSpec | None:

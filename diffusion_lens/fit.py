@@ -171,7 +171,7 @@ def check_judge(config: FitConfig, judge: Classifier) -> None:
     if unknown:
         raise LensError(
             f"How often the classifier errs on {unknown[0]} is not known: give images that people labelled, with "
-            "--labelled FILE.csv (--label-sheet FOLDER writes some to fill in)."
+            "--labelled FILE.csv (--label-sheet FOLDER writes some to fill in), or say --assume-no-error."
         )
 
 

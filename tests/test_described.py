@@ -18,9 +18,11 @@ from tiny_clip import save_tiny_clip
 
 from diffusion_lens.artifacts import read_manifest, write_manifest
 from diffusion_lens.described import (
+    ASSUMED,
     SMALL_BYTES,
     WEIGHTS,
     ClassifierSpec,
+    assumed_right,
     build,
     describe,
     named_spec,
@@ -194,6 +196,7 @@ def test_a_lens_judged_by_clip_is_fitted_moved_and_opened(
     with pytest.raises(LensError, match=r"How often the classifier errs on gender is not known: .*--label-sheet"):
         fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, blind, blind))
     assert not (tmp_path / "w").exists()
+    np.testing.assert_array_equal(assumed_right(blind).confusion["gender"] / ASSUMED, np.eye(2))
     made = fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, judge, judge))
     (tmp_path / "made").rename(tmp_path / "moved")
     lens = DiffusionLens.from_pretrained(tmp_path / "moved", offline=True)

@@ -161,5 +161,7 @@ def test_calibrate_measures_and_keeps(run: Run) -> None:
     assert blind.exit_code == 0 and "How often the classifier errs on gender" in " ".join(blind.stderr.split())
     told = run(*words, "--labelled", "people.csv", "--dry-run")
     assert told.exit_code == 0 and "How often" not in told.stderr
+    both = run(*words, "--labelled", "people.csv", "--assume-no-error")
+    assert both.exit_code == 2 and "Either measure" in both.stderr
     described = read_json(Path("runs/fit/classifier.json"))
     assert described["confusion"] == kept["confusion"] and described["uncertain"] == kept["uncertain"]

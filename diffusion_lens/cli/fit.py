@@ -83,6 +83,14 @@ def fit(
         Path | None,
         typer.Option(rich_help_panel=READING, help="Labelled images (CSV) that measure the classifier's error."),
     ] = None,
+    assume_no_error: Annotated[
+        bool,
+        typer.Option(
+            "--assume-no-error",
+            rich_help_panel=READING,
+            help="Take the classifier's word: its error stays unmeasured and corrected shares equal the raw ones.",
+        ),
+    ] = False,
     labeller: Annotated[
         str | None,
         typer.Option(
@@ -148,7 +156,7 @@ def fit(
         models = fitting.load_models(config, device=running.device, offline=offline, options=running)
     else:
         texts = _prompts(prompts, given, prompts_file)
-        reading = _Reading(classifier, labels, find_faces, labelled, labeller, attributes)
+        reading = _Reading(classifier, labels, find_faces, labelled, assume_no_error, labeller, attributes)
         changes = {
             "n_images": images, "per_class": per_class, "n_steps": steps, "guidance_scale": guidance,
             "batch_size": batch_size, "sweep_images": sweep_images, "seed": seed, "name": name, "revision": revision,
@@ -182,10 +190,14 @@ class _Reading:
         labels: Path | None,
         find_faces: bool,
         labelled: Path | None,
+        assume_no_error: bool,
         labeller: str | None,
         attributes: str,
     ) -> None:
         self.classifier, self.labelled, self.labeller = classifier, labelled, labeller
+        if labelled and assume_no_error:
+            raise LensError("Either measure the classifier's error with --labelled, or assume that it has none.")
+        self.assume_no_error = assume_no_error
         self.labels = _labels(labels)
         self.detector: Detector | None = "yunet" if find_faces else None
         self.attributes = tuple(part.strip() for part in attributes.split(",") if part.strip())
@@ -226,7 +238,7 @@ def _from_flags(
 
 def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[Any, str]:
     """The classifier, and what names it in a configuration: a folder, or a description that is kept in ``work``."""
-    from diffusion_lens.described import build, describe, named_spec, open_classifier
+    from diffusion_lens.described import assumed_right, build, describe, named_spec, open_classifier
     from diffusion_lens.labelled import calibrate_from_folder
 
     place = Path(reading.classifier)
@@ -235,7 +247,7 @@ def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[A
             raise LensError(
                 "--labels and --find-faces go with clip, fairface or hf:ID; a saved classifier has its own."
             )
-        if reading.labelled:
+        if reading.labelled or reading.assume_no_error:
             raise LensError(f"{place} carries its own error; measure it anew with the command calibrate.")
         return open_classifier(place, device=device, offline=offline), str(place.resolve())
     spec = named_spec(reading.classifier, labels=reading.labels, detector=reading.detector)
@@ -245,6 +257,8 @@ def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[A
     judge = build(spec, device=device, offline=offline)
     if reading.labelled is not None:
         judge = calibrate_from_folder(judge, reading.labelled)
+    elif reading.assume_no_error:
+        judge = assumed_right(judge)
     (describe(judge) or spec).save(work / "classifier.json")
     return judge, str((work / "classifier.json").resolve())
 
