@@ -26,7 +26,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from lens_fixtures import copied_lens, tiny_fit_models, tiny_lens, tiny_lens_folder  # noqa: F401
+from lens_fixtures import copied_lens, prompt_free_lens, tiny_fit_models, tiny_lens, tiny_lens_folder  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline

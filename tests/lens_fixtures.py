@@ -106,6 +106,20 @@ def tiny_lens(tiny_lens_folder: Path) -> DiffusionLens:
     return DiffusionLens.from_pretrained(tiny_lens_folder)
 
 
+@pytest.fixture(scope="session")
+def prompt_free_lens(pixel_model: DiffusionModel, tmp_path_factory: pytest.TempPathFactory) -> DiffusionLens:
+    """A complete lens on the tiny unconditional pixel pipeline; do not change it."""
+    folder = tmp_path_factory.mktemp("prompt-free")
+    made = generate(pixel_model, request(pixel_model, None, range(10_000, 10_128), STEPS, 1.0), batch_size=64).images
+    judge = classifier_of(made)
+    config = tiny_config(
+        name="prompt-free", model="tiny-pixel", model_id=pixel_model.model_id, sampling_prompts=(), prompts=(),
+        sweep_prompts=(), vocabulary=None, guidance_scale=1.0, n_images=64, effect_features=0,
+        sweep_attributes=("gender",),
+    )  # fmt: skip
+    return fit(config, folder / "lens", work=folder / "work", models=Models(pixel_model, judge, judge))
+
+
 @pytest.fixture
 def copied_lens(tiny_lens_folder: Path, tmp_path: Path) -> Callable[[], Path]:
     """Makes copies of the tiny lens's folder that a test may damage."""

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from lens_fixtures import PROMPTS
 
 from diffusion_lens import ui
+from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
-from diffusion_lens.ui import atlas_tab, cards, explore_handlers, grid, jobs, state, sweep_handlers
+from diffusion_lens.ui import about, atlas_tab, cards, explore_handlers, grid, jobs, state, sweep_handlers, texts
 from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.pictures import spotlight
 from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Recent, Studio
+from diffusion_lens.ui.studio import Recent, Studio, foreign_lines
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +331,97 @@ class TestSweeps:
         ))  # fmt: skip
         seen = [[len(r.points) for r in step[6]] for step in steps if isinstance(step[6], tuple)]
         assert seen == [[1], [2], [3], [4], [5], *([5, n] for n in range(1, 6))]
-        assert "Done" in steps[-1][5] and steps[-1][7]["visible"] is True
+        assert "Done" in steps[-1][5] and steps[-1][7]["visible"] is True and steps[-1][9] is False
+
+    def test_the_tab_follows_explore_once(self, studio: Studio, view: View) -> None:
+        nurse = "a portrait of a nurse"
+        look = sweep_handlers.look
+        first = look(studio, view.prompt, "gender", view.prompt, "gender", "share", False, False)
+        assert first[0]["value"] == view.prompt and isinstance(first[2], dict) and first[-1] is True
+        for opened, busy, here in ((True, False, view.prompt), (True, True, nurse), (False, True, nurse)):
+            again = look(studio, view.prompt, "gender", here, "gender", "share", opened, busy)
+            assert not any(isinstance(output, str | bool) or "value" in output for output in again)
+        other = look(studio, nurse, "age", view.prompt, "gender", "share", True, False)
+        assert (other[0]["value"], other[1]["value"]) == (nurse, "age") and "Run sweep" in other[7]
+
+    def test_explore_follows_the_tab_and_draws_on_return(self, studio: Studio, view: View) -> None:
+        page, values = page_of(studio, replace(view, beta=2.0))
+        *updates, asked = explore_handlers.take_subject(studio, page, "a portrait of a nurse", "gender", values)
+        assert asked.pending and len(updates) == 10 + 3 * N_SLOTS
+        taken = applied(values, updates)
+        wanted = explore_handlers.read_view(studio, asked, taken)
+        assert wanted == replace(view, beta=2.0, prompt="a portrait of a nurse")
+        *_, last = explore_handlers.draw_pending(studio, asked, *taken)
+        assert last[1].count("<img") == 8 and not last[6].pending
+        (idle,) = explore_handlers.draw_pending(studio, last[6], *taken)
+        assert not any(isinstance(output, str) for output in idle)
+        *updates, asked = explore_handlers.take_subject(studio, page, view.prompt, "age", values)
+        assert explore_handlers.read_view(studio, asked, applied(values, updates)).attribute == "age"
+
+    def test_a_sweep_of_another_setting_is_named(self, copied_lens: Any, caplog: Any) -> None:
+        import json
+
+        folder = copied_lens()
+        assert foreign_lines(Studio(DiffusionLens.from_pretrained(folder))) == []
+        lens = DiffusionLens.from_pretrained(folder)
+        path = folder / "lens.json"
+        text = json.loads(path.read_text())
+        text["settings"]["gender"]["n_features"] += 1
+        changed = Studio(replace(lens, manifest=type(lens.manifest).model_validate(text)))
+        assert len(changed.foreign) == 2, "its sweep and the control"
+        assert "3 features" in foreign_lines(changed)[0] and "ships 4 features" in foreign_lines(changed)[0]
+        assert "another setting" in sweep_handlers.open_stored(changed, PROMPTS[0], "gender", "share")[5]
+
+
+class TestSeveralLenses:
+    def test_bundled_folders_are_found_the_first_page_in_front(self, tmp_path: Path) -> None:
+        for name in ("another", "portraits", "half-made"):
+            (tmp_path / name).mkdir()
+        for name in ("another", "portraits"):
+            (tmp_path / name / "lens.json").write_text("{}")
+        both = (str(tmp_path / "portraits"), str(tmp_path / "another"))
+        assert lenses_to_open((), "", tmp_path) == both
+        assert lenses_to_open((), os.pathsep.join(("x", "y")), tmp_path) == ("x", "y")
+        assert lenses_to_open(("a", "b", "a"), "x", tmp_path) == ("a", "b")
+        assert lenses_to_open((), "", tmp_path / "nowhere") == (str(tmp_path / "nowhere" / "portraits"),)
+
+    def test_pages_have_names_of_their_own(self) -> None:
+        assert ui.page_paths(["x", "Portraits, no words", "portraits-no-words", "…"]) == [
+            "", "portraits-no-words", "portraits-no-words-next", "lens"
+        ]  # fmt: skip
+
+    def test_each_lens_has_a_page_and_all_share_one_lane(
+        self, tiny_lens: DiffusionLens, prompt_free_lens: DiffusionLens
+    ) -> None:
+        first, second = ui._studios([tiny_lens, prompt_free_lens])
+        assert first.lane is second.lane and first.stops is second.stops
+        one, two = ui.build(tiny_lens), ui.build(tiny_lens, prompt_free_lens)
+        pages = two.get_config_file()["page"]
+        assert list(pages) == ["", "prompt-free"]
+        for kind in ("components", "dependencies"):
+            assert len(pages[""][kind]) == len(one.get_config_file()["page"][""][kind]) + (kind == "components")
+
+    def test_a_model_without_prompts_says_so_and_is_turned(self, prompt_free_lens: DiffusionLens) -> None:
+        studio = Studio(prompt_free_lens)
+        view = state.default_view(prompt_free_lens)
+        page, values = page_of(studio, replace(view, beta=2.0))
+        assert values[0] is None and explore_handlers.read_view(studio, page, values) == replace(view, beta=2.0)
+        *_, last = explore_handlers.draw(studio, page, *values)
+        assert "β = 2" in last[4] and "p=" not in last[5]
+        figure, *_ = sweep_handlers.open_stored(studio, None, "gender", "share")
+        assert figure is not None
+        assert "every image" in about.planted_html(prompt_free_lens, "gender")
+        assert texts.NO_PROMPT in str(ui.build(prompt_free_lens).get_config_file()["components"])
+
+
+class TestAbout:
+    def test_every_prompt_says_what_is_stored(self, tiny_lens: DiffusionLens) -> None:
+        html = about.planted_html(tiny_lens, "gender")
+        assert html.count("images</td>") == 1 and "no true share is known" in html
+        figure, said = about.comparison(tiny_lens, PROMPTS[0], "gender")
+        assert figure is not None and "decided images" in said
+        figure, said = about.comparison(tiny_lens, PROMPTS[1], "gender")
+        assert figure is None and "No sweep" in said and "Sweep tab" in said
 
     def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
         job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])

@@ -1,14 +1,29 @@
-"""The interface: ``build(lens)`` makes the Gradio app, ``launch(lens)`` serves it."""
+"""The interface: ``build(lens, …)`` makes the Gradio app, ``launch(lens, …)`` serves it; a page for each lens."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
-import gradio as gr
+# isort: split
+from diffusion_lens.ui.quick_start import gr, without_collector, without_servers  # first, so that gradio comes quickly
 
+# isort: split
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.ui import about, atlas_tab, explore, explore_handlers, sweep_tab, texts
+from diffusion_lens.ui import (
+    about,
+    atlas_tab,
+    depth_tab,
+    explore,
+    explore_handlers,
+    methods_tab,
+    sweep_tab,
+    texts,
+    together,
+)
 from diffusion_lens.ui.figure import ASSETS
+from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.studio import Studio
 from diffusion_lens.ui.theme import theme
 
@@ -16,31 +31,66 @@ QUEUE = 64
 SESSIONS = 500
 """Visitors whose page is kept in memory; a sweep of one's own takes about half a megabyte."""
 
-WARM_UP_DELAY = 1.5
-"""Seconds between the launch and the loading of torch, so that the first page is served before."""
+PATIENCE = 10.0
+"""Seconds after which the first lens's model is loaded though nobody has come; a visitor's first view goes before."""
 
 
-def build(lens: DiffusionLens) -> gr.Blocks:
-    """The whole app on one lens. Launch it with ``launch_options``, or both at once with ``launch``."""
-    return _assemble(Studio(lens))
+def build(*lenses: DiffusionLens) -> gr.Blocks:
+    """The whole app, a page per lens. Launch it with ``launch_options``, or both at once with ``launch``."""
+    return _assemble(_studios(lenses))
 
 
-def _assemble(studio: Studio) -> gr.Blocks:
-    lens = studio.lens
-    with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.HTML(texts.header(lens.manifest.name))
-        with gr.Tabs(selected="explore") as tabs:
-            with gr.Tab("Explore", id="explore"):
-                tab = explore.layout(studio)
-            with gr.Tab("Sweep", id="sweep"):
-                sweep_tab.layout(studio, tab.page)
-            with gr.Tab("Atlas", id="atlas"):
-                feature, turn = atlas_tab.layout(studio)
-            with gr.Tab("About", id="about") as about_tab:
-                about.layout(studio, about_tab)
-        _connect(demo, studio, tab, tabs, feature, turn)
-    demo.queue(max_size=QUEUE, api_open=False)
+def _studios(lenses: Sequence[DiffusionLens]) -> list[Studio]:
+    first = Studio(lenses[0])
+    return [first, *(Studio(lens, beside=first) for lens in lenses[1:])]
+
+
+def _assemble(studios: Sequence[Studio]) -> gr.Blocks:
+    paths = page_paths([studio.lens.manifest.name for studio in studios])
+    with without_collector(), without_servers():
+        with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+            _page(demo, studios, paths, 0)
+        for i, path in enumerate(paths[1:], start=1):
+            with demo.route(studios[i].lens.manifest.name, path, show_in_navbar=False):
+                _page(demo, studios, paths, i)
+        demo.queue(max_size=QUEUE, api_open=False)
     return demo
+
+
+def page_paths(names: Sequence[str]) -> list[str]:
+    """Where each lens's page lies under the app's address: the first at the root, the others by name."""
+    paths = [""]
+    for name in names[1:]:
+        path = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "lens"
+        while path in paths:
+            path += "-next"
+        paths.append(path)
+    return paths
+
+
+def _page(demo: gr.Blocks, studios: Sequence[Studio], paths: Sequence[str], i: int) -> None:
+    """One lens's page, inside an open context of its own."""
+    studio = studios[i]
+    if len(studios) > 1:
+        gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
+    names = [(s.lens.manifest.name, s.lens.prompts == (None,)) for s in studios]
+    gr.HTML(texts.header(names, paths, i))
+    with gr.Tabs(selected="explore") as tabs:
+        with gr.Tab("Explore", id="explore") as explore_tab:
+            tab = explore.layout(studio)
+        with gr.Tab("Sweep", id="sweep") as sweep:
+            sweep_tab.layout(studio, sweep, tab)
+            together.layout(studio, sweep)
+        with gr.Tab("Methods", id="methods") as methods:
+            methods_tab.layout(studio, methods, tab)
+        with gr.Tab("Atlas", id="atlas") as atlas:
+            feature, turn = atlas_tab.layout(studio, atlas)
+        with gr.Tab("Depth", id="depth") as depth:
+            depth_tab.layout(depth)
+        with gr.Tab("About", id="about") as about_tab:
+            about.layout(studio, about_tab)
+    explore.return_to(studio, explore_tab, tab)
+    _connect(demo, studio, tab, tabs, feature, turn)
 
 
 def _connect(
@@ -51,30 +101,34 @@ def _connect(
         return explore_handlers.open_link(studio, str(request.session_hash), query)
 
     def leave(request: gr.Request) -> None:
-        for work in ("draw", "sweep", "balance"):
+        for work in ("draw", "sweep", "balance", "methods"):
             studio.stops.stop(f"{request.session_hash}:{work}")
 
     def take(page: explore_handlers.Page, feature: int | None, *values: Any) -> tuple[Any, ...]:
         return (gr.Tabs(selected="explore"), *explore_handlers.turn_feature(studio, page, feature, values))
 
+    def seen() -> None:
+        studio.seen.set()
+        studio.warm_up()
+
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     demo.load(arrive, None, [*tab.changed, tab.status], **quick).then(
-        lambda page, *values: (yield from explore_handlers.draw_linked(studio, page, *values)),
+        lent(30)(lambda page, *values: (yield from explore_handlers.draw_linked(studio, page, *values))),
         [tab.page, *tab.controls], tab.outputs, concurrency_id="live", concurrency_limit=8, **quick,
-    )  # fmt: skip
+    ).then(seen, None, None, **quick)  # fmt: skip
     turn.click(take, [tab.page, feature, *tab.controls], [tabs, *tab.changed], **quick).then(**tab.live)
     demo.unload(leave)
 
 
-def launch(lens: DiffusionLens, **options: Any) -> None:
+def launch(*lenses: DiffusionLens, **options: Any) -> None:
     """Serve the app until it is stopped; ``options`` go to gradio's ``launch``, e.g. ``server_port=8000``.
 
-    The first page shows stored results; torch and the model load in the background meanwhile.
+    The first page shows stored results; torch and the models load in the background once somebody has seen it.
     """
-    studio = Studio(lens)
-    demo = _assemble(studio)
+    studios = _studios(lenses)
+    demo = _assemble(studios)
     demo.launch(**{**launch_options(), **options, "prevent_thread_lock": True})
-    studio.warm_up(WARM_UP_DELAY)
+    studios[0].warm_up(PATIENCE)
     if not options.get("prevent_thread_lock"):
         demo.block_thread()
 

@@ -13,7 +13,7 @@ from diffusion_lens.plots import confusion_figure, describe_confusion, describe_
 from diffusion_lens.settings import describe_setting, identity_beta
 from diffusion_lens.types import Share
 from diffusion_lens.ui.figure import figure, figure_value
-from diffusion_lens.ui.studio import Studio, import_engine
+from diffusion_lens.ui.studio import Studio, foreign_lines, import_engine
 
 WHAT = """
 ## What this is
@@ -72,55 +72,83 @@ def planted(lens: DiffusionLens) -> dict[str, dict[str, list[float]]]:
 
 
 def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
-    """(prompt, attribute) → shares of the unedited images that the stored sweeps counted."""
+    """(prompt, attribute) → shares of the unedited images that the stored sweeps counted; no prompt counts as ""."""
     found: dict[tuple[str, str], tuple[Share, ...]] = {}
     for result in lens.sweeps:
         setting = lens.settings.get(result.attribute.name)
         identity = identity_beta(setting.mode) if setting else None
         for point in result.points:
-            if point.beta == identity and result.request.prompt is not None:
-                found.setdefault((result.request.prompt, result.attribute.name), point.shares)
+            if point.beta == identity:
+                found.setdefault((result.request.prompt or "", result.attribute.name), point.shares)
     return found
 
 
-def comparison(lens: DiffusionLens, prompt: str, attribute: str) -> dict[str, str] | None:
-    """Generated against planted shares of one prompt and attribute, as a figure."""
+def prompts_known(lens: DiffusionLens) -> list[str]:
+    """Every prompt that is suggested or planted, in order; a model without prompts has "" alone."""
+    return list(dict.fromkeys([*(p or "" for p in lens.prompts), *planted(lens)]))
+
+
+def comparison(lens: DiffusionLens, prompt: str, attribute: str) -> tuple[dict[str, str] | None, str]:
+    """Generated against planted shares of one prompt and attribute: a figure, and a sentence on what it rests on."""
     shares = measured(lens).get((prompt, attribute))
-    if shares is None:
-        return None
     table = planted(lens).get(prompt, {}).get(attribute)
+    if shares is None:
+        known = "the planted share alone is known" if table else "nothing is known of it"
+        return None, (
+            f'<p class="dl-says">No sweep {_of(lens, prompt)} is stored that counts {escape(attribute)}: {known}. '
+            "Measure one in the Sweep tab.</p>"
+        )
     truth = dict(zip((s.label for s in shares), table, strict=True)) if table and len(table) == len(shares) else None
     groups = {"generated": shares}
-    return figure_value(share_figure(groups, planted=truth), describe_shares(groups, planted=truth))
+    alt = describe_shares(groups, planted=truth)
+    widest = max(high - low for low, high in (s.corrected_interval for s in shares))
+    limits = (
+        f"{shares[0].n} images were counted, so a difference below about {100 * widest / 2:.0f} points cannot be told "
+        "from chance. The shares are corrected for the classifier's error; they say nothing of other prompts."
+    )
+    return figure_value(share_figure(groups, planted=truth), alt), f'<p class="dl-says">{escape(alt)} {limits}</p>'
+
+
+def _of(lens: DiffusionLens, prompt: str) -> str:
+    if lens.prompts == (None,):
+        return "of this model"
+    return f"of “{escape(prompt)}”" if prompt else "of the empty prompt"
 
 
 def planted_html(lens: DiffusionLens, attribute: str) -> str:
-    """The planted table of one attribute, with what was measured beside it."""
-    table = planted(lens)
-    found = measured(lens)
+    """One attribute: what was planted, and what the stored sweeps counted, prompt by prompt."""
+    table, found = planted(lens), measured(lens)
     classes = lens.attribute_named(attribute).classes
     rows = []
-    for prompt, shares in table.items():
-        if attribute not in shares:
+    for prompt in prompts_known(lens):
+        truth, seen = table.get(prompt, {}).get(attribute), found.get((prompt, attribute))
+        if not truth and not seen:
             continue
-        seen = found.get((prompt, attribute))
-        cells = [f"<td>{share:.0%}{_seen(seen, i)}</td>" for i, share in enumerate(shares[attribute])]
-        rows.append(f"<tr><th scope='row'>{escape(prompt) or 'no words'}</th>{''.join(cells)}</tr>")
+        cells = "".join(f"<td>{_cell(truth, seen, i)}</td>" for i in range(len(classes)))
+        counted = f"{seen[0].n} images" if seen else "not counted"
+        name = escape(prompt) or ("every image" if lens.prompts == (None,) else "no words")
+        rows.append(f"<tr><th scope='row'>{name}</th>{cells}<td>{counted}</td></tr>")
     if not rows:
-        return "<p>This model comes without a planted table: nobody knows its true shares.</p>"
+        return (
+            "<p>This model comes without a planted table, and no sweep of this attribute is stored: nobody knows its "
+            "true shares.</p>"
+        )
     head = "".join(f"<th scope='col'>{escape(c)}</th>" for c in classes)
+    caption = "Planted share → what the stored sweep counted in the unedited images (95 % interval)"
+    if not table:
+        caption = "What the stored sweep counted in the unedited images (95 % interval); no true share is known"
     return (
-        "<div class='dl-scroll' tabindex='0'><table><caption>Planted share, and → what the stored sweep counted in the "
-        f"unedited images (95 % interval)</caption><thead><tr><th scope='col'>prompt</th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class='dl-scroll' tabindex='0'><table><caption>{caption}</caption><thead><tr><th scope='col'>prompt</th>"
+        f"{head}<th scope='col'>stored</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _seen(shares: tuple[Share, ...] | None, i: int) -> str:
+def _cell(truth: list[float] | None, shares: tuple[Share, ...] | None, i: int) -> str:
+    known = f"{truth[i]:.0%}" if truth else "–"
     if shares is None:
-        return ""
+        return known
     low, high = shares[i].corrected_interval
-    return f" → {shares[i].corrected:.0%} <small>({low:.0%} to {high:.0%})</small>"
+    return f"{known} → {shares[i].corrected:.0%} <small>({low:.0%} to {high:.0%})</small>"
 
 
 def confusion(studio: Studio, attribute: str) -> tuple[Any, str]:
@@ -135,8 +163,9 @@ def confusion(studio: Studio, attribute: str) -> tuple[Any, str]:
     return figure_value(confusion_figure(counts, read[attribute]), said), f'<p class="dl-says">{escape(said)}</p>'
 
 
-def lens_html(lens: DiffusionLens) -> str:
-    """What is open: enough to find the same lens again."""
+def lens_html(studio: Studio) -> str:
+    """What is open: enough to find the same lens again, and what in it does not belong together."""
+    lens = studio.lens
     m = lens.manifest
     rows = [
         ("lens", f"{m.name}, {m.lens_id}"), ("model", m.base_model.id),
@@ -147,36 +176,40 @@ def lens_html(lens: DiffusionLens) -> str:
     for name, setting in lens.settings.items():
         rows.append((f"turn for {name}", describe_setting(setting) + (f"; {setting.note}" if setting.note else "")))
     body = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
-    return f"<h2>This lens</h2><div class='dl-scroll' tabindex='0'><table><tbody>{body}</tbody></table></div>"
+    wrong = "".join(f"<li>{escape(line)}</li>" for line in foreign_lines(studio))
+    warning = f'<p class="dl-bad">Not all stored sweeps are of the turns above:</p><ul>{wrong}</ul>' if wrong else ""
+    return f"<h2>This lens</h2><div class='dl-scroll' tabindex='0'><table><tbody>{body}</tbody></table></div>{warning}"
 
 
 def layout(studio: Studio, tab: gr.Tab) -> None:
-    """Build the tab inside an open ``gr.Blocks``."""
+    """Build the tab inside an open ``gr.Blocks``; what is measured is filled in when it is looked at."""
     lens = studio.lens
     names = [a.name for a in lens.attributes]
-    found = list(dict.fromkeys(prompt for prompt, _ in measured(lens)))
+    prompts = prompts_known(lens)
     with gr.Column(elem_classes="dl-prose"):
         gr.Markdown(WHAT)
         gr.HTML("<h2>What was planted, and what the model draws</h2>")
         with gr.Row():
             attribute = gr.Radio(names, value=names[0], label="Attribute")
             prompt = gr.Dropdown(
-                [(p or "(no words)", p) for p in found], value=found[0] if found else None, label="Prompt measured",
-                visible=bool(found),
+                [(p or "(no words)", p) for p in prompts], value=prompts[0], label="Prompt",
+                visible=lens.prompts != (None,), elem_id="dl-about-prompt",
             )  # fmt: skip
-        shares = figure(comparison(lens, found[0], names[0]) if found else None, elem_id="dl-shares", min_height=200)
-        table = gr.HTML(planted_html(lens, names[0]))
+        shares = figure(elem_id="dl-shares", min_height=200)
+        rests = gr.HTML("")
+        table = gr.HTML("")
         gr.HTML("<h2>How often the classifier errs</h2>")
         errors = figure(elem_id="dl-errors", min_height=220)
         says = gr.HTML("")
         gr.Markdown(LIMITS)
-        gr.HTML(lens_html(lens))
+        about_lens = gr.HTML("")
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "read",
                              "concurrency_limit": 8}  # fmt: skip
 
     def refresh(attribute: str, prompt: str | None) -> tuple[Any, ...]:
-        compared = comparison(lens, prompt or "", attribute) if found else None
-        return compared, planted_html(lens, attribute), *confusion(studio, attribute)
+        return *comparison(lens, prompt or "", attribute), planted_html(lens, attribute), lens_html(studio)
 
-    outputs = [shares, table, errors, says]
-    gr.on([attribute.input, prompt.input, tab.select], refresh, [attribute, prompt], outputs, **quick)
+    # The classifier's errors wait for the model, the rest is there at once.
+    gr.on([attribute.input, prompt.input, tab.select], refresh, [attribute, prompt],
+          [shares, rests, table, about_lens], **quick)  # fmt: skip
+    gr.on([attribute.input, tab.select], lambda name: confusion(studio, name), attribute, [errors, says], **quick)

@@ -79,6 +79,12 @@ def layout(studio: Studio) -> Explore:
     return tab
 
 
+def return_to(studio: Studio, tab: gr.Tab, explore: Explore) -> None:
+    """Draw on return to the tab what another one has set meanwhile."""
+    options = {**explore.live, "fn": lent(30)(partial(handlers.draw_pending, studio))}
+    tab.select(**options)
+
+
 def _choose(studio: Studio, values: list[Any]) -> list[Any]:
     lens = studio.lens
     gr.HTML(texts.section(texts.CHOOSE))
@@ -88,6 +94,9 @@ def _choose(studio: Studio, values: list[Any]) -> list[Any]:
             suggested, value=values[0], label="Prompt", allow_custom_value=True, scale=4, min_width=260,
             visible=bool(suggested), elem_id="dl-prompt",
         )  # fmt: skip
+        if not suggested:
+            with gr.Column(scale=4, min_width=260):
+                gr.HTML(texts.no_prompt())
         attribute = gr.Radio(
             list(state.steerable(lens)), value=values[1], label="Attribute (perceived)", scale=3, min_width=200
         )

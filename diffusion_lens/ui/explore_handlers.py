@@ -23,12 +23,16 @@ NEAR = 0.05
 
 @dataclass(frozen=True)
 class Page:
-    """What one visitor has before them: their name for this session, the cards shown, the row last drawn."""
+    """What one visitor has before them: their name for this session, the cards shown, the row last drawn.
+
+    ``linked``: draw on arrival; ``pending``: draw when the tab is looked at again.
+    """
 
     visitor: str = ""
     slots: tuple[int, ...] = ()
     before: tuple[Any, ...] | None = None
     linked: bool = False
+    pending: bool = False
 
 
 def opening(studio: Studio) -> View:
@@ -141,7 +145,7 @@ def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
         measures(studio, picture),
         texts.status(said),
         texts.link(state.to_query(picture.view)),
-        replace(page, before=key, linked=False),
+        replace(page, before=key, linked=False, pending=False),
     )
 
 
@@ -206,6 +210,25 @@ def change_target(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[An
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else view.n_seeds
     view = replace(view, target=target, prompt=read_prompt(studio, values[0]), n_seeds=n_seeds)
     return _subject(studio, page, view, values)
+
+
+def take_subject(studio: Studio, page: Page, prompt: Any, attribute: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Another tab's prompt and attribute, drawn when this tab is looked at again. Returns controls, cards, page."""
+    page = replace(page, pending=True)
+    if attribute == values[1] or attribute not in state.steerable(studio.lens):
+        return (gr.update(value=prompt), *[gr.skip()] * (9 + 3 * N_SLOTS), page)
+    fresh = state.default_view(studio.lens, str(attribute))
+    n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
+    view = replace(fresh, prompt=read_prompt(studio, prompt), n_seeds=n_seeds)
+    return _subject(studio, page, view, values)
+
+
+def draw_pending(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
+    """On return to the tab: draw what another tab has set meanwhile, if it has."""
+    if page.pending:
+        yield from draw(studio, replace(page, pending=False), *values)
+    else:
+        yield tuple(gr.skip() for _ in range(7))
 
 
 def reset(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:

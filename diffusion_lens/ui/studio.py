@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.settings import identity_beta
+from diffusion_lens.settings import describe_setting, identity_beta
 from diffusion_lens.types import GenerationRequest, Predictions, SweepPoint, SweepResult
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.state import View, check, interventions
@@ -108,27 +110,30 @@ class Base:
 
 
 class Studio:
-    """One lens for all visitors."""
+    """One lens for all visitors; several lenses of one app share the lane and the stops of the first (``beside``)."""
 
-    def __init__(self, lens: DiffusionLens) -> None:
+    def __init__(self, lens: DiffusionLens, beside: Studio | None = None) -> None:
         self.lens = lens
-        self.lane = Lane()
-        self.stops = Stops()
+        self.lane: Lane = beside.lane if beside else Lane()
+        self.stops: Stops = beside.stops if beside else Stops()
+        self.seen = threading.Event()
         self._bases: Recent[Base] = Recent(KEPT_BASES)
         self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS)
         self._warming = False
 
-    def warm_up(self, delay: float = 0.0) -> None:
-        """Load the model in the background, once, ``delay`` seconds from now (the first page goes before)."""
+    def warm_up(self, patience: float = 0.0) -> None:
+        """Load the model in the background, once: when a visitor has ``seen`` the page, or after ``patience`` s."""
         if self._warming:
             return
         self._warming = True
 
         def load() -> None:
-            time.sleep(delay)
+            self.seen.wait(patience)
             try:
                 import_engine()
                 self.lens.warm_up().join()
+                for line in foreign_lines(self):
+                    log.warning("%s: %s", self.lens.manifest.name, line)
             except Exception:
                 log.exception("The model could not be loaded ahead of time.")
 
@@ -138,6 +143,11 @@ class Studio:
         """Stored sweeps of one prompt and attribute, controls last."""
         found = [s for s in self.lens.sweeps if s.request.prompt == prompt and s.attribute.name == attribute]
         return tuple(sorted(found, key=lambda s: s.is_control))
+
+    @cached_property
+    def foreign(self) -> tuple[SweepResult, ...]:
+        """Stored sweeps that were made with another setting, or another kind of control, than the shipped ones."""
+        return tuple(result for result in self.lens.sweeps if not _as_shipped(self.lens, result))
 
     def stored_point(self, view: View) -> SweepPoint | None:
         """The measured point of a stored sweep that this view stands on or nearest to (its own setting alone)."""
@@ -222,6 +232,28 @@ class Studio:
 
     def _identity(self, view: View) -> float:
         return identity_beta(self.lens.settings[view.attribute].mode)
+
+
+def _as_shipped(lens: DiffusionLens, result: SweepResult) -> bool:
+    setting = lens.settings.get(result.attribute.name)
+    if setting is None or result.target != setting.target:
+        return False
+    known = [describe_setting(setting), *(describe_setting(setting, control) for control in ("random", "flip"))]
+    return re.sub(r"\(seed \d+\)", "(seed 0)", result.setting) in (known[1:] if result.is_control else known[:1])
+
+
+def foreign_lines(studio: Studio) -> list[str]:
+    """One sentence per stored sweep that is not of the shipped setting."""
+    lines = []
+    for result in studio.foreign:
+        setting = studio.lens.settings.get(result.attribute.name)
+        ours = describe_setting(setting) if setting else "none"
+        prompt = "without a prompt" if result.request.prompt is None else f"of “{result.request.prompt}”"
+        lines.append(
+            f"The stored sweep {prompt}, {result.attribute.name} towards {result.target}, was made with "
+            f"{result.setting}; the lens ships {ours}."
+        )
+    return lines
 
 
 def _row(images: np.ndarray, readings: dict[str, Predictions], attribute: str) -> Row:

@@ -64,15 +64,32 @@ def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tu
     text = read_prompt(studio, prompt)
     results = studio.sweeps(text, attribute)
     said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
+    if any(result is other for result in results for other in studio.foreign):
+        said = texts.status(texts.OTHER_SETTING, bad=True)
     return (*shown(results, measure, balance_of(studio, results)), said, ())
+
+
+def look(
+    studio: Studio, prompt: Any, attribute: str, here: Any, read: str, measure: str, opened: bool, busy: bool
+) -> tuple[Any, ...]:
+    """The tab is looked at: take over Explore's ``prompt`` and ``attribute`` from ``here`` and ``read``.
+
+    Returns prompt, attribute, the outputs of ``open_stored``, and that it was opened. Nothing is touched where the
+    same stands here already or a sweep is running.
+    """
+    same = attribute == read and read_prompt(studio, prompt) == read_prompt(studio, here)
+    if busy or (opened and same):
+        return (gr.skip(),) * 10
+    return gr.update(value=prompt), gr.update(value=attribute), *open_stored(studio, prompt, attribute, measure), True
 
 
 def run(
     studio: Studio, page: Page, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str], measure: str
 ) -> Iterator[tuple[Any, ...]]:
-    """Measure point by point. Yields the outputs of ``shown``, status, the sweeps, run button, stop button."""
+    """Measure point by point. Yields the outputs of ``shown``, status, the sweeps, run and stop button, and
+    whether it goes on."""
     on, off = gr.update(visible=True), gr.update(visible=False)
-    busy, idle = (off, on), (on, off)
+    busy, idle = (off, on, True), (on, off, False)
     same = tuple(gr.skip() for _ in range(5))
     results: tuple[SweepResult, ...] = ()
     try:

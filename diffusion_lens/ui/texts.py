@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 TITLE = "Diffusion Lens"
@@ -13,9 +14,13 @@ TURN = ("3", "Turn", "all features of the set at once")
 SEE = ("4", "See and measure", "the same seeds before and after")
 
 EMPTY_PROMPT = "(no words)"
+NO_PROMPT = "This model takes no prompt: it draws from everything it learnt."
 WAKING = "The model is waking up; this is the nearest stored result."
 STOPPED = "Stopped; what was measured stays."
 LOAD_FIRST = "Stored sweep, measured when this lens was made."
+OTHER_SETTING = (
+    "These stored sweeps were made with another setting than the one the sliders turn; run the sweep to measure it."
+)
 NO_STORED = "No sweep of this prompt and attribute is stored. Press “Run sweep” to measure one."
 SWEEP_INTRO = (
     "How the balance of the images moves with β, on the same seeds at every strength. A control turns as many "
@@ -38,12 +43,29 @@ def section(step: tuple[str, str, str]) -> str:
     )
 
 
-def header(model: str) -> str:
-    """The top of the page."""
-    return (
-        f'<header class="dl-header"><h1>{TITLE}</h1><p>{TAGLINE}</p>'
-        f'<p class="dl-quiet">Open now: <b>{escape(model)}</b></p></header>'
-    )
+def header(lenses: Sequence[tuple[str, bool]], paths: Sequence[str], here: int) -> str:
+    """The top of the page: what is open, and the way to the other lenses.
+
+    ``lenses``: (name, whether it takes no prompt); ``paths``: of their pages, "" for the first; ``here``: this page.
+    """
+    if len(lenses) == 1:
+        now = f'<p class="dl-quiet">Open now: <b>{escape(lenses[0][0])}</b></p>'
+    else:
+        items = "".join(_way(*lens, path, i == here) for i, (lens, path) in enumerate(zip(lenses, paths, strict=True)))
+        now = f'<nav class="dl-lenses" aria-label="Lenses">{items}</nav>'
+    return f'<header class="dl-header"><h1>{TITLE}</h1><p>{TAGLINE}</p>{now}</header>'
+
+
+def _way(name: str, prompt_free: bool, path: str, here: bool) -> str:
+    kind = "<small>no prompt</small>" if prompt_free else ""
+    current = ' aria-current="page"' if here else ""
+    # Pages lie side by side, so a relative address works wherever the app is mounted.
+    return f'<a href="{escape(path) or "./"}"{current}>{escape(name)}{kind}</a>'
+
+
+def no_prompt() -> str:
+    """What stands in the prompt's place where the model takes none."""
+    return f'<p class="dl-no-prompt"><b>Prompt</b><br>{NO_PROMPT}</p>'
 
 
 def status(text: str, *, bad: bool = False) -> str:
