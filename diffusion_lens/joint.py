@@ -13,12 +13,11 @@ from diffusion_lens import metrics, stats
 from diffusion_lens.compare import JudgedLens
 from diffusion_lens.generate import OnStep, generate_batches, request
 from diffusion_lens.intervene import FeatureEdit, compile, draw_classes
+from diffusion_lens.joint_result import TOGETHER, JointResult, JointTable
 from diffusion_lens.methods.protocol import Target, target_shares
 from diffusion_lens.settings import identity_beta, make_intervention
 from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Change, Intervention, LensError, Predictions, Sampler, Share
-
-TOGETHER = "together"
+from diffusion_lens.types import Change, Intervention, LensError, Predictions, Sampler
 
 
 @dataclass(frozen=True)
@@ -29,46 +28,20 @@ class Steer:
     strength: float
 
 
-@dataclass(frozen=True)
-class JointTable:
-    """Images per combination of classes, among those decided in every attribute.
-
-    ``counts`` has one axis per attribute, in the order of ``attributes``; ``n`` images were drawn.
-    """
-
-    attributes: tuple[str, ...]
-    classes: tuple[tuple[str, ...], ...]
-    counts: np.ndarray
-    n: int
-
-    @property
-    def shares(self) -> np.ndarray:
-        """``counts`` over their sum; NaN where nothing was decided."""
-        total = int(self.counts.sum())
-        return self.counts / total if total else np.full(self.counts.shape, np.nan)
-
-
-@dataclass(frozen=True)
-class JointResult:
-    """What came of steering several attributes.
-
-    Attributes:
-        before, after: the intersectional tables. shares: attribute → its corrected shares afterwards.
-        spillover: what was steered, alone and ``together`` → changes of every class the classifier reads
-            (``plots.spillover_figure`` draws it).
-        interference: attribute → class → change of its share together, minus that when steered alone.
-        shared_features: features that more than one attribute turns.
-        order_matters: share of images with another class of anything when the interventions' order is reversed.
-    """
-
-    before: JointTable
-    after: JointTable
-    shares: dict[str, tuple[Share, ...]]
-    spillover: dict[str, tuple[Change, ...]]
-    interference: dict[str, dict[str, float]]
-    shared_features: tuple[int, ...]
-    order_matters: float
-    description: str
+def parse_steer(lens: JudgedLens, text: str) -> tuple[str, Steer]:
+    """``gender=male:0.5`` or ``gender=even:1`` → attribute and its part; raises ``LensError`` for anything else."""
+    name, equals, rest = text.partition("=")
+    label, colon, number = rest.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = float("nan")
+    if not (equals and colon) or not np.isfinite(strength):
+        raise LensError(f"Write a steer like gender=even:1 or gender=male:0.5; got '{text}'.")
+    if name not in lens.settings:
+        raise LensError(f"This lens ships no setting for {name}; it has {', '.join(lens.settings)}.")
+    classes = lens.attributions[name].attribute.classes
+    return name, Steer({c: 1 / len(classes) for c in classes} if label == "even" else label, strength)
 
 
 def interventions(
@@ -149,11 +122,12 @@ def steer_together(
 
         parts = generate_batches(lens.model, wanted, edit=edit, batch_size=batch_size, on_step=report)
         readings[name] = read_images(parts, lens.classifier, 0)
-    return _result(lens, steers, readings, alone, both)
+    return _result(lens, prompt, steers, readings, alone, both)
 
 
 def _result(
     lens: JudgedLens,
+    prompt: str | None,
     steers: Mapping[str, Steer],
     readings: dict[str, Reading],
     alone: Mapping[str, FeatureEdit],
@@ -182,6 +156,9 @@ def _result(
         shared_features=tuple(sorted(shared)),
         order_matters=_differ(readings[TOGETHER], readings["reversed"]),
         description=both.description,
+        steered={name: _told(lens, name, steer) for name, steer in steers.items()},
+        prompt=prompt,
+        sae_id=lens.sae.sae_id,
     )
 
 
@@ -192,6 +169,13 @@ def joint_table(readings: Sequence[Predictions]) -> JointTable:
     counts = np.zeros([len(c) for c in classes], dtype=np.int64)
     np.add.at(counts, tuple(p.labels[decided] for p in readings), 1)
     return JointTable(tuple(p.attribute.name for p in readings), classes, counts, len(decided))
+
+
+def _told(lens: JudgedLens, name: str, steer: Steer) -> str:
+    attribute = lens.attributions[name].attribute
+    shares = target_shares(attribute, steer.target)
+    goal = ", ".join(f"{label} {share:.0%}" for label, share in zip(attribute.classes, shares, strict=True) if share)
+    return f"{goal}; strength {steer.strength:g}"
 
 
 def _interference(spillover: Mapping[str, Sequence[Change]], name: str) -> dict[str, float]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from lens_fixtures import AGE, GENDER, PROMPTS
 
+from diffusion_lens.artifacts import verify
 from diffusion_lens.denoise import StepContext
 from diffusion_lens.generate import Cancelled
 from diffusion_lens.intervene import draw_classes
-from diffusion_lens.joint import TOGETHER, JointResult, Steer, joint_edit, joint_table, steer_together
+from diffusion_lens.joint import Steer, joint_edit, joint_table, parse_steer, steer_together
+from diffusion_lens.joint_result import TOGETHER, JointResult, add_to_lens, load_joint, stored_joint
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.plots import spillover_figure
 from diffusion_lens.types import LensError, Predictions
+from diffusion_lens.ui import together
+from diffusion_lens.ui.studio import Studio
 
 SEEDS = range(40, 64)
 STEERS = {"gender": Steer({"female": 0.5, "male": 0.5}, 3.0), "age": Steer("old", 2.0)}
@@ -107,3 +115,46 @@ def test_mistakes_and_progress(tiny_lens: DiffusionLens) -> None:
     with pytest.raises(Cancelled):
         steer_together(tiny_lens, PROMPTS[0], STEERS, range(4), batch_size=4, on_step=stop)
     assert seen == [(i, 20) for i in range(1, 7)]
+
+
+def test_a_stored_result_reads_back_and_is_shown(
+    result: JointResult, tiny_lens: DiffusionLens, copied_lens: Callable[[], Path], tmp_path: Path
+) -> None:
+    folder = copied_lens()
+    sae_id = tiny_lens.manifest.sae_id
+    assert stored_joint(folder, sae_id) is None
+    assert together.COMMAND in together.shown(Studio(DiffusionLens.from_pretrained(folder)))[0]
+    add_to_lens(result, folder)
+    verify(folder)
+    again = stored_joint(folder, sae_id)
+    assert again is not None and stored_joint(folder, "another") is None
+    for table, other in ((again.before, result.before), (again.after, result.after)):
+        np.testing.assert_array_equal(table.counts, other.counts)
+        assert (table.attributes, table.classes, table.n) == (other.attributes, other.classes, other.n)
+    for name in ("shares", "spillover", "interference", "steered", "order_matters", "prompt", "description"):
+        assert getattr(again, name) == getattr(result, name)
+    said, matrix, rows = together.shown(Studio(DiffusionLens.from_pretrained(folder)))
+    assert "gender to female 50%, male 50%; strength 3" in said and matrix is not None
+    assert rows.count("<tr>") == 1 + 2 * 3
+    first, last = (rows.split("<tr>")[i] for i in (2, -1))
+    moves = [abs(a - b) for a, b in zip(result.after.shares.ravel(), result.before.shares.ravel(), strict=True)]
+    label = ", ".join(c[k] for c, k in zip(result.before.classes, np.unravel_index(int(np.argmax(moves)), (2, 3)),
+                                           strict=True))  # fmt: skip
+    assert label in first and label not in last
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(LensError, match="not a stored result"):
+        load_joint(tmp_path / "bad.json")
+
+
+def test_the_sentence_tells_the_largest_interference(result: JointResult) -> None:
+    told = together.says(replace(result, interference={"gender": {"male": 0.1}, "age": {"old": -0.3}}))
+    assert "age old ends -30 points elsewhere" in told
+
+
+def test_steers_are_read_from_words(tiny_lens: DiffusionLens) -> None:
+    assert parse_steer(tiny_lens, "age=old:0.5") == ("age", Steer("old", 0.5))
+    name, steer = parse_steer(tiny_lens, "gender=even:1")
+    assert name == "gender" and steer == Steer({"female": 0.5, "male": 0.5}, 1.0)
+    for text in ("gender", "gender=male", "gender=male:x", "gender=male:nan", "glasses=none:1"):
+        with pytest.raises(LensError, match=r"Write a steer|ships no setting"):
+            parse_steer(tiny_lens, text)

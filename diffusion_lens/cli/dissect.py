@@ -33,6 +33,7 @@ DEPTH_STORE = Path("assets/depth.json")
 def register(app: typer.Typer) -> None:
     """Add this family's commands."""
     app.command("dissect")(dissect)
+    app.command("together")(together)
     portraits.app.command("depth")(depth)
 
 
@@ -105,6 +106,54 @@ def _show_groups(found: Dissection) -> None:
     for name, effects in grouped.items():
         if not effects:
             say(f"{name}: {evidence(found, name)}")
+
+
+@guarded
+def together(
+    prompt: PromptOption = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(help="attribute=class:strength, or attribute=even:strength; two or more. All even by default."),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Strength of what --steer does not name; 0 changes nothing.")] = 1.0,
+    n: Annotated[int, typer.Option("--images", "-n", help="Images of every run, on the same seeds.")] = 200,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seeds count up from here.")] = 12_000_000,
+    store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,
+    batch_size: BatchOption = 32,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Steer several attributes at once, each to its own target: every combination before and after, and the spillover.
+
+    python -m diffusion_lens together --store
+
+    python -m diffusion_lens together -p '' --steer gender=even:1 --steer age=old:0.5 -n 400
+    """
+    from diffusion_lens.cli.options import seeds_of
+    from diffusion_lens.joint import parse_steer, steer_together
+    from diffusion_lens.joint_result import add_to_lens
+
+    opened = open_lens(lens, device)
+    steers = dict(parse_steer(opened, text) for text in steer or [f"{a}=even:{strength:g}" for a in opened.settings])
+    alike = len({opened.settings[name].sampler for name in steers}) == 1
+    with progress("steering") as bar:
+        result = steer_together(
+            opened, _prompt(opened, prompt), steers, seeds_of(n, first_seed), sampler=None if alike else "symmetric",
+            batch_size=batch_size, on_step=bar.step,
+        )  # fmt: skip
+    if store:
+        say(f"Wrote {add_to_lens(result, opened.folder)}")
+    if as_json:
+        show_json(to_plain(result))
+        return
+    moves = list(result.spillover.values())
+    rows = [
+        (f"{c.attribute}: {c.label}", *(_points(own[i].difference, own[i].interval) for own in moves))
+        for i, c in enumerate(moves[0])
+    ]
+    show_table("points moved (95 %), by what was steered", ("class", *result.spillover), rows)
+    say(f"{result.order_matters:.0%} of images change any class when the order is reversed.")
 
 
 def _prompt(lens: DiffusionLens, prompt: str | None) -> str | None:

@@ -118,7 +118,7 @@ def depth_figure(
             name=title,
             mode="lines+markers",
             x=list(depths),
-            y=values,
+            y=values.tolist(),
             error_y={"type": "data", "array": ends[:, 1] - values, "arrayminus": values - ends[:, 0], "thickness": 2},
             line={"color": look.colour, "width": 2, "dash": look.dash},
             marker={"symbol": look.symbol, "size": 10, "color": look.colour},

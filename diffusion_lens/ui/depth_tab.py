@@ -143,11 +143,11 @@ def change_subject(result: DepthResult, attribute: str, prompt: str, bypass: boo
     )
 
 
-def layout(tab: gr.Tab, path: Path = STORED) -> None:
+def layout(tab: gr.Tab, path: Path | None = None) -> None:
     """Build the tab inside an open ``gr.Blocks``; figure and tables come when it is looked at."""
     gr.HTML(f'<p class="dl-intro">{INTRO}</p>')
     try:
-        result = stored(path)
+        result = stored(path or STORED)
     except LensError as error:
         gr.HTML(texts.status(str(error), bad=True))
         return
