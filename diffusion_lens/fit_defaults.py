@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_lens.atlas import AtlasConfig
 from diffusion_lens.choose import ChooseConfig
 from diffusion_lens.classify import Classifier
 from diffusion_lens.fit_config import FitConfig
@@ -107,7 +108,7 @@ def default_config(
         "sweep_prompts": tuple(prompts)[:1],
         "sweep_images": 24 if quick else 100,
         "sweep_controls": not quick,
-        **({"attribution_images": 32, "pool_images": 96} if quick else {}),
+        **({"attribution_images": 32, "pool_images": 96, "atlas": AtlasConfig(layout="pca")} if quick else {}),
         "sae": {
             "d_sae": FEATURES_PER_CHANNEL * model.d_in, "k": min(ACTIVE, model.d_in),
             "n_steps": 500 if quick else 10_000, **{k: v for k, v in (sae or {}).items() if v is not None},
