@@ -1,16 +1,23 @@
-"""What a Hugging Face Space runs, and `python app.py`: open the lens, show the app."""
+"""What a Hugging Face Space runs, and `python app.py`: open the lenses, show the app, a page for each."""
 
+import argparse
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning neighbour makes every step tens of times slower
 
 from diffusion_lens import ui
+from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.run_options import RunOptions
 from diffusion_lens.ui.gpu import load_before_lending
 
 if __name__ == "__main__":
-    folder = os.environ.get("DIFFUSION_LENS", "assets/portraits")
-    lens = DiffusionLens.from_pretrained(folder, options=RunOptions.from_environment(os.environ))
-    load_before_lending(lens)
-    ui.launch(lens)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lens", action="append", default=[], help="lens folder or hub id; again for another page")
+    names = lenses_to_open(parser.parse_args().lens, os.environ.get("DIFFUSION_LENS", ""), Path("assets"))
+    options = RunOptions.from_environment(os.environ)
+    lenses = [DiffusionLens.from_pretrained(name, options=options) for name in names]
+    for lens in lenses:
+        load_before_lending(lens)
+    ui.launch(*lenses)

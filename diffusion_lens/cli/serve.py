@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.cli.console import guarded
-from diffusion_lens.cli.options import DEFAULT_RUN, LensOption, open_lens, with_run_flags
+from diffusion_lens.cli.options import BUNDLED, DEFAULT_RUN, open_lens, with_run_flags
 from diffusion_lens.run_options import RunOptions
 
 
@@ -19,7 +22,10 @@ def register(app: typer.Typer) -> None:
 @guarded
 @with_run_flags
 def serve(
-    lens: LensOption = "",
+    lens: Annotated[
+        list[str] | None,
+        typer.Option("--lens", "-l", help="Lens folder or hub id, once per page; by default the bundled ones."),
+    ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network card.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="Also open a public link for 72 hours.")] = False,
@@ -30,7 +36,11 @@ def serve(
     python -m diffusion_lens serve
 
     python -m diffusion_lens serve --lens runs/my-lens --port 8000
+
+    python -m diffusion_lens serve --lens runs/my-lens --lens runs/another
     """
     from diffusion_lens.ui import launch
 
-    launch(open_lens(lens, running), server_name=host, server_port=port, share=share)
+    assets = BUNDLED.parent if BUNDLED.is_dir() else Path(__file__).resolve().parents[2] / BUNDLED.parent
+    names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets)
+    launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share)
