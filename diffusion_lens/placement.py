@@ -10,6 +10,9 @@ from torch import nn
 from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import LensError
 
+RECOMPILE_LIMIT = 64
+"""Compiled forms of one forward: blocks of one class count together, and so does every batch size."""
+
 
 def place(pipe: Any, hook_name: str, device: torch.device, dtype: torch.dtype, options: RunOptions | None) -> None:
     """Move every part of ``pipe`` to ``device`` and ``dtype`` for inference, as ``options`` say (changed in place).
@@ -57,6 +60,7 @@ def compile_blocks(unet: Any, hook_name: str) -> None:
     from torch._dynamo import config
 
     config.skip_nnmodule_hook_guards = False
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     blocks = [(f"{path}.{i}", block) for path in ("down_blocks", "up_blocks") for i, block in _listed(unet, path)]
     for name, block in blocks:
         if not hook_name.startswith(f"{name}."):
