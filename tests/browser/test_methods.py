@@ -1,0 +1,96 @@
+"""The Methods tab in a real browser: a stored table and its plots, and a method run live beside DiffLens."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lens_fixtures import PROMPTS
+
+from diffusion_lens import ui
+from diffusion_lens.compare import CompareConfig, run_compare
+from diffusion_lens.compare_store import add_to_lens
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.ui import methods_live
+from diffusion_lens.ui.studio import import_engine
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+        "--disable-component-update", "--no-first-run"]  # fmt: skip
+PATIENCE = 90_000
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The app on a copy of the tiny lens that holds a comparison for gender, and none for age."""
+    import_engine()
+    folder = tmp_path_factory.mktemp("compared") / "lens"
+    tiny_lens.save_pretrained(folder)
+    config = CompareConfig(attribute="gender", prompt=PROMPTS[0], methods=("difflens", "activation", "bypass"), n=24,
+                           n_tune=12, n_fit=8, options={}, n_examples=2)  # fmt: skip
+    add_to_lens(run_compare(tiny_lens, config, tmp_path_factory.mktemp("work")), folder)
+    demo = ui.build(DiffusionLens.from_pretrained(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods_live, "fit_seeds", lambda: range(9_000_000, 9_000_016))
+        _, url, _ = demo.launch(
+            **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
+        )
+        yield url
+        demo.close()
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Any]:
+    """The Methods tab, open; the test fails if the console complained."""
+    complaints: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        tab = browser.new_page(viewport={"width": 1280, "height": 1000})
+        tab.set_default_timeout(PATIENCE)
+        tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda e: complaints.append(str(e)))
+        tab.goto(address)
+        tab.wait_for_selector("#dl-after img")
+        tab.get_by_role("tab", name="Methods").click()
+        tab.wait_for_selector("#dl-bench-table table")
+        yield tab
+        browser.close()
+    assert complaints == []
+
+
+def test_the_table_the_plots_and_a_method_live(page: Any, tmp_path: Path) -> None:
+    rows = page.locator("#dl-bench-table tbody th").all_inner_texts()
+    assert rows == ["No steering", "DiffLens", "Activation", "Mid-block bypass"]
+    for plot in ("#dl-tradeoff", "#dl-strengths"):
+        page.wait_for_selector(f"{plot} .scatterlayer .trace")
+        assert "DiffLens" in page.locator(f"{plot} .dl-figure").get_attribute("aria-label")
+    page.get_by_label("likeness").check()
+    page.wait_for_function("() => /CLIP-I/.test(document.querySelector('#dl-bench-table thead').innerText)")
+    page.wait_for_selector("#dl-method-about article")
+    page.wait_for_selector("#dl-method-options label, #dl-method-options button", state="attached")
+    page.wait_for_function("() => !document.querySelector('#dl-method-run').disabled")
+    page.locator("#dl-method-run").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dl-trio .dl-other img")
+    assert page.locator("#dl-trio img").count() == 24
+    alts = [i.get_attribute("alt") for i in page.locator("#dl-trio .dl-other img").all()]
+    assert all(alt.startswith("Seed ") and "Activation" in alt for alt in alts)
+    said = page.locator("#dl-method-status").inner_text()
+    assert "DiffLens" in said and "how often" in said
+    page.wait_for_selector("#dl-method-run")
+    page.screenshot(path=tmp_path / "methods.png", full_page=True)
+    page.locator("#dl-bench-attribute").get_by_label("age").check()
+    page.wait_for_selector("#dl-bench-verdict .dl-empty")
+    assert "python -m diffusion_lens compare --store" in page.locator("#dl-bench-verdict").inner_text()
+    page.screenshot(path=tmp_path / "empty.png", full_page=True)
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
