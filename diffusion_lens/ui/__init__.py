@@ -41,18 +41,18 @@ def build(*lenses: DiffusionLens) -> gr.Blocks:
 
 
 def _studios(lenses: Sequence[DiffusionLens]) -> list[Studio]:
+    paths = page_paths([lens.manifest.name for lens in lenses])
     first = Studio(lenses[0])
-    return [first, *(Studio(lens, beside=first) for lens in lenses[1:])]
+    return [first, *(Studio(lens, first, path) for lens, path in zip(lenses[1:], paths[1:], strict=True))]
 
 
 def _assemble(studios: Sequence[Studio]) -> gr.Blocks:
-    paths = page_paths([studio.lens.manifest.name for studio in studios])
     with without_collector(), without_servers():
         with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-            _page(demo, studios, paths, 0)
-        for i, path in enumerate(paths[1:], start=1):
-            with demo.route(studios[i].lens.manifest.name, path, show_in_navbar=False):
-                _page(demo, studios, paths, i)
+            _page(demo, studios, 0)
+        for i, studio in enumerate(studios[1:], start=1):
+            with demo.route(studio.lens.manifest.name, studio.path, show_in_navbar=False):
+                _page(demo, studios, i)
         demo.queue(max_size=QUEUE, api_open=False)
     return demo
 
@@ -68,13 +68,13 @@ def page_paths(names: Sequence[str]) -> list[str]:
     return paths
 
 
-def _page(demo: gr.Blocks, studios: Sequence[Studio], paths: Sequence[str], i: int) -> None:
+def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
     """One lens's page, inside an open context of its own."""
     studio = studios[i]
     if len(studios) > 1:
         gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
     names = [(s.lens.manifest.name, s.lens.prompts == (None,)) for s in studios]
-    gr.HTML(texts.header(names, paths, i))
+    gr.HTML(texts.header(names, [s.path for s in studios], i))
     with gr.Tabs(selected="explore") as tabs:
         with gr.Tab("Explore", id="explore") as explore_tab:
             tab = explore.layout(studio)

@@ -179,7 +179,7 @@ def _see(studio: Studio, view: View) -> tuple[Any, ...]:
             # Filled on arrival: its intervals need scipy, which the first images need not wait for.
             measure_html = gr.HTML("", elem_id="dl-measures")
     with gr.Row(elem_classes="dl-share"):
-        link = gr.HTML(texts.link(state.to_query(view)))
+        link = gr.HTML(texts.link(studio.path + state.to_query(view)))
         copy = gr.Button("Copy link", size="sm", elem_id="dl-copy")
         copy.click(None, js=COPY)
     return status, before_html, after_html, curve_html, measure_html, link

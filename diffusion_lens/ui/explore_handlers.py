@@ -144,7 +144,7 @@ def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
         drawing(studio, picture),
         measures(studio, picture),
         texts.status(said),
-        texts.link(state.to_query(picture.view)),
+        texts.link(studio.path + state.to_query(picture.view)),
         replace(page, before=key, linked=False, pending=False),
     )
 

@@ -110,10 +110,14 @@ class Base:
 
 
 class Studio:
-    """One lens for all visitors; several lenses of one app share the lane and the stops of the first (``beside``)."""
+    """One lens for all visitors; several lenses of one app share the lane and the stops of the first (``beside``).
 
-    def __init__(self, lens: DiffusionLens, beside: Studio | None = None) -> None:
+    ``path``: of the lens's page under the app's address.
+    """
+
+    def __init__(self, lens: DiffusionLens, beside: Studio | None = None, path: str = "") -> None:
         self.lens = lens
+        self.path = path
         self.lane: Lane = beside.lane if beside else Lane()
         self.stops: Stops = beside.stops if beside else Stops()
         self.seen = threading.Event()
