@@ -1,4 +1,4 @@
-"""``compare``, ``dissect`` and ``portraits depth`` on the command line."""
+"""``compare``, ``dissect``, ``together`` and ``portraits depth`` on the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(tiny_lens_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("command", ["compare", "dissect", "portraits depth"])
+@pytest.mark.parametrize("command", ["compare", "dissect", "together", "portraits depth"])
 def test_help_gives_examples(command: str) -> None:
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
@@ -52,6 +52,12 @@ def test_dissect_prints_groups(run: Any, tiny_lens: DiffusionLens) -> None:
     assert set(grouped) == {"gender", "age", "glasses"}
 
 
+def test_together_tells_what_each_steer_moves(run: Any) -> None:
+    result = run("together", "-p", PROMPTS[0], "--steer", "gender=even:2", "--steer", "age=old:1", "-n", 12)
+    assert result.exit_code == 0, result.output
+    assert "glasses: none" in result.stdout and "together" in result.stdout and "order is reversed" in result.stderr
+
+
 def test_mistakes_are_one_sentence(run: Any) -> None:
     for words, message in (
         (("compare", "-m", "magic"), "no method"),
@@ -59,6 +65,7 @@ def test_mistakes_are_one_sentence(run: Any) -> None:
         (("dissect", "-n", 2), "'n' is wrong"),
         (("dissect", "--by", "glasses"), "--top"),
         (("dissect", "--by", "hats", "--top", 2), "none of these"),
+        (("together", "--steer", "gender=even"), "Write a steer"),
         (("portraits", "depth"), "no trained autoencoder"),
     ):
         result = run(*words)
