@@ -177,7 +177,7 @@ def test_lowest_skips_stay_silent_in_training(shape: DenoiserConfig) -> None:
 
 def test_timesteps_are_uniform_but_for_those_around_the_middle() -> None:
     source = torch.Generator().manual_seed(0)
-    even, middle = (draw_timesteps(20_000, 1000, share, source) for share in (0.0, 1.0))
+    even, middle = (draw_timesteps(20_000, 1000, share, 0.2, source) for share in (0.0, 1.0))
     assert even.min() >= 0 and max(even.max(), middle.max()) <= 999
     assert torch.histc(even.float(), 10).sub(2000).abs().max() < 200
     assert middle.float().median() == pytest.approx(1000 / (1 + np.exp(-0.2)), abs=10)

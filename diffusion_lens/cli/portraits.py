@@ -49,6 +49,11 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the one stage named.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of the one stage named.")] = None,
     drawings: Annotated[int | None, typer.Option(min=1, help="Training pictures of the denoisers.")] = None,
+    lr: Annotated[float | None, typer.Option(min=1e-7, max=1.0, help="Learning rate of the one stage named.")] = None,
+    focus: Annotated[
+        float | None,
+        typer.Option(help="Denoisers: the noise half of the steps train on, as a logit (0 middling, 1.5 strong)."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train the bundled models from nothing: autoencoder, text-to-image pipeline, unconditional pipeline, classifier.
@@ -71,7 +76,7 @@ def train(
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
     if start is not None and chosen not in (("pipeline",), ("unconditional",)):
         raise LensError("With --from, name the one --stage to train further: pipeline or unconditional.")
-    config, paths = recipe_config(chosen, steps, batch_size, drawings), recipe.Paths(work)
+    config, paths = recipe_config(chosen, steps, batch_size, drawings, lr, focus), recipe.Paths(work)
     place = torch.device(pick_device(device))
     hide_loading_bars()
     for name in STAGES:
@@ -103,7 +108,12 @@ def _is_finished(folder: Path) -> bool:
 
 
 def recipe_config(
-    stages: tuple[str, ...], steps: int | None, batch_size: int | None, drawings: int | None
+    stages: tuple[str, ...],
+    steps: int | None,
+    batch_size: int | None,
+    drawings: int | None,
+    lr: float | None = None,
+    focus: float | None = None,
 ) -> RecipeConfig:
     """The recipe with a stage's own numbers replaced; raises ``LensError`` where it is unclear whose they are."""
     from diffusion_lens.portraits.recipe import RecipeConfig
@@ -111,18 +121,20 @@ def recipe_config(
     config = RecipeConfig()
     if drawings is not None:
         config = config.model_copy(update={"n_drawings": drawings})
-    changes: dict[str, Any] = {"n_steps": steps, "batch_size": batch_size}
+    changes: dict[str, Any] = {"n_steps": steps, "batch_size": batch_size, "lr": lr, "focus": focus}
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes:
         return config
     if len(stages) != 1:
-        raise LensError("Name one --stage to set its steps or batch size.")
+        raise LensError("Name one --stage to set its steps, batch size, learning rate or focus.")
     name = {"pipeline": "denoiser"}.get(stages[0], stages[0])
+    if focus is not None and name not in ("denoiser", "unconditional"):
+        raise LensError("Only the denoisers have a focus: --stage pipeline or --stage unconditional.")
     if name != "classifier":
         part = getattr(config, name)
         return config.model_copy(update={name: part.model_copy(update=changes)})
-    if batch_size is not None:
-        raise LensError("The classifier's batch size is fixed; set its steps alone.")
+    if batch_size is not None or lr is not None:
+        raise LensError("The classifier's batch size and learning rate are fixed; set its steps alone.")
     return config.model_copy(update={"classifier_steps": steps})
 
 

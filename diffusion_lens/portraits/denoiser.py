@@ -35,8 +35,9 @@ class DenoiserTrainConfig(StrictConfig):
     Attributes:
         n_steps: optimiser steps of ``batch_size`` latents each.
         caption_dropout: share of captions replaced by the empty prompt, which so learns the marginal.
-        middle_share: share of timesteps drawn around the middle of the schedule, where attributes are decided, in
-            place of uniformly (our working form: a logit-normal, mean 0.2, deviation 1).
+        focus_share: share of timesteps drawn around one place of the schedule in place of uniformly (our working
+            form: a logit-normal of deviation 1). focus: that place as a logit: 0 is the middle, where shapes are
+            decided; 1.5, at four fifths, is where large areas get their colour.
     """
 
     shape: DenoiserConfig = DenoiserConfig()
@@ -45,7 +46,8 @@ class DenoiserTrainConfig(StrictConfig):
     lr: float = 8e-4
     caption_dropout: float = 0.12
     ema_decay: float = 0.999
-    middle_share: float = 0.5
+    focus_share: float = 0.5
+    focus: float = 0.2
     seed: int = 0
 
 
@@ -142,7 +144,7 @@ def train_denoiser(
         rows = torch.randint(len(latents), (config.batch_size,), generator=cpu)
         clean = latents[rows.to(latents.device)].to(device).float().contiguous(memory_format=layout)
         noise = torch.randn(clean.shape, generator=source, device=device)
-        t = draw_timesteps(len(clean), len(alphas), config.middle_share, source)
+        t = draw_timesteps(len(clean), len(alphas), config.focus_share, config.focus, source)
         signal, spread = alphas[t].sqrt()[:, None, None, None], (1 - alphas[t]).sqrt()[:, None, None, None]
         inputs: dict[str, Tensor] = {}
         with mixed_precision(device), short_attention(device):
@@ -173,13 +175,13 @@ def train_denoiser(
     return nets
 
 
-def draw_timesteps(n: int, n_train: int, middle_share: float, generator: torch.Generator) -> Tensor:
-    """Timesteps ``int64[n]`` below ``n_train``: uniform, but for ``middle_share`` of them around the middle."""
+def draw_timesteps(n: int, n_train: int, focus_share: float, focus: float, generator: torch.Generator) -> Tensor:
+    """Timesteps ``int64[n]`` below ``n_train``: uniform, but for ``focus_share`` of them around ``focus`` (a logit)."""
     device = generator.device
     uniform = torch.rand(n, generator=generator, device=device)
-    middle = (torch.randn(n, generator=generator, device=device) + 0.2).sigmoid()
-    chosen = torch.rand(n, generator=generator, device=device) < middle_share
-    return (torch.where(chosen, middle, uniform) * n_train).long().clamp_(max=n_train - 1)
+    near = (torch.randn(n, generator=generator, device=device) + focus).sigmoid()
+    chosen = torch.rand(n, generator=generator, device=device) < focus_share
+    return (torch.where(chosen, near, uniform) * n_train).long().clamp_(max=n_train - 1)
 
 
 def load_average(checkpoint: Path, shape: DenoiserConfig) -> Denoiser:
