@@ -77,7 +77,7 @@ def verdict(comparison: Comparison) -> str:
         for method, fields in sorted(leaders.items(), key=lambda pair: -len(pair[1]))
     ]
     said = [f"Best value, by column: {'; '.join(parts)}." if parts else "No method moved anything."]
-    if "difflens" in named and "difflens" not in leaders:
+    if leaders and "difflens" in named and "difflens" not in leaders:
         said.append("DiffLens has the best value in none.")
     steered = [row for row in comparison.rows if row.method != UNSTEERED]
     still = [row.name for row in steered if not row.strength and not row.note]

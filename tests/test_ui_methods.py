@@ -73,7 +73,7 @@ class TestStored:
     def test_without_a_comparison_the_page_says_how_to_make_one(self, bench: MethodBench) -> None:
         first, *rest = handlers.compared(bench.studio, "gender", "balance", LOST)
         assert "python -m diffusion_lens compare --store" in first and "-a gender" in first
-        assert rest == ["", None, "", None, "", ""]
+        assert rest[:6] == ["", None, "", None, "", ""] and rest[6]["visible"] is False
 
     def test_a_foreign_comparison_is_named_and_nothing_else_breaks(
         self, comparison: Comparison, copied_lens: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
@@ -90,9 +90,11 @@ class TestStored:
         add_to_lens(comparison, folder)
         studio = Studio(DiffusionLens.from_pretrained(folder))
         for part in PARTS:
-            verdict, table, trade, says, across, _, notes = handlers.compared(studio, "gender", part, LOST)
+            verdict, table, trade, says, across, _, notes, plots = handlers.compared(studio, "gender", part, LOST)
             assert table.count("<tr") == 1 + len(comparison.rows) and ("Best value" in verdict or "No" in verdict)
-            assert "24 images per method" in table and "12 at every other strength" in table
+            assert (
+                plots["visible"] is True and "24 images per method" in table and "12 at every other strength" in table
+            )
             figure = json.loads(trade["figure"])
             assert {t["name"] for t in figure["data"] if "name" in t} == {"DiffLens", "Mid-block bypass"}
             assert "DiffLens" in says and "strengths" in across["alt"] and comparison.classifier_id in notes
@@ -215,6 +217,8 @@ class TestHandlers:
             assert methods_views.escape(method.explanation) in html and "Source:" in html
             assert aim["interactive"] == (method.aim == "class")
             assert strength["maximum"] == max(method.strengths) and strength["value"] in method.strengths
+            again = handlers.describe(bench, page, key, handlers.AIMS[0], values, html)
+            assert "value" not in again[2], "coming back to the tab changes nothing"
 
     def test_a_run_ends_with_three_rows(self, bench: MethodBench, view: View) -> None:
         page, values = asked(bench, view)

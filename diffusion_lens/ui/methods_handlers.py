@@ -32,11 +32,11 @@ def stored(studio: Studio) -> tuple[Mapping[str, Comparison], str]:
 
 
 def compared(studio: Studio, attribute: str, part: str, lost: str) -> tuple[Any, ...]:
-    """verdict, table, trade-off, its sentence, strengths, its sentence, notes: of one attribute's comparison."""
+    """verdict, table, trade-off, its sentence, strengths, its sentence, notes, whether there are plots."""
     found, problem = stored(studio)
     comparison = found.get(attribute)
     if comparison is None:
-        return methods_views.empty_html(attribute, problem), "", None, "", None, "", ""
+        return methods_views.empty_html(attribute, problem), "", None, "", None, "", "", gr.update(visible=False)
     names = {row.method: row.name for row in comparison.rows}
     curves = {names[key]: curve for key, curve in comparison.curves.items()}
     chosen = {row.name: row.strength for row in comparison.rows if row.method in comparison.curves}
@@ -45,7 +45,7 @@ def compared(studio: Studio, attribute: str, part: str, lost: str) -> tuple[Any,
     verdict = methods_views.verdict_html(comparison)
     notes = methods_views.notes_html(comparison)
     if not curves:
-        return verdict, table, None, "", None, "", notes
+        return verdict, table, None, "", None, "", notes, gr.update(visible=False)
     if not any(point.agreement for curve in curves.values() for point in curve.points):
         cost = "fid"
     strong = [names["difflens"]] if "difflens" in comparison.curves else []
@@ -54,7 +54,8 @@ def compared(studio: Studio, attribute: str, part: str, lost: str) -> tuple[Any,
     return (
         verdict, table,
         figure_value(tradeoff_figure(curves, chosen=chosen, emphasised=strong, **told), trade), _folded(trade),
-        figure_value(strength_figure(curves, chosen=chosen, emphasised=strong), across), _folded(across), notes,
+        figure_value(strength_figure(curves, chosen=chosen, emphasised=strong), across), _folded(across),
+        notes, gr.update(visible=True),
     )  # fmt: skip
 
 
@@ -77,11 +78,15 @@ def start_methods(current: str | None) -> Any:
     return gr.update(choices=choices, value=current if current in known else FIRST_METHOD, interactive=True)
 
 
-def describe(bench: MethodBench, page: Page, key: str | None, aim: str, values: Sequence[Any]) -> tuple[Any, ...]:
-    """Explanation, aim and strength for the method now chosen."""
+def describe(
+    bench: MethodBench, page: Page, key: str | None, aim: str, values: Sequence[Any], shown: str = ""
+) -> tuple[Any, ...]:
+    """Explanation, aim and strength for the method now chosen; nothing new where ``shown`` explains it already."""
     if not key:
         return gr.skip(), gr.skip(), gr.skip()
     method = bench.method(key)
+    if methods_views.heading(method) in shown:
+        return gr.skip(), gr.skip(), gr.skip()
     top = max(method.strengths)
     comparison = stored(bench.studio)[0].get(str(values[1]))
     row = comparison.row(key) if comparison else None

@@ -46,7 +46,7 @@ def _table(studio: Studio, tab: gr.Tab) -> None:
                         min_width=260)  # fmt: skip
     verdict = gr.HTML("", elem_id="dl-bench-verdict")
     table = gr.HTML("", elem_id="dl-bench-table")
-    with gr.Row(elem_id="dl-bench-plots"):
+    with gr.Row(elem_id="dl-bench-plots", visible=False) as plots:
         with gr.Column(min_width=320):
             gr.HTML('<h3 class="dl-plot-title">Bias left against what was lost <small>lower left is best; the ring is '
                     "the best setting</small></h3>")  # fmt: skip
@@ -60,7 +60,7 @@ def _table(studio: Studio, tab: gr.Tab) -> None:
     notes = gr.HTML("")
     gr.on(
         [tab.select, attribute.input, part.input, lost.input], partial(handlers.compared, studio),
-        [attribute, part, lost], [verdict, table, trade, trade_says, across, across_says, notes],
+        [attribute, part, lost], [verdict, table, trade, trade_says, across, across_says, notes, plots],
         show_progress="hidden", api_visibility="private", concurrency_id="read", concurrency_limit=8,
     )  # fmt: skip
 
@@ -86,8 +86,13 @@ def _live(bench: MethodBench, tab: gr.Tab, explore: Explore) -> None:
     def tell(key: str | None, aim: str, page: Any, *values: Any) -> tuple[Any, ...]:
         return handlers.describe(bench, page, key, aim, values)
 
+    def tell_once(shown: str, key: str | None, aim: str, page: Any, *values: Any) -> tuple[Any, ...]:
+        return handlers.describe(bench, page, key, aim, values, shown or "")
+
     described = [about, aim, strength]
-    tab.select(handlers.start_methods, method, method, **quick).then(tell, [method, aim, *view], described, **quick)
+    tab.select(handlers.start_methods, method, method, **quick).then(
+        tell_once, [about, method, aim, *view], described, **quick
+    )
     method.input(tell, [method, aim, *view], described, **quick)
     with options:
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from diffusion_lens.compare_tables import BEST, COLUMNS, NOT_MEASURED, PARTS, best, cells, verdict
 from diffusion_lens.compare_types import UNSTEERED, Comparison, MethodRow
 from diffusion_lens.types import Attribute
@@ -65,6 +67,7 @@ def _cell(text: str, field: str, row: MethodRow, leaders: dict[str, frozenset[st
     leads = field in BEST and row.method in leaders.get(field, frozenset())
     quiet = text.startswith((NOT_MEASURED, "two classes"))
     text = escape(text).replace(" (", " <small>(").replace(")", ")</small>") if "(" in text else escape(text)
+    text = text.replace(", ", "<br>") if field in ("shares", "subgroup_entropy") else text
     mark = '<b class="dl-star"><span aria-hidden="true">★</span><span class="dl-hidden">best:</span></b> '
     body = f"{mark}<b>{text}</b>" if leads else f'<span class="dl-missing">{text}</span>' if quiet else text
     return f"<td{' class=dl-best' if leads else ''}>{body}</td>"
@@ -111,10 +114,15 @@ def method_html(method: Method, expected: float) -> str:
     """What a method is, where it comes from, and what its fit will cost."""
     cost = "Nothing to wait for: it is fitted." if not expected else f"Fitting takes {_about(expected)}, once."
     return (
-        f'<article class="dl-method"><h3>{escape(method.name)} <small>{escape(method.kind)}</small></h3>'
+        f'<article class="dl-method">{heading(method)}'
         f"<p>{escape(method.explanation)}</p><p class='dl-quiet'>Source: {escape(method.source)}. "
         f"<b>{cost}</b></p></article>"
     )
+
+
+def heading(method: Method) -> str:
+    """A method's name and kind."""
+    return f"<h3>{escape(method.name)} <small>{escape(method.kind)}</small></h3>"
 
 
 def _about(seconds: float) -> str:
@@ -126,7 +134,8 @@ def _about(seconds: float) -> str:
 def trio_html(trio: Trio, attribute: Attribute) -> str:
     """The three rows, each with the share that it shows."""
     picture, view = trio.picture, trio.picture.view
-    still = " (which changes nothing: turn it in Explore)" if picture.after is picture.before else ""
+    same = np.array_equal(picture.before.images, picture.after.images)
+    still = " (which changes nothing: turn it in Explore)" if same else ""
     rows = (
         ("Before, the model as it is", picture.before, "dl-before"),
         (f"DiffLens as Explore is set, β = {picture.beta:g}{still}", picture.after, "dl-lens"),
