@@ -26,10 +26,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address(tiny_lens: DiffusionLens) -> Iterator[str]:
-    """The app, served on the tiny lens."""
+def address(tiny_lens: DiffusionLens, prompt_free_lens: DiffusionLens) -> Iterator[str]:
+    """The app, served on the tiny lenses: one takes prompts, the other none."""
     import_engine()
-    demo = ui.build(tiny_lens)
+    demo = ui.build(tiny_lens, prompt_free_lens)
     _, url, _ = demo.launch(
         **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
     )
@@ -142,6 +142,50 @@ def test_a_link_opens_the_same_view(page: Any, address: str) -> None:
     wait_for_status(page, "β = 2.5: .*young.*drawn in")
     assert len(sources(page, "#dl-after")) == 16
     assert page.locator("#dl-prompt input").input_value() == "a portrait of a nurse"
+
+
+def test_two_lenses_side_by_side(page: Any, address: str) -> None:
+    """From the first lens to the one that takes no prompt, β there by keyboard, its link, and back."""
+    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="prompt-free").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/prompt-free")
+    page.get_by_text("takes no prompt").first.wait_for()
+    assert page.locator("#dl-prompt input").count() == 0
+    page.wait_for_selector("#dl-measures .dl-bar")
+    before = sources(page, "#dl-after")
+    slider = page.locator("#dl-beta input[type=range]")
+    slider.focus()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    moved = slider.input_value()
+    wait_for_status(page, f"β = {float(moved):g}: .*drawn in")
+    assert len(before) == 8 and sources(page, "#dl-after") != before
+    link = page.locator(".dl-permalink").evaluate("link => link.href")
+    assert link.startswith(f"{address}prompt-free?") and "p=" not in link
+    page.goto(link)
+    wait_for_status(page, f"β = {float(moved):g}: .*drawn in")
+    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="tiny").click()
+    page.wait_for_selector("#dl-prompt input")
+    assert page.url == address
+
+
+def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
+    prompt = page.locator("#dl-prompt input")
+    prompt.fill("a portrait of a nurse")
+    prompt.press("Enter")
+    wait_for_status(page, "drawn in")
+    page.get_by_role("tab", name="Sweep").click()
+    page.wait_for_function(
+        "() => document.querySelector('#dl-sweep-prompt input')?.value === 'a portrait of a nurse'"
+        " && /Run sweep/.test(document.querySelector('#dl-sweep-status').innerText)"
+    )
+    other = page.locator("#dl-sweep-prompt input")
+    other.fill("a portrait of a doctor")
+    other.press("Enter")
+    page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
+    page.get_by_role("tab", name="Explore").click()
+    page.wait_for_function("() => document.querySelector('.dl-permalink').href.includes('doctor')")
+    assert prompt.input_value() == "a portrait of a doctor"
 
 
 def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
