@@ -150,6 +150,7 @@ def make_plan(lens: DissectedLens, config: DissectConfig, features: Sequence[int
     """Draw and read the unedited images, and see when each feature fires on them."""
     manifest, seeds = lens.manifest, range(config.first_seed, config.first_seed + config.n)
     wanted = request(lens.model, config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
+    sae, classifier = lens.sae, lens.classifier  # loaded before the clock starts
     began = time.monotonic()
     parts: list[Trajectory] = []
     fired: list[np.ndarray] = []
@@ -160,7 +161,7 @@ def make_plan(lens: DissectedLens, config: DissectConfig, features: Sequence[int
         )  # fmt: skip
         activations = run.generation.activations
         assert activations is not None
-        fired.append(first_firing(lens.sae, activations.h))
+        fired.append(first_firing(sae, activations.h))
         parts.append(replace(run, generation=replace(run.generation, activations=None)))
     first = np.concatenate(fired)
     if config.mode == "add":
@@ -170,7 +171,7 @@ def make_plan(lens: DissectedLens, config: DissectConfig, features: Sequence[int
         {step: torch.cat([part.latents[step] for part in parts]) for step in parts[0].latents},
         {step: sum((part.generator_states[step] for part in parts), ()) for step in parts[0].generator_states},
     )
-    before = lens.classifier.predict(start.generation.images)
+    before = classifier.predict(start.generation.images)
     steps = int((wanted.n_steps - first[:, list(features)]).sum())
     cost = 1 + UP_SHARE * (config.sampler == "asymmetric")
     seconds = (time.monotonic() - began) / (config.n * wanted.n_steps) * steps * cost

@@ -156,9 +156,10 @@ def evidence(found: Dissection, attribute: str) -> str:
     if own:
         first = own[0]
         low, high = first.interval
+        many = f"{len(own)} features move" if len(own) > 1 else "One feature moves"
         return (
-            f"{len(own)} of these move {attribute} above all else; the strongest is feature #{first.feature}: "
-            f"{first.label} {100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}). {test}"
+            f"{many} {attribute} above all else; the strongest is feature #{first.feature}: {first.label} "
+            f"{100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}). {test}"
         )
     moved = _also_moved(found, attribute)
     if moved:
