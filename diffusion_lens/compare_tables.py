@@ -51,7 +51,7 @@ def number(row: MethodRow, field: str) -> float | None:
 
 
 def best(comparison: Comparison) -> dict[str, frozenset[str]]:
-    """Column → the methods with its best value.
+    """Column → the methods with its best value; none where all have the same.
 
     Controls take part, so that one that does as well as a method is seen to; the unsteered model and methods that
     ended at strength 0 do not: whoever changes nothing keeps everything.
@@ -61,7 +61,8 @@ def best(comparison: Comparison) -> dict[str, frozenset[str]]:
     for field, cost in BEST.items():
         values = {row.method: cost(v) for row in playing if (v := number(row, field)) is not None}
         least = min(values.values(), default=0.0)
-        found[field] = frozenset(key for key, value in values.items() if value == least)
+        winners = frozenset(key for key, value in values.items() if value == least)
+        found[field] = winners if len(winners) < len(playing) or len(playing) == 1 else frozenset()
     return found
 
 

@@ -358,6 +358,8 @@ def test_best_values_by_hand(comparison: Comparison) -> None:
     assert found["log_ratio_corrected"] == {a.method}  # the sign of a ratio does not matter
     assert found["kept"] == {a.method}
     assert found["activation_ratio"] == {b.method}  # |ln 1.2| < |ln 0.5|, |ln 1.9|
+    level = replace(table, rows=(rows[0], rows[2], rows[4]))
+    assert best(level)["fd"] == frozenset() != best(level)["kept"]  # where all are alike, nobody leads
     said = verdict(table)
     assert f"At balance within noise: {b.name}, {d.name}." in said and f"better than none for {c.name}." in said
     worse = replace(table, rows=(rows[0], replace(rows[2], method="difflens", name="DiffLens"), rows[1]))

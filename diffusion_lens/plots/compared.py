@@ -10,7 +10,9 @@ import plotly.graph_objects as go
 from diffusion_lens.plots.theme import DASHES, OKABE_ITO, SYMBOLS, TEXT, Style, blank, percent, style
 from diffusion_lens.types import LensError, SweepPoint, SweepResult
 
-FAINT = 0.4
+FAINT = 0.5
+LEGEND_ROOM = 14
+"""Pixels that the legend needs for each method."""
 
 
 def tradeoff_figure(
@@ -31,7 +33,9 @@ def tradeoff_figure(
         chosen: method name → the strength of its best setting, which gets a ring.
         emphasised: names drawn in full; the others are faint. Empty: all in full.
     """
-    figure = blank(height=460, x_title="bias left (FD)", y_title=_lost_title(lost, fid_name))
+    figure = blank(
+        height=400 + LEGEND_ROOM * len(results), x_title="bias left (FD)", y_title=_lost_title(lost, fid_name)
+    )
     for name, (result, look, opacity) in _looks(results, emphasised).items():
         kept = [(p, y) for p in result.points if (y := _lost(p, lost)) is not None and np.isfinite(p.fd)]
         _add(figure, name, look, opacity, [p.fd for p, _ in kept], [y for _, y in kept], [p for p, _ in kept], lost)
@@ -69,7 +73,8 @@ def strength_figure(
     Strengths of different methods have no common unit, so every curve runs over 0 to 100 % of its method's own range:
     a low, flat curve is a broad, stable range of control. Arguments as in ``tradeoff_figure``.
     """
-    figure = blank(height=420, x_title="strength, share of the largest tried", y_title="bias left (FD)")
+    height = 400 + LEGEND_ROOM * len(results)
+    figure = blank(height=height, x_title="strength, share of the largest tried", y_title="bias left (FD)")
     for name, (result, look, opacity) in _looks(results, emphasised).items():
         kept = [p for p in result.points if np.isfinite(p.fd)]
         largest = max((abs(p.beta) for p in kept), default=0.0) or 1.0
