@@ -415,6 +415,16 @@ class TestSeveralLenses:
 
 
 class TestAbout:
+    def test_the_first_steps_open_views_of_this_lens(self, prompt_free_lens: DiffusionLens) -> None:
+        import re
+        from html import unescape
+        from urllib.parse import parse_qsl
+
+        html = about.first_steps_html(Studio(prompt_free_lens, path="second"))
+        links = [unescape(link) for link in re.findall(r'href="second\?([^"]+)"', html)]
+        views = [state.from_query(prompt_free_lens, dict(parse_qsl(link))) for link in links]
+        assert len(views) == 3 and views[0] is not None and views[0].beta == 1.0
+
     def test_every_prompt_says_what_is_stored(self, tiny_lens: DiffusionLens) -> None:
         html = about.planted_html(tiny_lens, "gender")
         assert html.count("images</td>") == 1 and "no true share is known" in html

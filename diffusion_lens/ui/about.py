@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -12,6 +13,8 @@ from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.plots import confusion_figure, describe_confusion, describe_shares, share_figure
 from diffusion_lens.settings import describe_setting, identity_beta
 from diffusion_lens.types import Share
+from diffusion_lens.ui import state
+from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure, figure_value
 from diffusion_lens.ui.studio import Studio, foreign_lines, import_engine
 
@@ -181,6 +184,27 @@ def lens_html(studio: Studio) -> str:
     return f"<h2>This lens</h2><div class='dl-scroll' tabindex='0'><table><tbody>{body}</tbody></table></div>{warning}"
 
 
+def first_steps_html(studio: Studio) -> str:
+    """Three views to begin with: guess, open, compare."""
+    view = opening(studio)
+    ends = state.scale(studio.lens.setting(view.attribute))
+    far = max((ends.low, ends.high), key=lambda beta: abs(beta - ends.identity))
+    steps = [
+        (ends.identity, "The model as it is", f"How many of the eight will be read as {view.target}?",
+         "Nothing is turned, so both rows are the same. Eight images have a wide interval: that is the first lesson."),
+        (view.beta, "Turned towards balance", "Which of the eight will change, and what else will change with them?",
+         "The same seeds keep most of their picture. Read “What else changed” beside the share: a turn is never free."),
+        (far, "Turned too far", "Will the images only change class, or also look odd?",
+         "A strong turn leaves the range the model was trained in; the share alone would not have told you."),
+    ]  # fmt: skip
+    items = "".join(
+        f'<li><a href="{escape(studio.path + state.to_query(replace(view, beta=beta)))}">{title}, β = {beta:g}</a>. '
+        f"Guess first: {escape(ask)} <details><summary>What to look for</summary>{escape(answer)}</details></li>"
+        for beta, title, ask, answer in steps
+    )
+    return f'<h2>Three steps to begin</h2><ol class="dl-learn">{items}</ol>'
+
+
 def layout(studio: Studio, tab: gr.Tab) -> None:
     """Build the tab inside an open ``gr.Blocks``; what is measured is filled in when it is looked at."""
     lens = studio.lens
@@ -188,6 +212,7 @@ def layout(studio: Studio, tab: gr.Tab) -> None:
     prompts = prompts_known(lens)
     with gr.Column(elem_classes="dl-prose"):
         gr.Markdown(WHAT)
+        gr.HTML(first_steps_html(studio))
         gr.HTML("<h2>What was planted, and what the model draws</h2>")
         with gr.Row():
             attribute = gr.Radio(names, value=names[0], label="Attribute")

@@ -252,10 +252,16 @@ def foreign_lines(studio: Studio) -> list[str]:
     for result in studio.foreign:
         setting = studio.lens.settings.get(result.attribute.name)
         ours = describe_setting(setting) if setting else "none"
-        prompt = "without a prompt" if result.request.prompt is None else f"of “{result.request.prompt}”"
+        prompt = (
+            "without a prompt" if result.request.prompt is None else f"of “{result.request.prompt or '(no words)'}”"
+        )
+        if result.is_control:
+            what, lack = "stored control", "no control of today's is made so"
+        else:
+            what, lack = "stored sweep", f"the lens ships {ours}"
         lines.append(
-            f"The stored sweep {prompt}, {result.attribute.name} towards {result.target}, was made with "
-            f"{result.setting}; the lens ships {ours}."
+            f"The {what} {prompt}, {result.attribute.name} towards {result.target}, was made with "
+            f"{result.setting}; {lack}."
         )
     return lines
 

@@ -33,7 +33,7 @@ def shown(results: Sequence[SweepResult], measure: str, balance: Balance | None 
     alt = describe_sweep(results, measure=kind, balance=balance)
     return (
         figure_value(sweep_figure(results, measure=kind, balance=balance), alt),
-        f'<p class="dl-says">{escape(alt)}</p>{strips.spillover_html(full)}',
+        f'<p class="dl-says">{escape(alt)}</p>{strips.spillover_html(full)}<p class="dl-says">{texts.SWEEP_LIMITS}</p>',
         strips.strips_html(next((r for r in results if not r.is_control), None)),
         strips.table_html(full),
         strips.download_html(full),
@@ -64,8 +64,10 @@ def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tu
     text = read_prompt(studio, prompt)
     results = studio.sweeps(text, attribute)
     said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
-    if any(result is other for result in results for other in studio.foreign):
-        said = texts.status(texts.OTHER_SETTING, bad=True)
+    foreign = [result for result in results if any(result is other for other in studio.foreign)]
+    if foreign:
+        only_controls = all(result.is_control for result in foreign)
+        said = texts.status(texts.OTHER_CONTROL if only_controls else texts.OTHER_SETTING, bad=not only_controls)
     return (*shown(results, measure, balance_of(studio, results)), said, ())
 
 

@@ -21,6 +21,11 @@ LOAD_FIRST = "Stored sweep, measured when this lens was made."
 OTHER_SETTING = (
     "These stored sweeps were made with another setting than the one the sliders turn; run the sweep to measure it."
 )
+OTHER_CONTROL = "Stored sweep; its control was drawn in another way than a control run now (see About)."
+SWEEP_LIMITS = (
+    "<b>What this does not show.</b> These numbers hold for this prompt, these seeds and one classifier's reading. "
+    "A log ratio of 0 is an even count among these images, not a fair model; the band is the error of counting alone."
+)
 NO_STORED = "No sweep of this prompt and attribute is stored. Press “Run sweep” to measure one."
 SWEEP_INTRO = (
     "How the balance of the images moves with β, on the same seeds at every strength. A control turns as many "
