@@ -22,7 +22,7 @@ TOKENS = 77
 
 
 def stable_diffusion(full: bool) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5: 860 million parameters in the U-Net and 512² images; 64² and 64 channels at most where not ``full``.
+    """Stable Diffusion 1.5: 860 million parameters in the U-Net, 512² images; where not ``full``, 64² and 64 channels.
 
     The text encoder has the published size but knows letters alone: its cost is paid once per prompt.
     """

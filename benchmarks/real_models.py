@@ -289,7 +289,8 @@ def page(rows: list[Row], options: RunOptions, size: Size, repeats: int) -> str:
         intro = "Full-size architectures with random weights: the arithmetic is the real one, the pictures are noise."
     else:
         machine = (
-            f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, single precision"
+            f"a CPU ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} of them used), fp32, "
+            f"load average {os.getloadavg()[0]:.0f}"
         )
         intro = (
             "**Small shapes on a CPU, for there was no GPU: this shows that the script runs and what is bit-identical. "
