@@ -14,6 +14,7 @@ from diffusion_lens.pipelines import DiffusionModel, seed_generators
 from diffusion_lens.types import GenerationRequest, Sampler
 
 STEPS = 4
+SAMPLERS: tuple[Sampler, ...] = ("symmetric", "asymmetric")
 
 
 @dataclass
@@ -55,3 +56,8 @@ def stock(pipe: Any, asked: GenerationRequest) -> np.ndarray:
     generators = seed_generators(asked.seeds)
     images = pipe(num_inference_steps=asked.n_steps, generator=generators, output_type="pil", **kwargs).images
     return np.stack([np.array(image) for image in images])
+
+
+def hooks_in(model: DiffusionModel) -> int:
+    """Hooks left anywhere inside the U-Net."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.unet.modules())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import latent_scheduler, make_pixel_pipeline, make_text_pipeline
 from diffusers import DDIMScheduler
-from edits import STEPS, Turn, ask, bend, nothing, stock
+from edits import SAMPLERS, STEPS, Turn, ask, bend, hooks_in, nothing, stock
 from torch import Tensor
 
 from diffusion_lens.generate import (
@@ -30,14 +30,8 @@ from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.types import GenerationRequest, LensError, Sampler
 
 KINDS = ("text", "pixel", "latent", "xl", "lcm")
-SAMPLERS: tuple[Sampler, ...] = ("symmetric", "asymmetric")
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
 KEEP = Capture(dtype=np.float32)
-
-
-def hooks_in(model: DiffusionModel) -> int:
-    """Hooks left anywhere inside the U-Net."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.unet.modules())
 
 
 @contextmanager
