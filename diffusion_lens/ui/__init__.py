@@ -75,7 +75,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
     names = [(s.lens.manifest.name, s.lens.prompts == (None,)) for s in studios]
     gr.HTML(texts.header(names, [s.path for s in studios], i))
-    with gr.Tabs(selected="explore") as tabs:
+    with gr.Tabs(selected="explore", overflow_behavior="wrap") as tabs:
         with gr.Tab("Explore", id="explore") as explore_tab:
             tab = explore.layout(studio)
         with gr.Tab("Sweep", id="sweep") as sweep:
