@@ -579,7 +579,7 @@ def test_models_without_prompts_show_none(unconditional: DiffusionLens) -> None:
     assert view.prompt is None and explore_handlers.read_view(studio, page, values) == view
     assert "p=" not in state.to_query(view).split("&a=")[0]
     prompts = [b for b in ui.build(unconditional).blocks.values() if getattr(b, "label", "") == "Prompt"]
-    assert len(prompts) == 2 and not any(b.visible for b in prompts)
+    assert len(prompts) == 3 and not any(b.visible for b in prompts)
 
 
 def test_a_page_without_stored_images_draws_at_once(unconditional: DiffusionLens, studio: Studio) -> None:

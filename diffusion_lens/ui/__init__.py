@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # isort: split
@@ -107,15 +107,16 @@ def _connect(
     def take(page: explore_handlers.Page, feature: int | None, *values: Any) -> tuple[Any, ...]:
         return (gr.Tabs(selected="explore"), *explore_handlers.turn_feature(studio, page, feature, values))
 
-    def seen() -> None:
+    def first_view(page: explore_handlers.Page, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from explore_handlers.draw_linked(studio, page, *values)
         studio.seen.set()
         studio.warm_up()
 
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     demo.load(arrive, None, [*tab.changed, tab.status], **quick).then(
-        lent(30)(lambda page, *values: (yield from explore_handlers.draw_linked(studio, page, *values))),
-        [tab.page, *tab.controls], tab.outputs, concurrency_id="live", concurrency_limit=8, **quick,
-    ).then(seen, None, None, **quick)  # fmt: skip
+        lent(30)(first_view), [tab.page, *tab.controls], tab.outputs, concurrency_id="live", concurrency_limit=8,
+        **quick,
+    )  # fmt: skip
     turn.click(take, [tab.page, feature, *tab.controls], [tabs, *tab.changed], **quick).then(**tab.live)
     demo.unload(leave)
 
