@@ -21,15 +21,13 @@ from diffusion_lens.faces import FaceDetector, yunet_detector
 from diffusion_lens.fairface import FAIRFACE_FILE, PAPER_MAP, FairFaceReader
 from diffusion_lens.photos import PhotoClassifier
 from diffusion_lens.readers import CLIP_PROMPTS, FACE_PROMPTS, ClipConfig, ClipReader, HubReader, LabelMap, Reader
-from diffusion_lens.types import LensError
+from diffusion_lens.types import ASSUMED, LensError
 from diffusion_lens.weights import weights_folder
 
 DESCRIPTION = "config.json"
 WEIGHTS = "weights"
 """Folder of a network so small that it is kept with its description."""
 SMALL_BYTES = 10_000_000
-ASSUMED = 1_000_000
-"""Images per class in a confusion matrix that is an assumption."""
 KINDS = "clip, clip:ID, fairface, fairface:FILE, hf:ID, a description (.json) or the folder of a saved classifier"
 Map = dict[str, dict[str, tuple[str, ...]]]
 Detector = Literal["yunet"]

@@ -28,7 +28,7 @@ from diffusion_lens.portraits.draw import sheet
 from diffusion_lens.records import to_plain
 from diffusion_lens.stats import Estimate
 from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError
+from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
 from diffusion_lens.weights import weights_digest
 
 FILES = ("audit.html", "audit.json", "audit.csv")
@@ -105,6 +105,11 @@ class Audit:
     confusion: dict[str, np.ndarray]
     files: dict[str, str]
     limits: tuple[str, ...] = LIMITS
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Attributes whose classifier's error was assumed to be none, not measured."""
+        return tuple(name for name, counts in self.confusion.items() if is_assumed(counts))
 
 
 def audit(

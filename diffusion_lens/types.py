@@ -17,6 +17,8 @@ Sampler = Literal["asymmetric", "symmetric"]
 GuidanceBranch = Literal["conditional", "both"]
 
 MAX_SEED = 2**63 - 1
+ASSUMED = 1_000_000
+"""Images per class of a confusion matrix that was assumed, not measured; see ``is_assumed``."""
 MAX_IMAGES = 20_000
 MAX_STEPS = 1_000
 MAX_BETA = 100.0
@@ -465,3 +467,8 @@ class Evaluation:
     request: GenerationRequest
     edit: str | None
     classifier_id: str
+
+
+def is_assumed(counts: np.ndarray) -> bool:
+    """Whether a confusion matrix ``[true, read]`` says that no error was ever measured, only taken to be none."""
+    return bool(np.array_equal(counts, ASSUMED * np.eye(len(counts), dtype=np.int64)))

@@ -18,7 +18,6 @@ from tiny_clip import save_tiny_clip
 
 from diffusion_lens.artifacts import read_manifest, write_manifest
 from diffusion_lens.described import (
-    ASSUMED,
     SMALL_BYTES,
     WEIGHTS,
     ClassifierSpec,
@@ -34,8 +33,9 @@ from diffusion_lens.fit import Models, fit, load_config, open_labeller, prepare,
 from diffusion_lens.fit_stages import read_labels, sampled
 from diffusion_lens.labelled import write_label_sheet
 from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.plots import describe_confusion
 from diffusion_lens.readers import CLIP_PROMPTS
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.types import ASSUMED, Attribute, LensError, is_assumed
 
 PROMPTS = {"gender": {"male": ("a man",), "female": ("a woman", "a nurse")}}
 
@@ -196,7 +196,10 @@ def test_a_lens_judged_by_clip_is_fitted_moved_and_opened(
     with pytest.raises(LensError, match=r"How often the classifier errs on gender is not known: .*--label-sheet"):
         fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, blind, blind))
     assert not (tmp_path / "w").exists()
-    np.testing.assert_array_equal(assumed_right(blind).confusion["gender"] / ASSUMED, np.eye(2))
+    counts = assumed_right(blind).confusion["gender"]
+    np.testing.assert_array_equal(counts / ASSUMED, np.eye(2))
+    assert is_assumed(counts) and not is_assumed(counts // 10)
+    assert "not measured" in describe_confusion(counts, blind.attributes[0])
     made = fit(config, tmp_path / "made", work=tmp_path / "w", models=Models(tiny_fit_models.model, judge, judge))
     (tmp_path / "made").rename(tmp_path / "moved")
     lens = DiffusionLens.from_pretrained(tmp_path / "moved", offline=True)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.report import COLUMNS, Audit, audit, render, table_text, write_report
-from diffusion_lens.types import LensError
+from diffusion_lens.types import ASSUMED, LensError
 
 PROMPTS = ("a portrait of a doctor", "a portrait of a nurse")
 SEEDS = range(500, 524)
@@ -91,6 +92,13 @@ def test_page_is_self_contained_and_safe(found: Audit) -> None:
     for needed in ("A. Reviewer", "2026-01-02", *PROMPTS, "python -m diffusion_lens audit", "read as female"):
         assert needed in text
     assert render(found) == text
+
+
+def test_an_assumed_error_is_called_so(found: Audit) -> None:
+    words = "assumed to have no error, not measured"
+    assert found.assumed == () and words not in render(found)
+    guessed = replace(found, confusion={**found.confusion, "gender": ASSUMED * np.eye(2, dtype=np.int64)})
+    assert guessed.assumed == ("gender",) and render(guessed).count(words) == 1
 
 
 def test_files_hold_the_same_shares(found: Audit, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, percent, points, span, style
-from diffusion_lens.types import Attribute, Change, LensError, Share
+from diffusion_lens.types import Attribute, Change, LensError, Share, is_assumed
 
 
 def spillover_figure(columns: Mapping[str, Sequence[Change]]) -> go.Figure:
@@ -82,8 +82,13 @@ def confusion_figure(counts: np.ndarray, attribute: Attribute) -> go.Figure:
 
 
 def describe_confusion(counts: np.ndarray, attribute: Attribute) -> str:
-    """Share read rightly per class, and the commonest mistake."""
+    """Share read rightly per class, and the commonest mistake; or that nobody measured it."""
     counts = _check_confusion(counts, attribute)
+    if is_assumed(counts):
+        return (
+            "The error of this classifier was not measured but assumed to be none: corrected shares are the raw ones, "
+            "and their intervals leave its error out."
+        )
     rates = _rates(counts)
     right = ", ".join(f"{label} {_rate(rates[i, i])}" for i, label in enumerate(attribute.classes))
     wrong = np.where(np.eye(len(counts), dtype=bool), -1.0, np.nan_to_num(rates))
