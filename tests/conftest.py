@@ -130,6 +130,7 @@ def make_latent_pipeline() -> LDMPipeline:
         block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=2, num_vq_embeddings=32,
     )  # fmt: skip
+    torch.nn.init.normal_(vae.quantize.embedding.weight)  # spread as latents are: else most fall to a few codes
     return LDMPipeline(vqvae=vae.eval(), unet=pixel_unet(), scheduler=latent_scheduler())
 
 

@@ -348,7 +348,7 @@ def test_every_handler_that_draws_is_lent_one(lending: list[Any], tiny_lens: Dif
     build(tiny_lens)
     assert sorted({seconds for seconds, _ in lending}) == [30, 120]
     named = [getattr(handler, "func", handler).__name__ for _, handler in lending]
-    assert {"draw", "balance", "run"} <= set(named) and "<lambda>" in named
+    assert {"draw", "balance", "run", "draw_pending", "first_view"} <= set(named)
 
 
 def test_models_are_placed_before_the_launch_where_a_gpu_is_lent(lending: list[Any], tiny_lens_folder: Path) -> None:

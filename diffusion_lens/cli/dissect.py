@@ -51,6 +51,9 @@ def dissect(
         typer.Option(help="With --top: choose by density, or for an attribute; may be repeated, then in turn."),
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="How many features, the most promising first.")] = None,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="Seeds count up from here; take others to confirm what a first run found.")
+    ] = 10_000_000,
     work: WorkOption = Path("runs/dissect"),
     store: Annotated[bool, typer.Option("--store", help="Keep effects and names in the lens, for the app.")] = False,
     batch_size: BatchOption = 32,
@@ -66,7 +69,7 @@ def dissect(
 
     python -m diffusion_lens dissect --by glasses --by beard --by 'hair length' --top 300 --store
 
-    python -m diffusion_lens dissect -p 'a portrait of a doctor' --feature 12 --feature 90 --json
+    python -m diffusion_lens dissect --feature 12 --feature 90 -n 400 --first-seed 11000000 --work runs/confirm
     """
     from diffusion_lens.dissect import dissect as run
     from diffusion_lens.dissect import store_in_lens
@@ -79,6 +82,7 @@ def dissect(
     values: dict[str, Any] = {
         "prompt": _prompt(opened, prompt), "n": n, "beta": beta, "sampler": sampler, "batch_size": batch_size,
         "top": top, "features": tuple(feature) if feature else None, **({"by": tuple(by)} if by else {}),
+        "first_seed": first_seed,
     }  # fmt: skip
     config = DissectConfig.parse(values, where="the dissection")
     with progress("dissecting") as bar:
