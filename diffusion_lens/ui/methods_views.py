@@ -105,7 +105,8 @@ def empty_html(attribute: str, problem: str = "") -> str:
     return (
         f'<section class="dl-empty"><h3>Nothing to compare yet</h3><p>{why}</p>'
         "<pre><code>python -m diffusion_lens compare --store</code></pre>"
-        f"<p>All attributes take about an hour on two free cores (an estimate); <code>-a {escape(attribute)}</code> does one alone, and a "
+        "<p>All attributes take about an hour on two free cores (an estimate); "
+        f"<code>-a {escape(attribute)}</code> does one alone, and a "
         "stopped run goes on where it was. Below, any method can be tried on a few images now.</p></section>"
     )
 
