@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from harness import chromium, listen, marks, served
 
-from diffusion_lens import ui
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.ui.studio import import_engine
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-        "--disable-component-update", "--no-first-run"]  # fmt: skip
 PATIENCE = 60_000
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-]
+pytestmark = marks
 
 
 @pytest.fixture(scope="module")
 def address(tiny_lens: DiffusionLens, prompt_free_lens: DiffusionLens) -> Iterator[str]:
     """The app, served on the tiny lenses: one takes prompts, the other none."""
-    import_engine()
-    demo = ui.build(tiny_lens, prompt_free_lens)
-    _, url, _ = demo.launch(
-        **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
-    )
-    yield url
-    demo.close()
+    with served(tiny_lens, prompt_free_lens) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -58,8 +42,7 @@ def page(browser: Any, address: str, complaints: list[str]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PATIENCE)
     tab = context.new_page()
-    tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-    tab.on("pageerror", lambda e: complaints.append(str(e)))
+    listen(tab, complaints)
     tab.goto(address)
     tab.wait_for_selector("#dl-after img")
     tab.wait_for_selector("#dl-measures .dl-bar")

@@ -3,65 +3,41 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dissected import keep_depth, keep_in
+from harness import marks, opened, served
 
-from diffusion_lens import ui
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.ui import depth_tab
-from diffusion_lens.ui.studio import import_engine
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-        "--disable-component-update", "--no-first-run"]  # fmt: skip
 PATIENCE = 60_000
 SHOTS = os.environ.get("DL_SHOTS")
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-]
+pytestmark = marks
 
 
 @pytest.fixture(scope="module")
 def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app on a tiny lens that was dissected, with a depth experiment stored."""
-    import_engine()
     folder = tmp_path_factory.mktemp("dissected")
     tiny_lens.save_pretrained(folder / "lens")
     keep_in(folder / "lens")
     keep_depth(folder / "depth.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depth_tab, "STORED", folder / "depth.json")
-        demo = ui.build(DiffusionLens.from_pretrained(folder / "lens"))
-        _, url, _ = demo.launch(
-            **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
-        )
-        yield url
-        demo.close()
+        with served(DiffusionLens.from_pretrained(folder / "lens")) as url:
+            yield url
 
 
 @pytest.fixture
 def page(address: str) -> Iterator[Any]:
     """The app, opened; the test fails if the console or a script complained."""
-    complaints: list[str] = []
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        tab = running.new_page(viewport={"width": 1280, "height": 1000})
-        tab.set_default_timeout(PATIENCE)
-        tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        tab.on("pageerror", lambda e: complaints.append(str(e)))
-        tab.goto(address)
-        tab.wait_for_selector("#dl-after img")
+    with opened(address, PATIENCE) as tab:
         yield tab
-        running.close()
-    assert complaints == []
 
 
 def shoot(page: Any, name: str) -> None:

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 from conftest import make_text_pipeline
+from harness import served
 from lens_fixtures import PROMPTS
 from test_app import browser, complaints, page, pytestmark, sources, wait_for_status  # noqa: F401
 from typer.testing import CliRunner
 
-from diffusion_lens import ui
 from diffusion_lens.cli.app import app
 from diffusion_lens.fit import Models, load_config
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.ui.studio import import_engine
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +44,8 @@ def fitted(tiny_fit_models: Models, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def address(fitted: Path) -> Iterator[str]:
     """The app, served on the fitted lens."""
-    import_engine()
-    demo = ui.build(DiffusionLens.from_pretrained(fitted, offline=True))
-    _, url, _ = demo.launch(
-        **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
-    )
-    yield url
-    demo.close()
+    with served(DiffusionLens.from_pretrained(fitted, offline=True)) as url:
+        yield url
 
 
 def test_the_flags_are_kept_beside_the_work_and_with_the_lens(fitted: Path) -> None:

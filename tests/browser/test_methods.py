@@ -2,69 +2,45 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import marks, opened, served
 from lens_fixtures import PROMPTS
 
-from diffusion_lens import ui
 from diffusion_lens.compare import CompareConfig, run_compare
 from diffusion_lens.compare_store import add_to_lens
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.ui import methods_live
-from diffusion_lens.ui.studio import import_engine
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-        "--disable-component-update", "--no-first-run"]  # fmt: skip
 PATIENCE = 90_000
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-]
+pytestmark = marks
 
 
 @pytest.fixture(scope="module")
 def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app on a copy of the tiny lens that holds a comparison for gender, and none for age."""
-    import_engine()
     folder = tmp_path_factory.mktemp("compared") / "lens"
     tiny_lens.save_pretrained(folder)
     config = CompareConfig(attribute="gender", prompt=PROMPTS[0], methods=("difflens", "activation", "bypass"), n=24,
                            n_tune=12, n_fit=8, options={}, n_examples=2)  # fmt: skip
     add_to_lens(run_compare(tiny_lens, config, tmp_path_factory.mktemp("work")), folder)
-    demo = ui.build(DiffusionLens.from_pretrained(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods_live, "fit_seeds", lambda: range(9_000_000, 9_000_016))
-        _, url, _ = demo.launch(
-            **ui.launch_options(), prevent_thread_lock=True, server_name="127.0.0.1", quiet=True, share=False
-        )
-        yield url
-        demo.close()
+        with served(DiffusionLens.from_pretrained(folder)) as url:
+            yield url
 
 
 @pytest.fixture
 def page(address: str) -> Iterator[Any]:
     """The Methods tab, open; the test fails if the console complained."""
-    complaints: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        tab = browser.new_page(viewport={"width": 1280, "height": 1000})
-        tab.set_default_timeout(PATIENCE)
-        tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        tab.on("pageerror", lambda e: complaints.append(str(e)))
-        tab.goto(address)
-        tab.wait_for_selector("#dl-after img")
+    with opened(address, PATIENCE) as tab:
         tab.get_by_role("tab", name="Methods").click()
         tab.wait_for_selector("#dl-bench-table table")
         yield tab
-        browser.close()
-    assert complaints == []
 
 
 def test_the_table_the_plots_and_a_method_live(page: Any, tmp_path: Path) -> None:
