@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline
 
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_all, to_unit, train_autoencoder
@@ -22,7 +22,7 @@ from diffusion_lens.portraits.denoiser import (
     without_text,
 )
 from diffusion_lens.portraits.draw import SKIN, draw, sheet
-from diffusion_lens.portraits.networks import DenoiserConfig, make_tokenizer, make_unet
+from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler, make_tokenizer, make_unet
 from diffusion_lens.portraits.recipe import open_parts, sample, save_pipeline
 from diffusion_lens.types import LensError
 
@@ -173,6 +173,17 @@ def test_lowest_skips_stay_silent_in_training(shape: DenoiserConfig) -> None:
     for block, stock in zip(unet.up_blocks[0].resnets, plain.up_blocks[0].resnets, strict=True):
         assert not block.conv1.weight[:, 32:].any() and not block.conv_shortcut.weight[:, 32:].any()
         assert block.conv1.weight[:, :32].any() and stock.conv1.weight[:, 32:].any()
+
+
+def test_the_schedule_walks_the_squared_cosine_slowly_where_noise_is_strong() -> None:
+    ours, plain = make_scheduler(), DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    # half of the timesteps take three quarters of the plain schedule, nine tenths take 99 hundredths
+    for place, same in ((100, 190), (500, 750), (900, 990)):
+        assert ours.alphas_cumprod[place - 1] == pytest.approx(float(plain.alphas_cumprod[same - 1]), rel=1e-3)
+    assert ours.alphas_cumprod[-1] < 1e-8
+    ours.set_timesteps(16)
+    assert ours.timesteps[0] == 999
+    assert torch.equal(DDIMScheduler.from_config(ours.config).alphas_cumprod, ours.alphas_cumprod)
 
 
 def test_timesteps_are_uniform_but_for_those_around_the_middle() -> None:
