@@ -19,6 +19,7 @@ from PIL import Image
 from test_check import TINY
 from typer.testing import CliRunner
 
+from diffusion_lens.cli import console
 from diffusion_lens.cli.app import app
 from diffusion_lens.cli.console import MISTAKE, STOPPED, duration
 from diffusion_lens.cli.portraits import recipe_config
@@ -315,3 +316,18 @@ def test_table_prints_the_planted_truth(run: Run) -> None:
 
 def test_durations_in_words() -> None:
     assert [duration(s) for s in (3, 120, 7200)] == ["3 s", "2 min", "2.0 h"]
+
+
+def test_the_time_left_of_a_resumed_run_counts_only_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 40.0, 80.0])
+    monkeypatch.setattr("diffusion_lens.cli.console.time.monotonic", lambda: next(clock))
+    bar = console.Bar("training")
+    for done in (500, 510, 530):  # ten steps in 30 s, then 20 in 40 s
+        bar.step(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"training: 510 of 1,000, about {console.duration(490 * 30 / 10)} left",
+        f"training: 530 of 1,000, about {console.duration(470 * 70 / 30)} left",
+    ]

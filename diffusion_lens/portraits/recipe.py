@@ -230,7 +230,7 @@ def _edit_json(path: Path, *, remove: str = "", **changes: str) -> None:
 
 
 def sample(
-    pipe: StableDiffusionPipeline | LDMPipeline, prompt: str, seeds: list[int], *, n_steps: int = 20, batch: int = 500
+    pipe: StableDiffusionPipeline | LDMPipeline, prompt: str, seeds: list[int], *, n_steps: int = 16, batch: int = 500
 ) -> np.ndarray:
     """Images ``uint8[n, 64, 64, 3]`` by the stock pipeline's own call, for sample sheets and quick checks."""
     parts = []
