@@ -22,7 +22,7 @@ from diffusion_lens.portraits.denoiser import (
     without_text,
 )
 from diffusion_lens.portraits.draw import SKIN, draw, sheet
-from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler, make_tokenizer, make_unet
+from diffusion_lens.portraits.networks import SHIFT, DenoiserConfig, make_scheduler, make_tokenizer, make_unet
 from diffusion_lens.portraits.recipe import open_parts, sample, save_pipeline
 from diffusion_lens.types import LensError
 
@@ -175,11 +175,12 @@ def test_lowest_skips_stay_silent_in_training(shape: DenoiserConfig) -> None:
         assert block.conv1.weight[:, :32].any() and stock.conv1.weight[:, 32:].any()
 
 
-def test_the_schedule_walks_the_squared_cosine_slowly_where_noise_is_strong() -> None:
-    ours, plain = make_scheduler(), DDIMScheduler(beta_schedule="squaredcos_cap_v2")
-    # half of the timesteps take three quarters of the plain schedule, nine tenths take 99 hundredths
-    for place, same in ((100, 190), (500, 750), (900, 990)):
-        assert ours.alphas_cumprod[place - 1] == pytest.approx(float(plain.alphas_cumprod[same - 1]), rel=1e-3)
+def test_the_schedule_is_the_shifted_straight_path_from_pure_noise() -> None:
+    ours = make_scheduler()
+    signal, spread = ours.alphas_cumprod.sqrt(), (1 - ours.alphas_cumprod).sqrt()
+    for t in (1, 20, 500, 999):  # the straight path mixes 1 - u of the image with u of noise
+        u = t / 1000
+        assert signal[t - 1] / spread[t - 1] == pytest.approx((1 - u) / u / SHIFT, rel=1e-3)
     assert ours.alphas_cumprod[-1] < 1e-8
     ours.set_timesteps(16)
     assert ours.timesteps[0] == 999

@@ -36,7 +36,7 @@ class DenoiserTrainConfig(StrictConfig):
         n_steps: optimiser steps of ``batch_size`` latents each.
         caption_dropout: share of captions replaced by the empty prompt, which so learns the marginal.
         focus_share: share of timesteps drawn around one place of the schedule in place of uniformly (our working
-            form: a logit-normal of deviation 1). focus: that place as a logit: -0.7, at a third, is where shapes
+            form: a logit-normal of deviation 1). focus: that place as a logit: -1.2, at a quarter, is where shapes
             are decided; higher, where large areas get their colour.
     """
 
@@ -47,7 +47,7 @@ class DenoiserTrainConfig(StrictConfig):
     caption_dropout: float = 0.12
     ema_decay: float = 0.999
     focus_share: float = 0.5
-    focus: float = -0.5
+    focus: float = -1.0
     seed: int = 0
 
 
