@@ -126,7 +126,8 @@ def dissect(
     chosen = choose_features(lens, config)
     _check_turn(lens, config, chosen[0])
     told = config.model_dump(mode="json", exclude={"features", "alpha", "min_density", "by", "top", "batch_size"})
-    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id])
+    half = [str(lens.model.dtype)] if lens.model.dtype != torch.float32 else []  # measured apart from single precision
+    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id, *half])
     missing = [feature for feature in chosen if not _file(folder, feature).is_file()]
     if missing:
         plan = make_plan(lens, config, missing)

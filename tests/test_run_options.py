@@ -123,7 +123,9 @@ def test_a_lens_opens_on_the_cpu_without_torch(tiny_lens_folder: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["generate", "attribute", "sweep", "balance", "check", "audit", "serve"])
+@pytest.mark.parametrize(
+    "command", ["generate", "attribute", "sweep", "balance", "check", "audit", "serve", "dissect", "together"]
+)
 def test_commands_take_the_flags(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
     assert all(f"--{flag}" in shown for flag in RunOptions.model_fields)
