@@ -39,6 +39,7 @@ from diffusion_lens.types import (
     Predictions,
     Sampler,
 )
+from diffusion_lens.words import duration
 
 BLOCK = 16
 """Features whose images share batches; a stopped run loses one block at most."""
@@ -102,10 +103,9 @@ class Plan:
     def describe(self) -> str:
         """What will be done and how long it takes, in one sentence."""
         every = len(self.features) * len(self.request.seeds)
-        minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
         return (
             f"{len(self.features)} features on {len(self.request.seeds)} images each: {self.images:,} of {every:,} "
-            f"images can change and are drawn, from where the feature first fires: about {minutes}."
+            f"images can change and are drawn, from where the feature first fires: about {duration(self.seconds)}."
         )
 
 

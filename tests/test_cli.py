@@ -21,13 +21,14 @@ from typer.testing import CliRunner
 
 from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
 from diffusion_lens.cli.app import app
-from diffusion_lens.cli.console import MISTAKE, STOPPED, duration
+from diffusion_lens.cli.console import MISTAKE, STOPPED
 from diffusion_lens.cli.options import BATCH, batch_of
 from diffusion_lens.cli.portraits import recipe_config
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import draw as drawing
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.types import LensError
+from diffusion_lens.words import duration
 
 COMMANDS = (
     "generate", "attribute", "sweep", "balance", "check", "audit", "fit", "convert-p2", "import-difflens", "serve",

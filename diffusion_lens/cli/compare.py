@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_lens.cli.console import Bar, duration, guarded, progress, say, show_json, show_table
+from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import (
     BatchOption,
     DeviceOption,
@@ -21,6 +21,7 @@ from diffusion_lens.cli.options import (
 )
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
+from diffusion_lens.words import duration
 
 if TYPE_CHECKING:
     from diffusion_lens.compare_types import CompareConfig, Comparison, MethodRow
