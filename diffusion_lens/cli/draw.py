@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,8 +172,7 @@ def attribute(
         save_html(html, f"Features for {attribute} = {target}", [(figure, describe_attribution(found, target, k=top))])
     rows = _feature_rows(opened, features.ids, features.scores)
     if as_json:
-        plain = to_plain(replace(found, scores=np.zeros(0)))
-        del plain["scores"]
+        plain = to_plain(found, without="scores")
         show_json({"request": to_plain(drawn.request), "attribution": plain, "target": target, "features": rows})
         return
     show_table(

@@ -29,6 +29,7 @@ from diffusion_lens.cli.options import (
     parse_turn,
     with_flags,
 )
+from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
 
 NOT_PASSED = 1
@@ -115,7 +116,7 @@ def audit(
     python -m diffusion_lens audit --turn gender=male:0.5 --reviewer 'A. Reviewer' --notes @notes.txt
     """
     from diffusion_lens.report import audit as measure
-    from diffusion_lens.report import plain_audit, write_report
+    from diffusion_lens.report import write_report
 
     opened = opening.open()
     prompts = [checked_prompt(opened, p) for p in prompt] if prompt else list(opened.prompts)
@@ -136,7 +137,7 @@ def audit(
         )
     paths = write_report(found, out)
     if as_json:
-        show_json(plain_audit(found))
+        show_json(to_plain(found, without="examples"))
     else:
         for finding in found.findings:
             kind = ", edited" if finding.edit else ""

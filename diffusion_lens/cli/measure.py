@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -88,7 +87,7 @@ def sweep(
     if html is not None:
         _plot(results, html)
     if as_json:
-        show_json([plain_sweep(result) for result in results])
+        show_json(to_plain(results, without="examples"))
         return
     for result in results:
         show_sweep(result)
@@ -125,7 +124,7 @@ def balance(
     if html is not None:
         _plot([result], html, found)
     if as_json:
-        show_json({"balance": to_plain(found), "sweep": plain_sweep(result)})
+        show_json({"balance": to_plain(found), "sweep": to_plain(result, without="examples")})
         return
     show_sweep(result)
     say(found.note)
@@ -161,15 +160,6 @@ def _sweep_row(point: SweepPoint, column: int) -> tuple[str, ...]:
         str(share.n_uncertain),
         f"{kept:.0%}",
     )
-
-
-def plain_sweep(result: SweepResult) -> dict[str, Any]:
-    """A sweep as JSON values, its example images left out."""
-    points = tuple(replace(point, examples=np.zeros(0)) for point in result.points)
-    plain: dict[str, Any] = to_plain(replace(result, points=points))
-    for point in plain["points"]:
-        del point["examples"]
-    return plain
 
 
 def _plot(results: list[SweepResult], path: Any, found: Any = None) -> None:
