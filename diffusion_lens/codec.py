@@ -40,6 +40,20 @@ def decode_pixels(pipe: Any, latents: Tensor) -> np.ndarray:
         image = _decode_vae(pipe, latents)
     else:
         image = latents
+    return _to_pixels(image)
+
+
+def decode_preview(pipe: Any, network: Any, latents: Tensor) -> np.ndarray:
+    """The same by a tiny autoencoder, as the stock pipelines decode when it takes their own autoencoder's place.
+
+    Its latents are the pipeline's own, scaled ones (its ``scaling_factor`` is 1). What the pipeline's safety checker
+    refuses is black here too.
+    """
+    latents = (latents / network.config.scaling_factor).to(network.dtype)
+    return _to_pixels(_censor(pipe, network.decode(latents, return_dict=False)[0]))
+
+
+def _to_pixels(image: Tensor) -> np.ndarray:
     image = (image / 2 + 0.5).clamp(0, 1)
     pixels = (image.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else np.ascontiguousarray(pixels)

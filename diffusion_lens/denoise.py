@@ -97,6 +97,9 @@ class Capture:
 Keep = Callable[[int, Tensor, list[torch.Generator]], None]
 """Called before every step with its index, the latents and the noise generators."""
 
+OnLatents = Callable[[GenerationRequest, Tensor], None]
+"""Called once per batch with its request and final latents ``[n, c, y, x]``, before they are decoded; may raise."""
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -155,7 +158,9 @@ class BatchRun:
     stats: _Stats = field(default_factory=_Stats)
     kept: list[Tensor] = field(default_factory=list)
 
-    def draw(self, on_step: Callable[[int], None], keep: Keep | None = None) -> Generation:
+    def draw(
+        self, on_step: Callable[[int], None], keep: Keep | None = None, on_latents: OnLatents | None = None
+    ) -> Generation:
         """Run all steps and decode. ``on_step(done)`` may raise; ``keep`` sees the latents before every step."""
         model, edit = self.model, self.edit
         context = getattr(edit, "model_context", None)
@@ -168,6 +173,8 @@ class BatchRun:
                 stack.callback(model.forget_prompts)
                 stack.enter_context(context(model))
             latents, scheduler = self._walk(self.request.n_steps, on_step, keep)
+            if on_latents is not None:
+                on_latents(self.request, latents)
             images = model.decode(latents, len(self.request.seeds))
         activations = None if self.capture is None else self._activations(scheduler, self.capture)
         told = None if edit is None else edit.description

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.denoise import BatchRun, Capture, Edit, StepContext, Trajectory
+from diffusion_lens.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
 from diffusion_lens.memory import OnStep, in_batches
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.types import Generation, GenerationRequest, LensError
 
 __all__ = [
-    "Cancelled", "Capture", "Edit", "OnStep", "StepContext", "Trajectory",
+    "Cancelled", "Capture", "Edit", "OnLatents", "OnStep", "StepContext", "Trajectory",
     "generate", "generate_batches", "join", "record_trajectory", "request",
 ]  # fmt: skip
 
@@ -47,11 +47,13 @@ def generate(
     batch_size: int = 16,
     on_step: OnStep | None = None,
     start: Trajectory | None = None,
+    on_latents: OnLatents | None = None,
 ) -> Generation:
     """One image per seed of ``request``; see ``generate_batches`` for the arguments and errors."""
     parts = generate_batches(
-        model, request, edit=edit, capture=capture, batch_size=batch_size, on_step=on_step, start=start
-    )
+        model, request, edit=edit, capture=capture, batch_size=batch_size, on_step=on_step, start=start,
+        on_latents=on_latents,
+    )  # fmt: skip
     return join(list(parts), request)
 
 
@@ -64,6 +66,7 @@ def generate_batches(
     batch_size: int = 16,
     on_step: OnStep | None = None,
     start: Trajectory | None = None,
+    on_latents: OnLatents | None = None,
 ) -> Iterator[Generation]:
     """The same, one ``Generation`` per batch as soon as it is drawn; where memory runs out, the batch is halved once.
 
@@ -71,6 +74,8 @@ def generate_batches(
         on_step: called with (steps done, steps in total) over all batches; may raise ``Cancelled``.
         start: an unedited run of the same request (or of more seeds): the edited run restarts at its latest recorded
             step before the first edited one. Bit-identical to a run from noise in the same batches.
+        on_latents: called before each batch is decoded, with its request and latents; may raise ``Cancelled``. Not
+            called where nothing is drawn.
 
     Raises:
         LensError: a request for another model, a prompt where none is taken or none where one is needed, an
@@ -85,7 +90,7 @@ def generate_batches(
     restart = None if first is None else start
 
     def draw(part: GenerationRequest, told: Callable[[int], None]) -> Generation:
-        return BatchRun(model, part, edit, capture, restart, first or 0).draw(told)
+        return BatchRun(model, part, edit, capture, restart, first or 0).draw(told, on_latents=on_latents)
 
     yield from in_batches(model.room, request, batch_size, request.n_steps - (first or 0), draw, on_step)
 
@@ -99,6 +104,7 @@ def record_trajectory(
     batch_size: int = 16,
     on_step: OnStep | None = None,
     max_bytes: int = TRAJECTORY_BYTES,
+    on_latents: OnLatents | None = None,
 ) -> Trajectory:
     """Draw without an edit and keep the latents before ``steps`` (default: all that fit ``max_bytes``, evenly)."""
     check(model, request, None, capture, batch_size)
@@ -117,7 +123,7 @@ def record_trajectory(
                 if not model.is_ddim:
                     states[index] = tuple(g.get_state() for g in generators)
 
-        return BatchRun(model, part, capture=capture).draw(told, keep), latents, states
+        return BatchRun(model, part, capture=capture).draw(told, keep, on_latents), latents, states
 
     parts = list(in_batches(model.room, request, batch_size, request.n_steps, draw, on_step))
     latents = {i: torch.cat([x[i] for _, x, _ in parts]) for i in parts[0][1]}

@@ -41,7 +41,7 @@ from diffusion_lens.types import (
 )
 
 if TYPE_CHECKING:
-    from diffusion_lens.generate import Edit, OnStep, Trajectory
+    from diffusion_lens.generate import Edit, OnLatents, OnStep, Trajectory
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -92,11 +92,13 @@ class DiffusionLens(LensFolder):
         batch_size: int = 16,
         on_step: OnStep | None = None,
         start: Trajectory | None = None,
+        on_latents: OnLatents | None = None,
     ) -> Generation:
         """Draw one image per seed, with interventions (several act at once) or one edit of another method.
 
         ``prompt`` is a text with ``seeds``, or a finished request. ``capture`` keeps the bottleneck of every step
-        (float16). ``on_step(done, total)`` may raise ``generate.Cancelled``; ``start`` is a recorded trajectory.
+        (float16). ``on_step(done, total)`` may raise ``generate.Cancelled``; ``start`` is a recorded trajectory;
+        ``on_latents`` sees each batch's request and latents before they are decoded.
         """
         from diffusion_lens.generate import Capture, generate
 
@@ -108,6 +110,7 @@ class DiffusionLens(LensFolder):
             batch_size=batch_size,
             on_step=on_step,
             start=start,
+            on_latents=on_latents,
         )
 
     def _request(self, prompt: str | GenerationRequest | None, seeds: Sequence[int] | None) -> GenerationRequest:

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from diffusion_lens.codec import decode_pixels, encode_text, encode_xl
+from diffusion_lens.codec import decode_pixels, decode_preview, encode_text, encode_xl
 from diffusion_lens.hooks import Rows, capture, select_rows
 from diffusion_lens.memory import Room
 from diffusion_lens.placement import place
-from diffusion_lens.run_options import RunOptions
+from diffusion_lens.preview import PreviewDecoder, load_preview
+from diffusion_lens.run_options import RunOptions, is_missing_folder
 from diffusion_lens.types import LensError
+from diffusion_lens.weights import LOAD_ERRORS, reason
 
 Kind = Literal["text", "text-xl", "pixel", "latent"]
 
@@ -69,6 +70,7 @@ class DiffusionModel:
         offloaded: the pipeline's parts move between devices, so one run at a time holds the lock throughout.
         lock: held while hooks are in place, so that two threads cannot read each other's activations.
         room: how many images fit into memory at once, learned when more did not.
+        preview: a tiny autoencoder that shows images before ``decode``; ``None`` for none.
     """
 
     model_id: str
@@ -82,6 +84,7 @@ class DiffusionModel:
     lock: Any = field(default_factory=threading.RLock, repr=False)
     prompts: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict, repr=False)
     room: Room = field(default_factory=Room, repr=False)
+    preview: PreviewDecoder | None = None
 
     @property
     def is_text(self) -> bool:
@@ -226,6 +229,17 @@ class DiffusionModel:
         with torch.inference_mode():
             return np.concatenate([decode_pixels(self.pipeline, part) for part in latents.split(batch_size)])
 
+    def decode_preview(self, latents: Tensor, batch_size: int = 4) -> np.ndarray:
+        """The same by the tiny autoencoder: near the images of ``decode`` and to be looked at alone (E3).
+
+        Raises ``LensError`` where none was loaded.
+        """
+        if self.preview is None:
+            raise LensError("No preview was loaded with this model; name one with --preview.")
+        network = self.preview.network
+        with torch.inference_mode():
+            return np.concatenate([decode_preview(self.pipeline, network, part) for part in latents.split(batch_size)])
+
 
 def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per seed."""
@@ -240,14 +254,17 @@ def wrap_pipeline(
     dtype: torch.dtype = torch.float32,
     hook_name: str = "mid_block",
     keep_scheduler: bool = False,
+    offline: bool = False,
     options: RunOptions | None = None,
 ) -> DiffusionModel:
     """Open a diffusers pipeline that is already in memory; it is moved to ``device`` and ``dtype``.
 
-    ``options`` take the place of both and say what else changes how it runs. The sampler becomes DDIM, made from the
+    ``options`` take the place of both and say what else changes how it runs; a preview that they name is loaded, from
+    this machine alone where ``offline``. The sampler becomes DDIM, made from the
     pipeline's own scheduler configuration. Samplers of few-step models (LCM, TCD, Euler with trailing steps) stay,
     and so does any supported one where ``keep_scheduler``.
-    Raises ``LensError`` for pipelines without a known U-Net and for unknown hook names, naming some that exist.
+    Raises ``LensError`` for pipelines without a known U-Net, for unknown hook names, naming some that exist, and for a
+    preview that cannot be loaded or does not decode this pipeline's latents.
     """
     kind = _kind(pipe)
     if options is not None:
@@ -260,7 +277,8 @@ def wrap_pipeline(
     where = torch.device(device)
     place(pipe, hook_name, where, dtype, options)
     offloaded = options is not None and options.offload
-    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, where, dtype, offloaded)
+    preview = None if options is None else load_preview(options, pipe, where, dtype, offline=offline)
+    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, where, dtype, offloaded, preview=preview)
 
 
 def load_model(
@@ -289,8 +307,7 @@ def load_model(
         dtype = options.torch_dtype
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise LensError(f"{source} is no diffusers pipeline: it has no model_index.json.")
-    # Hub names never start like a path; without this a mistyped folder would be looked up on the network.
-    if not folder.exists() and (str(source).startswith((".", "/", "~")) or len(folder.parts) > 2):
+    if is_missing_folder(source):
         raise LensError(f"There is no folder {source}; check the path.")
     extra = (
         {} if safety_checker or not _has_checker(folder) else {"safety_checker": None, "requires_safety_checker": False}
@@ -299,17 +316,16 @@ def load_model(
         pipe = DiffusionPipeline.from_pretrained(
             str(source), dtype=dtype, revision=revision, local_files_only=offline, use_safetensors=True, **extra
         )
-    except _LOAD_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except LOAD_ERRORS as error:
         hint = "" if folder.exists() else "; check the name and the network, or give a folder on this machine"
-        raise LensError(f"{source} could not be loaded as a diffusers pipeline{hint}. Reason: {reason}") from error
+        raise LensError(
+            f"{source} could not be loaded as a diffusers pipeline{hint}. Reason: {reason(error)}"
+        ) from error
     name = model_id or (folder.resolve().name if folder.exists() else str(source))
     return wrap_pipeline(
-        pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler, options=options
-    )
-
-
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+        pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler, offline=offline,
+        options=options,
+    )  # fmt: skip
 
 
 def _has_checker(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_lens.config import StrictConfig
@@ -15,6 +16,7 @@ from diffusion_lens.types import LensError
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 ENVIRONMENT = "DIFFUSION_LENS_"
+TEXTS = ("device", "dtype", "preview")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
@@ -32,6 +34,8 @@ class RunOptions(StrictConfig):
         compile: compile the U-Net's down- and up-blocks (E1: last bits change; minutes at the first call).
         slicing: attention in two parts and one image at a time through the decoder (E1; slower, less memory).
         offload: the pipeline's parts wait in the CPU's memory until they are needed (E0; slower, less memory).
+        preview: a tiny autoencoder, as hub id or folder, that shows the app's images before the full decode (E3: shown
+            alone and never measured); empty for none.
     """
 
     device: str = "auto"
@@ -39,10 +43,11 @@ class RunOptions(StrictConfig):
     compile: bool = False
     slicing: bool = False
     offload: bool = False
+    preview: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, device: str = "cpu") -> RunOptions:
-        """Read ``DIFFUSION_LENS_DEVICE``, ``_DTYPE``, ``_COMPILE``, ``_SLICING`` and ``_OFFLOAD``.
+        """Read ``DIFFUSION_LENS_DEVICE``, ``_DTYPE``, ``_COMPILE``, ``_SLICING``, ``_OFFLOAD``, ``_PREVIEW``.
 
         ``device`` is the default; where a GPU is lent per call, that is ``cuda``.
         Raises ``LensError`` that names the variable whose value is none.
@@ -52,7 +57,7 @@ class RunOptions(StrictConfig):
             text = environment.get(ENVIRONMENT + name.upper())
             if text is None:
                 continue
-            values[name] = text if name in ("device", "dtype") else _switch(ENVIRONMENT + name.upper(), text)
+            values[name] = text if name in TEXTS else _switch(ENVIRONMENT + name.upper(), text)
         if values.get("dtype", "fp32") not in DTYPES:
             raise LensError(f"{ENVIRONMENT}DTYPE is {', '.join(DTYPES)}; '{values['dtype']}' is none of them.")
         return cls.parse(values, where="the environment")
@@ -68,7 +73,7 @@ class RunOptions(StrictConfig):
         """The same with a device that exists in place of ``auto``.
 
         Raises ``LensError`` where this machine cannot run so: an unknown device, half precision on a CPU that has
-        none, offloading without a GPU, compiling where a GPU is lent per call.
+        none, offloading without a GPU, compiling where a GPU is lent per call, a preview from a folder that is not.
         """
         chosen = self.model_copy(update={"device": pick_device(self.device)})
         on_cpu = chosen.device.startswith("cpu")
@@ -82,7 +87,18 @@ class RunOptions(StrictConfig):
             raise LensError("--offload moves parts of a model to a GPU in turn and there is none; leave it out.")
         if self.offload and self.compile:
             raise LensError("--compile and --offload do not go together; choose one.")
+        if is_missing_folder(self.preview):
+            raise LensError(f"There is no folder {self.preview} for --preview; check the path.")
         return chosen
+
+
+def is_missing_folder(source: str | Path) -> bool:
+    """Whether ``source`` can only be a folder, and there is none: hub names never start like a path.
+
+    Without this a mistyped folder would be looked up on the network.
+    """
+    path = Path(source)
+    return not path.exists() and (str(source).startswith((".", "/", "~")) or len(path.parts) > 2)
 
 
 def pick_device(name: str) -> str:

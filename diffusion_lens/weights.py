@@ -7,11 +7,14 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_lens.types import LensError
 
 WEIGHTS_VARIABLE = "DIFFUSION_LENS_WEIGHTS"
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What diffusers raises for files that are missing, broken or of another kind."""
 
 
 def weights_folder() -> Path:
@@ -26,6 +29,11 @@ def weight_file(name: str, origin: str, path: Path | str | None = None) -> Path:
     if not found.is_file():
         raise LensError(f"{name} is missing; get it from {origin} and save it as {found}.")
     return found
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says, for the end of a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def weights_digest(module: nn.Module, *texts: str) -> str:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "diffusion_lens"
 BOTTOM = {"types", "config"}
 FOUNDATION = {
     "artifacts", "sheets", "records", "pipelines", "hooks", "codec", "weights", "sae", "probes", "stats", "settings",
-    "calibration", "resume", "memory", "placement", "run_options", "precision",
+    "calibration", "resume", "memory", "placement", "run_options", "precision", "preview",
 }  # fmt: skip
 TOP = {
     "lens", "lens_folder", "report", "check", "checks", "fit", "fit_config", "fit_defaults", "fit_estimate",

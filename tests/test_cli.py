@@ -20,6 +20,7 @@ from test_check import TINY
 from typer.testing import CliRunner
 
 from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
+from diffusion_lens.cli import console
 from diffusion_lens.cli.app import app
 from diffusion_lens.cli.console import MISTAKE, STOPPED
 from diffusion_lens.cli.options import BATCH, batch_of
@@ -336,3 +337,18 @@ def test_table_prints_the_planted_truth(run: Run) -> None:
 
 def test_durations_in_words() -> None:
     assert [duration(s) for s in (3, 120, 7200)] == ["3 s", "2 min", "2.0 h"]
+
+
+def test_the_time_left_of_a_resumed_run_counts_only_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 40.0, 80.0])
+    monkeypatch.setattr("diffusion_lens.cli.console.time.monotonic", lambda: next(clock))
+    bar = console.Bar("training")
+    for done in (500, 510, 530):  # ten steps in 30 s, then 20 in 40 s
+        bar.step(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"training: 510 of 1,000, about {duration(490 * 30 / 10)} left",
+        f"training: 530 of 1,000, about {duration(470 * 70 / 30)} left",
+    ]

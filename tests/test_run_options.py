@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from diffusion_lens import run_options
 from diffusion_lens.activations import SampleSpec, collect_to
 from diffusion_lens.cli.app import app
+from diffusion_lens.cli.options import RUN_FLAGS
 from diffusion_lens.generate import Capture, StepContext, generate, record_trajectory, request
 from diffusion_lens.hooks import intercept
 from diffusion_lens.lens import DiffusionLens
@@ -128,7 +129,8 @@ def test_a_lens_opens_on_the_cpu_without_torch(tiny_lens_folder: Path) -> None:
 )
 def test_commands_take_the_flags(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
-    assert all(f"--{flag}" in shown for flag in RunOptions.model_fields)
+    assert all(f"--{flag}" in shown for flag in RUN_FLAGS)
+    assert {*RUN_FLAGS, "preview"} == set(RunOptions.model_fields) and ("--preview" in shown) == (command == "serve")
     assert "running" not in shown
 
 

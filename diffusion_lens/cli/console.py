@@ -85,7 +85,7 @@ class Bar:
     def __init__(self, title: str) -> None:
         self.title = title
         self.console = Console(stderr=True)
-        self.begun = self.printed = time.monotonic()
+        self._begin()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -103,7 +103,7 @@ class Bar:
         """Report within a named stage; a new name begins a new bar."""
         if name.split(" (")[0] != self.title.split(" (")[0]:
             self.close()
-            self.begun = self.printed = time.monotonic()
+            self._begin()
         self.title = name
         self.step(done, total)
 
@@ -112,6 +112,10 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._task = None
+
+    def _begin(self) -> None:
+        self.begun = self.printed = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def _start(self) -> None:
         self._progress = Progress(
@@ -128,10 +132,13 @@ class Bar:
         self._progress.start()
 
     def _line(self, done: int, total: int, now: float) -> None:
-        if now - self.printed < LINE_EVERY or not done:
+        if self._first is None:
+            self._first = (done, now)  # what a resumed run had done before was not done in this time
+        before, since = self._first
+        if now - self.printed < LINE_EVERY or done <= before:
             return
         self.printed = now
-        left = (now - self.begun) / done * (total - done)
+        left = (now - since) / (done - before) * (total - done)
         say(f"{self.title}: {done:,} of {total:,}, about {duration(left)} left")
 
 

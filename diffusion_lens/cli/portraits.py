@@ -52,7 +52,9 @@ def train(
     lr: Annotated[float | None, typer.Option(min=1e-7, max=1.0, help="Learning rate of the one stage named.")] = None,
     focus: Annotated[
         float | None,
-        typer.Option(help="Denoisers: the noise half of the steps train on, as a logit (0 middling, 1.5 strong)."),
+        typer.Option(
+            help="Denoisers: the place in the schedule that half of the steps dwell on, as a logit (0: its middle)."
+        ),
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:

@@ -29,6 +29,14 @@ def serve(
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network card.")] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="Also open a public link for 72 hours.")] = False,
+    preview: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL_OR_FOLDER",
+            help="A tiny autoencoder, e.g. madebyollin/taesd, that shows images of a latent model before they are "
+            "decoded in full: marked as a preview and never measured. Off by default.",
+        ),
+    ] = "",
     running: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Open the app in the browser: features, sliders, images, ratios, live.
@@ -43,4 +51,5 @@ def serve(
 
     assets = BUNDLED.parent if BUNDLED.is_dir() else Path(__file__).resolve().parents[2] / BUNDLED.parent
     names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets)
+    running = running.model_copy(update={"preview": preview})
     launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share)

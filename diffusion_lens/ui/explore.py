@@ -166,7 +166,7 @@ def _see(studio: Studio, view: View) -> tuple[Any, ...]:
     said = "Press a slider to draw."
     if picture is not None:
         before, after = (grid.row_html(picture, attribute, edited=e) for e in (False, True))
-        drawing = handlers.drawing(studio, picture)
+        drawing = handlers.drawing(studio, view, picture.beta)
         said = grid.summary(picture, attribute)
     gr.HTML(texts.section(texts.SEE))
     status = gr.HTML(texts.status(said), elem_id="dl-status")

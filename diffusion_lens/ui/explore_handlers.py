@@ -12,8 +12,9 @@ import gradio as gr
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import cards, curve, grid, jobs, state, texts
 from diffusion_lens.ui.lane import Stopped
+from diffusion_lens.ui.previews import Preview
 from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Picture, Studio
+from diffusion_lens.ui.studio import Picture, Row, Studio
 
 log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS
@@ -141,12 +142,25 @@ def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:
     return (
         before,
         grid.row_html(picture, attribute, edited=True),
-        drawing(studio, picture),
+        drawing(studio, picture.view, picture.beta),
         measures(studio, picture),
         texts.status(said),
         texts.link(studio.path + state.to_query(picture.view)),
         replace(page, before=key, linked=False, pending=False),
     )
+
+
+def foresee(studio: Studio, page: Page, preview: Preview[Row]) -> tuple[Any, ...]:
+    """The same for a preview, marked: nothing is read in it or linked, and the full images replace all of it.
+
+    The curve stays: it was measured when the lens was made, and says so.
+    """
+    view = preview.view
+    attribute = studio.lens.attribute_named(view.attribute)
+    before, after = (grid.preview_html(preview, attribute, edited=edited) for edited in (False, True))
+    said = texts.status(texts.PREVIEW.format(name=preview.name))
+    page = replace(page, before=None, linked=False, pending=False)
+    return before, after, drawing(studio, view, view.beta), texts.unmeasured(), said, "", page
 
 
 def measures(studio: Studio, picture: Picture) -> str:
@@ -156,11 +170,9 @@ def measures(studio: Studio, picture: Picture) -> str:
     return grid.measure_html(studio.lens, picture, counted)
 
 
-def drawing(studio: Studio, picture: Picture) -> str:
+def drawing(studio: Studio, view: View, beta: float) -> str:
     """The stored sweep with a mark at this strength; empty where it is of another turn."""
-    if studio.stored_point(replace(picture.view, own=())) is None:
-        return ""
-    return curve.curve_html(studio, picture.view, picture.beta)
+    return "" if studio.stored_point(replace(view, own=())) is None else curve.curve_html(studio, view, beta)
 
 
 def say(status: str, page: Any) -> tuple[Any, ...]:
@@ -179,16 +191,22 @@ def explain(error: Exception) -> str:
 
 
 def draw(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
-    """Draw what the controls ask for; while the model loads, the nearest stored picture stands in."""
+    """Draw what the controls ask for; while the model loads, the nearest stored picture stands in.
+
+    With a tiny autoencoder its previews come first, then the full images with their figures.
+    """
     try:
         view = read_view(studio, page, values)
         if not studio.lens.is_ready:
             stored = studio.stored(view)
             if stored is not None:
-                outputs = list(show(studio, page, stored))
-                outputs[4], page = texts.status(texts.WAKING), outputs[6]
-                yield tuple(outputs)
-        yield show(studio, page, studio.draw(view, page.visitor))
+                waking = list(show(studio, page, stored))
+                waking[4], page = texts.status(texts.WAKING), waking[6]
+                yield tuple(waking)
+        for made in jobs.drawings(studio, page.visitor, view):
+            outputs = show(studio, page, made) if isinstance(made, Picture) else foresee(studio, page, made)
+            page = outputs[6]
+            yield outputs
     except Exception as error:
         yield say(explain(error), page)
 

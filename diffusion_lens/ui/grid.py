@@ -8,18 +8,51 @@ import numpy as np
 
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import Attribute, SweepPoint
+from diffusion_lens.ui import texts
 from diffusion_lens.ui.pictures import data_uri
+from diffusion_lens.ui.previews import Preview
+from diffusion_lens.ui.state import View
 from diffusion_lens.ui.studio import Picture, Row
 
 
 def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:
     """One row of images, each with what the classifier reads in it; edited images that changed class say so."""
     row, before = (picture.after, picture.before) if edited else (picture.before, picture.before)
-    apart = "".join(f", #{i} at {b:g}" for i, b in picture.view.own)
-    title = f"After, β = {picture.beta:g}{apart}" if edited else "Before, the model as it is"
-    figures = "".join(_figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(picture.view.seeds))
+    seeds = picture.view.seeds
+    figures = "".join(_figure(row, before, i, seed, attribute, edited) for i, seed in enumerate(seeds))
+    return _section(_title(picture.view, picture.beta, edited), figures, edited)
+
+
+def preview_html(preview: Preview[Row], attribute: Attribute, *, edited: bool) -> str:
+    """One row of images that were not measured and say so; empty places for those that are not drawn yet."""
+    view, row = preview.view, preview.after if edited else preview.before
+    title = _title(view, view.beta, edited)
+    if isinstance(row, Row):
+        figures = "".join(_figure(row, row, i, seed, attribute, edited) for i, seed in enumerate(view.seeds))
+        return _section(title, figures, edited)
+    if row is None:
+        blank = '<figure aria-hidden="true"><div class="dl-blank"></div><figcaption>…</figcaption></figure>'
+        return _section(f"{title}, being drawn", blank * view.n_seeds, edited)
+    figures = "".join(_unread(image, seed, edited) for image, seed in zip(row, view.seeds, strict=True))
+    return _section(f"{title} <small>preview by {escape(preview.name)}</small>", figures, edited)
+
+
+def _title(view: View, beta: float, edited: bool) -> str:
+    apart = "".join(f", #{i} at {b:g}" for i, b in view.own)
+    return f"After, β = {beta:g}{apart}" if edited else "Before, the model as it is"
+
+
+def _section(title: str, figures: str, edited: bool) -> str:
     kind = "dl-after" if edited else "dl-before"
     return f'<section class="dl-row {kind}"><h3>{title}</h3><div class="dl-images">{figures}</div></section>'
+
+
+def _unread(image: np.ndarray, seed: int, edited: bool) -> str:
+    alt = f"Seed {seed}, {'after' if edited else 'before'} the turn: a preview, not measured"
+    return (
+        f'<figure class="dl-preview"><img src="{data_uri(image)}" alt="{alt}" decoding="sync">'
+        '<figcaption aria-hidden="true">preview</figcaption></figure>'
+    )
 
 
 def _figure(row: Row, before: Row, i: int, seed: int, attribute: Attribute, edited: bool) -> str:
@@ -66,7 +99,8 @@ def summary(picture: Picture, attribute: Attribute) -> str:
     column = attribute.index(target)
     (a, n_a), (b, n_b) = (_count(row, column) for row in (picture.before, picture.after))
     source = "stored result" if picture.stored else f"drawn in {picture.seconds:.1f} s"
-    return f"β = {picture.beta:g}: {b} of {n_b} read as {target}, before {a} of {n_a} ({source})."
+    off = "" if picture.preview_error is None else f" {texts.PREVIEW_ERROR.format(off=picture.preview_error)}"
+    return f"β = {picture.beta:g}: {b} of {n_b} read as {target}, before {a} of {n_a} ({source}).{off}"
 
 
 def _count(row: Row, column: int) -> tuple[int, int]:

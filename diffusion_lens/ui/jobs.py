@@ -1,4 +1,4 @@
-"""Long work of one visitor: sweeps and balances as streams of events, stoppable at every step."""
+"""Work of one visitor as streams of events, stoppable at every step: sweeps, balances, images after their previews."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from diffusion_lens.settings import Control, describe_setting, identity_beta
 from diffusion_lens.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
+from diffusion_lens.ui.previews import Preview
 from diffusion_lens.ui.state import View, check_prompt
-from diffusion_lens.ui.studio import Studio, import_engine
+from diffusion_lens.ui.studio import Picture, Row, Studio, import_engine
 
+T = TypeVar("T")
 MAX_SWEEP_IMAGES = 512
 BALANCE_IMAGES = 48
 BALANCE_STRENGTHS = 7
@@ -72,12 +75,12 @@ class Meter:
         self._emit(Event(share, left, self.results))
 
 
-def stream(job: Callable[[Callable[[Event], None]], None], stop: Callable[[], None]) -> Iterator[Event]:
+def stream(job: Callable[[Callable[[T], None]], None], stop: Callable[[], None]) -> Iterator[T]:
     """Run ``job(emit)`` in a thread and yield what it emits; closing the iterator calls ``stop``.
 
     What the job raises is raised here, after everything that it emitted.
     """
-    box: queue.Queue[Event | BaseException | None] = queue.Queue()
+    box: queue.Queue[T | BaseException | None] = queue.Queue()
 
     def run() -> None:
         try:
@@ -95,6 +98,22 @@ def stream(job: Callable[[Callable[[Event], None]], None], stop: Callable[[], No
             yield item
     finally:
         stop()
+
+
+def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Preview[Row] | Picture]:
+    """The picture of a view, after its previews where a tiny autoencoder shows them; closing it ends the drawing.
+
+    Raises ``LensError`` for a view that cannot be drawn and ``Stopped`` when the visitor ended it.
+    """
+    if not studio.previews:
+        yield studio.draw(view, visitor)
+        return
+    flag = studio.stops.start(f"{visitor}:draw")
+
+    def job(emit: Callable[[Preview[Row] | Picture], None]) -> None:
+        emit(studio.draw(view, visitor, on_preview=emit, flag=flag))
+
+    yield from stream(job, flag.set)
 
 
 def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sweep") -> Iterator[Event]:

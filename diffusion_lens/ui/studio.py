@@ -20,12 +20,13 @@ from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.settings import describe_setting, identity_beta
 from diffusion_lens.types import GenerationRequest, Predictions, SweepPoint, SweepResult
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
+from diffusion_lens.ui.previews import Preview, Sight
 from diffusion_lens.ui.state import View, check, interventions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusion_lens.generate import OnStep, Trajectory
+    from diffusion_lens.generate import OnLatents, OnStep, Trajectory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """Before and after on the same seeds. ``beta`` is the strength shown (a stored picture may be the nearest one)."""
+    """Before and after on the same seeds. ``beta`` is the strength shown (a stored picture may be the nearest one).
+
+    ``preview_error``: of the previews that were shown first, in levels of 255; ``None`` where there were none.
+    """
 
     view: View
     beta: float
@@ -99,6 +103,7 @@ class Picture:
     stored: bool
     seconds: float = 0.0
     activation_ratio: float | None = None
+    preview_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -177,17 +182,35 @@ class Studio:
         rows = [Row(p.examples[:n], p.labels[:n], p.certain[:n]) for p in (before, after)]
         return Picture(view, after.beta, rows[0], rows[1], stored=True, activation_ratio=after.activation_ratio)
 
-    def draw(self, view: View, visitor: str = "") -> Picture:
+    @property
+    def previews(self) -> bool:
+        """Whether a tiny autoencoder shows images before they are decoded in full; known before anything is loaded."""
+        return self.lens.options is not None and bool(self.lens.options.preview)
+
+    def draw(
+        self,
+        view: View,
+        visitor: str = "",
+        *,
+        on_preview: Callable[[Preview[Row]], None] | None = None,
+        flag: threading.Event | None = None,
+    ) -> Picture:
         """Draw the view now: unedited images from the cache where they are, edited ones restarted from them.
 
+        ``on_preview`` is called with what a tiny autoencoder shows (see ``previews``) before images are decoded in
+        full; they alone are measured and kept. ``flag``: see ``work``.
         Raises ``LensError`` for a view that cannot be drawn and ``Stopped`` when the visitor ended it.
         """
         check(self.lens, view)
         began = time.monotonic()
         turns = interventions(self.lens, view)
         request = self.lens.request(view.prompt, view.seeds)
-        with self.work(f"{visitor}:draw", urgent=True) as on_step:
-            base = self._base(request, on_step)
+        with self.work(f"{visitor}:draw", urgent=True, flag=flag) as on_step:
+            sight: Sight[Row] | None = None
+            if on_preview is not None:
+                sight = Sight(self.lens.model, view, bool(turns), on_preview, lambda: on_step(0, 1))
+            base = self._base(request, on_step, sight.unedited() if sight else None)
+            before = _row(base.start.generation.images, base.readings, view.attribute)
             edit = self.lens.edit(*turns) if turns else None
             key = (request, edit.description if edit else None)
             drawn = self._rows.get(key)
@@ -195,33 +218,43 @@ class Studio:
                 drawn = (base.start.generation.images, base.readings, None)
                 if edit is not None:
                     made = self.lens.generate(
-                        request, edit, batch_size=len(request.seeds), on_step=on_step, start=base.start
-                    )
+                        request, edit, batch_size=len(request.seeds), on_step=on_step, start=base.start,
+                        on_latents=sight.edited(before) if sight else None,
+                    )  # fmt: skip
                     drawn = (made.images, self.lens.classify(made.images), made.activation_ratio)
                 self._rows.put(key, drawn)
-        before = _row(base.start.generation.images, base.readings, view.attribute)
         after = _row(drawn[0], drawn[1], view.attribute)
-        return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2])
+        error = sight.error(before.images, after.images) if sight else None
+        return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2], error)
 
-    def _base(self, request: GenerationRequest, on_step: OnStep) -> Base:
+    def _base(self, request: GenerationRequest, on_step: OnStep, on_latents: OnLatents | None) -> Base:
         base = self._bases.get(request)
         if base is not None:
             return base
         from diffusion_lens.generate import record_trajectory
 
         start = record_trajectory(
-            self.lens.model, request, batch_size=len(request.seeds), on_step=on_step, max_bytes=BASE_BYTES
-        )
+            self.lens.model, request, batch_size=len(request.seeds), on_step=on_step, max_bytes=BASE_BYTES,
+            on_latents=on_latents,
+        )  # fmt: skip
         return self._bases.put(request, Base(start, self.lens.classify(start.generation.images)))
 
     @contextmanager
-    def work(self, owner: str, *, urgent: bool, tell: Callable[[int, int], None] | None = None) -> Iterator[OnStep]:
+    def work(
+        self,
+        owner: str,
+        *,
+        urgent: bool,
+        tell: Callable[[int, int], None] | None = None,
+        flag: threading.Event | None = None,
+    ) -> Iterator[OnStep]:
         """A turn on the lane; yields the step callback that gives way, tells of progress, and ends stopped work.
 
-        ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step.
+        ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step. ``flag``: one that
+        ``stops.start(owner)`` gave before, for whoever ends this work and no later one of the same owner.
         """
         import_engine()
-        flag = self.stops.start(owner)
+        flag = flag or self.stops.start(owner)
         with self.lane.hold(urgent=urgent) as turn:
 
             def on_step(done: int, total: int) -> None:

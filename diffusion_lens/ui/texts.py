@@ -16,6 +16,9 @@ SEE = ("4", "See and measure", "the same seeds before and after")
 EMPTY_PROMPT = "(no words)"
 NO_PROMPT = "This model takes no prompt: it draws from everything it learnt."
 WAKING = "The model is waking up; this is the nearest stored result."
+PREVIEW = "Preview: decoded by {name}; the figures follow with the full images."
+PREVIEW_ERROR = "The preview was off by {off:.1f} of 255 levels on average."
+UNMEASURED = "Nothing is read in a preview: shares, ratios and side effects stand here once the full images are there."
 STOPPED = "Stopped; what was measured stays."
 LOAD_FIRST = "Stored sweep, measured when this lens was made."
 OTHER_SETTING = (
@@ -78,6 +81,11 @@ def status(text: str, *, bad: bool = False) -> str:
     kind = "dl-status dl-bad" if bad else "dl-status"
     mark = '<span aria-hidden="true">⚠ </span>' if bad else ""
     return f'<p class="{kind}" role="{"alert" if bad else "status"}">{mark}{escape(text)}</p>'
+
+
+def unmeasured() -> str:
+    """What stands in the figures' place beside a preview."""
+    return f'<section class="dl-measure"><h3>Preview</h3><p class="dl-quiet">{UNMEASURED}</p></section>'
 
 
 def link(query: str) -> str:

@@ -1,0 +1,59 @@
+"""In a real browser: images of a tiny autoencoder come first, marked, and the full ones take their place."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_vae
+from harness import marks, opened, served
+
+from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.run_options import RunOptions
+
+PATIENCE = 60_000
+SHOTS = os.environ.get("DL_SHOTS")
+
+pytestmark = marks
+
+
+@pytest.fixture
+def gate() -> threading.Event:
+    """The full decode waits until it is set."""
+    return threading.Event()
+
+
+@pytest.fixture
+def address(gate: threading.Event, tiny_lens_folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The app on a tiny lens with a preview, its full decode held back by ``gate``."""
+    tiny_vae().save_pretrained(tmp_path / "little-one")
+    options = RunOptions(device="cpu", preview=str(tmp_path / "little-one"))
+    lens = DiffusionLens.from_pretrained(tiny_lens_folder, options=options)
+    vae = lens.model.pipeline.vae
+    hook = vae.decoder.register_forward_pre_hook(lambda module, args: gate.wait(PATIENCE / 1000) and None)
+    with served(lens) as url:
+        yield url
+    hook.remove()
+
+
+def test_a_preview_is_marked_and_replaced(gate: threading.Event, address: str) -> None:
+    with opened(address, PATIENCE) as page:
+        page.wait_for_selector("#dl-measures .dl-bar")
+        page.locator("#dl-beta input[type=range]").focus()
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector("#dl-before .dl-preview img")
+        said: Any = page.locator("#dl-status p")
+        assert "Preview: decoded by little-one" in said.inner_text()
+        assert page.locator("#dl-measures .dl-bar").count() == 0 and page.locator(".dl-permalink").count() == 0
+        assert page.locator("#dl-after .dl-blank").count() == 8
+        if SHOTS:
+            page.screenshot(path=str(Path(SHOTS) / "preview.png"), full_page=True)
+        gate.set()
+        page.wait_for_function("() => /The preview was off by/.test(document.querySelector('#dl-status p').innerText)")
+        page.wait_for_selector("#dl-measures .dl-bar")
+        assert page.locator(".dl-preview").count() == 0 and page.locator("#dl-after img").count() == 8
+        assert page.locator(".dl-permalink").count() == 1
