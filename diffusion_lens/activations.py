@@ -1,4 +1,4 @@
-"""Stream bottleneck activations to a trainer, in memory or through shards on disk.
+"""Stream bottleneck activations to a trainer, through shards on disk.
 
 What is kept is a seeded sample of steps and positions that depends on the image's own seed and prompt alone.
 A folder of shards can be filled in several sittings: a killed run loses at most one shard. Nothing is decoded,
@@ -113,35 +113,6 @@ def plan(model: DiffusionModel, requests: Sequence[GenerationRequest], spec: Sam
         positions = min(positions, rows // steps)
     n_rows = n_images * steps * positions
     return Plan(steps, positions, width, n_rows, n_rows * bytes_per_row)
-
-
-def stream(
-    model: DiffusionModel,
-    requests: Sequence[GenerationRequest],
-    spec: SampleSpec,
-    *,
-    batch_size: int = 16,
-    on_step: OnStep | None = None,
-) -> Iterator[Samples]:
-    """The samples of every batch as it is drawn. ``on_step(done, total)`` counts batches and may raise."""
-    sizes = plan(model, requests, spec)
-    batches = _batches(requests, batch_size)
-    for done, (index, request) in enumerate(batches):
-        yield _draw(model, index, request, spec, sizes)
-        if on_step is not None:
-            on_step(done + 1, len(batches))
-
-
-def collect(
-    model: DiffusionModel,
-    requests: Sequence[GenerationRequest],
-    spec: SampleSpec,
-    *,
-    batch_size: int = 16,
-    on_step: OnStep | None = None,
-) -> Samples:
-    """All samples in memory, for small models; see ``stream``."""
-    return _concatenate(list(stream(model, requests, spec, batch_size=batch_size, on_step=on_step)))
 
 
 def collect_to(

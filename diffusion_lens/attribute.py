@@ -54,47 +54,6 @@ def gradient_x_activation(
     return _attribute(sae, probe, h, baseline, _endpoint_gradient, "gradient_x_activation")
 
 
-def image_scores(
-    sae: SparseAutoencoder, probe: Probe, h: Array, target: str, *, baseline: Array | None = None
-) -> np.ndarray:
-    """Integrated gradients for class ``target`` per image, summed over positions and steps, ``[n, d_sae]`` float32."""
-    cls = probe.attribute.index(target)
-    scores = torch.zeros(len(h), sae.cfg.d_sae, device=sae.W_dec.device)
-    for part in _parts(sae, probe, h, baseline, path_gradient):
-        scores[part.rows].scatter_add_(1, part.indices.flatten(1), part.scores[..., cls].flatten(1).float())
-    return scores.cpu().numpy()
-
-
-def bootstrap_interval(
-    scores: np.ndarray, *, seed: int, n_resamples: int = 1000, level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of the mean over images of ``scores [n, d_sae]`` → ``low, high [d_sae]``."""
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(scores), np.full(len(scores), 1 / len(scores)), size=n_resamples) / len(scores)
-    means = weights.astype(np.float32) @ scores
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
-
-
-def attribution_map(
-    sae: SparseAutoencoder, probe: Probe, h: Array, feature: int, target: str, *, baseline: Array | None = None
-) -> np.ndarray:
-    """Where one feature's integrated gradients for ``target`` lie, ``[n, step, y, x]``; sums to its score.
-
-    In the map layout, where a code has no position, the share that each position's decoder column passes on.
-    """
-    cls = probe.attribute.index(target)
-    if not 0 <= feature < sae.cfg.d_sae:
-        raise LensError(f"Features run from 0 to {sae.cfg.d_sae - 1}; asked for {feature}.")
-    maps = np.zeros((len(h), h.shape[1], h.shape[3] * h.shape[4]))
-    for part in _parts(sae, probe, h, baseline, path_gradient):
-        # Entries [n, position or 1, entry] of this feature, spread over the positions its column writes to.
-        amount = (part.amounts * (part.indices == feature)).sum(2)
-        reach = part.gradient[:, cls] @ part.reach[:, :, feature].double()
-        maps[part.rows, part.step] = (amount * reach).cpu().numpy()
-    return maps.reshape(len(h), h.shape[1], h.shape[3], h.shape[4])
-
-
 def activation_difference(
     sae: SparseAutoencoder, h: Array, labels: np.ndarray | Tensor, attribute: Attribute
 ) -> Attribution:
@@ -190,18 +149,13 @@ def _endpoint_gradient(start: Tensor, change: Tensor) -> Tensor:
 class _Part:
     """One chunk of images at one step.
 
-    ``amounts, indices [n, position, entry]`` (s − s' as sparse entries), ``scores [n, position, entry, class]``,
-    ``gradient [n, c, k]``, ``reach [k, y·x, d_sae]`` (change of logit k per unit of a feature, through a position),
+    ``indices [n, position, entry]`` of the sparse entries of s − s', ``scores [n, position, entry, class]``,
     ``gap``: worst ``|Σ S − (F(s) − F(s'))|``.
     """
 
-    rows: slice
     step: int
-    amounts: Tensor
     indices: Tensor
     scores: Tensor
-    gradient: Tensor
-    reach: Tensor
     gap: float
 
 
@@ -239,19 +193,18 @@ def _parts(
         for rows in image_chunks(sae, len(h)):
             values, indices = _codes(sae, h, rows, step)
             start_codes = None if baseline is None else _codes(sae, baseline, rows, step)
-            yield _part(sae, probe, reach, (rows, step), (values, indices), start_codes, path)
+            yield _part(sae, probe, reach, step, (values, indices), start_codes, path)
 
 
 def _part(
     sae: SparseAutoencoder,
     probe: Probe,
     reach: Tensor,
-    where: tuple[slice, int],
+    step: int,
     codes: tuple[Tensor, Tensor],
     start_codes: tuple[Tensor, Tensor] | None,
     path: PathGradient,
 ) -> _Part:
-    rows, step = where
     values, indices = codes
     end = _decoded_logits(sae, probe, step, reach, values, indices)
     if start_codes is None:
@@ -270,7 +223,7 @@ def _part(
     scores = amounts.double()[..., None] * torch.einsum("npek,nck->npec", through, gradient)
     change = (end / temperature).softmax(1) - (start / temperature).softmax(1)
     gap = float((scores.sum((1, 2)) - change).abs().max())
-    return _Part(rows, step, amounts.double(), indices, scores, gradient, reach, gap)
+    return _Part(step, indices, scores, gap)
 
 
 def _codes(sae: SparseAutoencoder, h: Array, rows: slice, step: int) -> tuple[Tensor, Tensor]:

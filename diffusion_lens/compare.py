@@ -28,8 +28,7 @@ from diffusion_lens.sweep import collect, sweep_points
 from diffusion_lens.types import LensError, SweepPoint, SweepResult
 
 __all__ = [
-    "Bench", "CompareConfig", "Comparison", "JudgedLens", "OnStage", "Shared", "planned_images", "run_compare",
-    "run_tables",
+    "Bench", "CompareConfig", "Comparison", "JudgedLens", "OnStage", "Shared", "run_compare", "run_tables",
 ]  # fmt: skip
 
 N_NORM = 16
@@ -239,13 +238,6 @@ def _table(bench: Bench, on_row: OnRow | None) -> Comparison:
         bench.config, bench.attribute, bench.target, tuple(rows), curves, bench.labels(), RULE, lens_key(bench.lens),
         manifest.sae_id, manifest.base_model.id, bench.lens.classifier.classifier_id,
     )  # fmt: skip
-
-
-def planned_images(config: CompareConfig) -> int:
-    """Images that a whole table draws at most: for the final rows, the curves and the fits."""
-    methods = find_methods(config.methods)
-    curves = sum(len(method.strengths) for method in methods)
-    return config.n * (len(methods) + 1) + config.n_tune * (curves + 1) + config.n_fit
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

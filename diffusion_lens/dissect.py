@@ -39,6 +39,7 @@ from diffusion_lens.types import (
     Predictions,
     Sampler,
 )
+from diffusion_lens.words import duration
 
 BLOCK = 16
 """Features whose images share batches; a stopped run loses one block at most."""
@@ -102,10 +103,9 @@ class Plan:
     def describe(self) -> str:
         """What will be done and how long it takes, in one sentence."""
         every = len(self.features) * len(self.request.seeds)
-        minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
         return (
             f"{len(self.features)} features on {len(self.request.seeds)} images each: {self.images:,} of {every:,} "
-            f"images can change and are drawn, from where the feature first fires: about {minutes}."
+            f"images can change and are drawn, from where the feature first fires: about {duration(self.seconds)}."
         )
 
 
@@ -126,7 +126,8 @@ def dissect(
     chosen = choose_features(lens, config)
     _check_turn(lens, config, chosen[0])
     told = config.model_dump(mode="json", exclude={"features", "alpha", "min_density", "by", "top", "batch_size"})
-    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id])
+    half = [str(lens.model.dtype)] if lens.model.dtype != torch.float32 else []  # measured apart from single precision
+    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id, *half])
     missing = [feature for feature in chosen if not _file(folder, feature).is_file()]
     if missing:
         plan = make_plan(lens, config, missing)

@@ -15,6 +15,7 @@ from diffusion_lens.fit_config import FitConfig
 from diffusion_lens.generate import request
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.train import train_sae
+from diffusion_lens.words import duration
 
 EDITED = 1.7
 """An edited run beside an unedited one: most edits run the up path twice."""
@@ -50,15 +51,9 @@ class Estimate:
 
     def text(self) -> str:
         """One line per stage and a total."""
-        rows = [f"{c.stage:12} {_duration(c.seconds):>10} {c.disk_bytes / 1e6:>10,.0f} MB" for c in self.stages]
-        total = f"{'together':12} {_duration(self.seconds):>10} {self.disk_bytes / 1e6:>10,.0f} MB"
+        rows = [f"{c.stage:12} {duration(c.seconds):>10} {c.disk_bytes / 1e6:>10,.0f} MB" for c in self.stages]
+        total = f"{'together':12} {duration(self.seconds):>10} {self.disk_bytes / 1e6:>10,.0f} MB"
         return "\n".join([*rows, total, f"memory beyond the model: about {self.memory_bytes / 1e9:.1f} GB"])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

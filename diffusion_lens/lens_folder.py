@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from diffusion_lens.artifacts import MANIFEST, Manifest, verify
+from diffusion_lens.artifacts import MANIFEST, Manifest, read_json, verify
 from diffusion_lens.compare_store import stored_comparisons
 from diffusion_lens.compare_types import Comparison
 from diffusion_lens.config import Setting
@@ -145,6 +145,12 @@ class LensFolder:
     def settings(self) -> Mapping[str, Setting]:
         """Attribute → the shipped turn."""
         return self.manifest.settings
+
+    @property
+    def fitted_from(self) -> Mapping[str, Any]:
+        """The ``FitConfig`` that the lens was fitted from, as stored; empty where it was made in another way."""
+        name = "fit/config.json"
+        return read_json(self.folder / name) if name in self.manifest.files else {}
 
     @property
     def model(self) -> DiffusionModel:

@@ -1,7 +1,6 @@
 """Numbers about shares and images. Nothing here ever sees a diffusion model.
 
-Sources: fairness discrepancy (FD) and CLIP scores as DiffLens reports them; statistical parity difference
-(SPD) and subgroup entropy as DDM does; the deviation ratio of Li et al. (CVPR 2024).
+Sources: fairness discrepancy (FD) and CLIP scores as DiffLens reports them; subgroup entropy as DDM does.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.linalg import qr, svdvals
 
-from diffusion_lens.stats import newcombe, paired_difference
+from diffusion_lens.stats import paired_difference
 from diffusion_lens.types import Change, LensError, Predictions
 
 MIN_FRECHET = 50
@@ -51,30 +50,10 @@ def fd_null_floor(
     return float(np.quantile(_fd_null(n, tuple(p.tolist()), seed, n_draws), q))
 
 
-def fd_null_mean(n: int, target: np.ndarray | int = 2, *, seed: int = 0, n_draws: int = 20_000) -> float:
-    """The FD that ``n`` images truly following ``target`` show on average (about .025 at 500, two classes)."""
-    if n < 1:
-        return float("nan")
-    p = np.full(target, 1 / target) if isinstance(target, int) else _target(target, len(target))
-    return float(_fd_null(n, tuple(p.tolist()), seed, n_draws).mean())
-
-
 @lru_cache(maxsize=64)
 def _fd_null(n: int, target: tuple[float, ...], seed: int, n_draws: int) -> np.ndarray:
     draws = np.random.default_rng(seed).multinomial(n, target, size=n_draws) / n
     return np.linalg.norm(draws - np.asarray(target), axis=1)
-
-
-def deviation_ratio(shares: np.ndarray) -> float:
-    """``max_c |p_c - 1/C| / (1 - 1/C)``: 0 is uniform, 1 a single class (Li et al., CVPR 2024)."""
-    p = np.asarray(shares, dtype=np.float64)
-    return float(np.abs(p - 1 / p.size).max() / (1 - 1 / p.size))
-
-
-def spd(k_a: int, n_a: int, k_b: int, n_b: int) -> tuple[float, tuple[float, float]]:
-    """Statistical parity difference ``P(y | a) - P(y | b)`` of two groups, with Newcombe's interval (DDM)."""
-    interval = newcombe(k_a, n_a, k_b, n_b)
-    return k_a / n_a - k_b / n_b, interval
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:

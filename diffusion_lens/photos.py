@@ -11,16 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 
 from diffusion_lens.calibration import softmax
 from diffusion_lens.classify import check_images
 from diffusion_lens.faces import FaceDetector, face_crop
-from diffusion_lens.fairface import PAPER_MAP, FairFaceReader
-from diffusion_lens.readers import FACES, ClipConfig, ClipReader, HubReader, LabelMap, Reader, Scores
+from diffusion_lens.readers import FACES, Reader, Scores
 from diffusion_lens.types import Attribute, LensError, Predictions
 
 NO_FACE, ONE_FACE, SEVERAL_FACES = range(len(FACES))
@@ -145,45 +142,6 @@ class PhotoClassifier:
         sure = probs.max(axis=1) >= self.thresholds.get(attribute.name, THRESHOLD)
         certain = usable & sure & (scores.inside[attribute.name] >= INSIDE)
         return Predictions(probs, certain, attribute, self.classifier_id)
-
-
-def clip_classifier(
-    config: ClipConfig | None = None,
-    *,
-    detector: FaceDetector | None = None,
-    device: str | torch.device = "cpu",
-    offline: bool = False,
-) -> PhotoClassifier:
-    """CLIP zero-shot on whole images: the default for photographs. Without ``detector``, CLIP judges the faces."""
-    return PhotoClassifier(ClipReader.load(config, device=device, offline=offline), detector)
-
-
-def fairface_classifier(
-    path: Path | str | None = None,
-    *,
-    detector: FaceDetector | None,
-    label_map: LabelMap = PAPER_MAP,
-    device: str | torch.device = "cpu",
-) -> PhotoClassifier:
-    """FairFace on the one face of each image: the classifier DiffLens measures with.
-
-    ``detector=None`` takes every image for one upright face, as in CelebA-HQ; photographs of scenes need one.
-    """
-    return PhotoClassifier(FairFaceReader.load(path, label_map=label_map, device=device), detector, crop=True)
-
-
-def hub_classifier(
-    model_id: str,
-    label_map: LabelMap,
-    *,
-    detector: FaceDetector | None = None,
-    crop: bool = False,
-    device: str | torch.device = "cpu",
-    offline: bool = False,
-) -> PhotoClassifier:
-    """Any transformers image classifier, by hub id or folder, its labels pooled by ``label_map``."""
-    reader = HubReader.load(model_id, label_map, device=device, offline=offline)
-    return PhotoClassifier(reader, detector, crop)
 
 
 def _log(probs: np.ndarray) -> np.ndarray:

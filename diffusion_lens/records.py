@@ -138,16 +138,20 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(cast(Any, kind))
 
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses, arrays and numbers as plain JSON values; non-finite numbers become text (``"inf"``)."""
+def to_plain(value: Any, *, without: str | None = None) -> Any:
+    """Dataclasses, arrays and numbers as plain JSON values; non-finite numbers become text (``"inf"``).
+
+    ``without``: a field that is left out wherever a dataclass has it, such as ``examples``.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        names = [f.name for f in dataclasses.fields(value) if f.name != without]
+        return {name: to_plain(getattr(value, name), without=without) for name in names}
     if isinstance(value, np.ndarray | np.generic):
         return to_plain(value.tolist())
     if isinstance(value, dict):
-        return {str(k): to_plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v, without=without) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(v) for v in value]
+        return [to_plain(v, without=without) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -7,12 +7,11 @@ import csv
 import io
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -267,19 +266,10 @@ def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
     page, values, rows = (Path(folder) / name for name in FILES)
     with atomic_path(page) as partial:
         partial.write_text(render(found), encoding="utf-8")
-    write_json(values, plain_audit(found))
+    write_json(values, to_plain(found, without="examples"))
     with atomic_path(rows) as partial:
         partial.write_text(table_text(found), encoding="utf-8")
     return page, values, rows
-
-
-def plain_audit(found: Audit) -> dict[str, Any]:
-    """The audit as JSON values, without pictures."""
-    bare = tuple(replace(finding, examples=np.zeros(0)) for finding in found.findings)
-    plain: dict[str, Any] = to_plain(replace(found, findings=bare))
-    for finding in plain["findings"]:
-        del finding["examples"]
-    return plain
 
 
 COLUMNS = (

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import bootstrap, norm
 from statsmodels.stats import contingency_tables
-from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+from statsmodels.stats.proportion import proportion_confint
 
 from diffusion_lens.types import Attribute, LensError, LogRatio, Share
 
@@ -62,14 +62,6 @@ def wilson(k: int, n: int, *, level: float = 0.95) -> Interval:
     _check_count(k, n)
     low, high = proportion_confint(k, n, alpha=1 - level, method="wilson")
     return max(0.0, float(low)), min(1.0, float(high))
-
-
-def newcombe(k_a: int, n_a: int, k_b: int, n_b: int, *, level: float = 0.95) -> Interval:
-    """Newcombe's score interval of ``k_a / n_a - k_b / n_b`` for two independent samples."""
-    _check_count(k_a, n_a)
-    _check_count(k_b, n_b)
-    low, high = confint_proportions_2indep(k_a, n_a, k_b, n_b, compare="diff", method="newcomb", alpha=1 - level)
-    return float(low), float(high)
 
 
 def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:

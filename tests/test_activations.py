@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion_lens.activations import ActivationStore, Samples, SampleSpec, collect, collect_to, plan, stream
+from diffusion_lens.activations import ActivationStore, Samples, SampleSpec, collect_to, plan
 from diffusion_lens.generate import Cancelled, Capture, generate, request
 from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.types import GenerationRequest, LensError
 
 STEPS = 4
+
+
+def collect(*asked: Any, **more: Any) -> Samples:
+    """Samples collected at one go."""
+    with TemporaryDirectory() as folder:
+        return collect_to(Path(folder), *asked, **more).load()
 
 
 @pytest.fixture
@@ -183,12 +190,3 @@ def test_chunks_hold_every_sample_once_mixed_and_repeatably(
     assert rows.shape == everything.shape and not np.array_equal(rows, everything)
     assert np.array_equal(np.sort(rows, axis=0), np.sort(everything, axis=0))
     assert len(list(store)) == 1
-
-
-def test_streaming_yields_a_batch_at_a_time(text_model: DiffusionModel, requests: list[GenerationRequest]) -> None:
-    seen: list[tuple[int, int]] = []
-    parts = stream(text_model, requests, SampleSpec(), batch_size=2, on_step=lambda i, n: seen.append((i, n)))
-    first = next(parts)
-    assert not seen and set(first.seed.tolist()) == {1, 2}
-    assert sum(len(p) for p in parts) + len(first) == 5 * STEPS * 16
-    assert seen == [(1, 3), (2, 3), (3, 3)]

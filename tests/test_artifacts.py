@@ -198,6 +198,9 @@ def test_json_never_holds_what_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert to_plain({"x": np.float32("nan"), 3: (float("-inf"),)}) == {"x": "nan", "3": ["-inf"]}
+    told = Attribute("tone", ("light", "dark"))
+    assert to_plain({"of": [told]}, without="classes") == {"of": [{"name": "tone"}]}
+    assert to_plain({"name": told}, without="name") == {"name": {"classes": ["light", "dark"]}}, "fields alone"
 
 
 @pytest.mark.parametrize("n", [1, 5, 33])

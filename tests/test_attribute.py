@@ -11,10 +11,7 @@ from torch import Tensor
 from diffusion_lens import attribute as attribute_module
 from diffusion_lens.attribute import (
     activation_difference,
-    attribution_map,
-    bootstrap_interval,
     gradient_x_activation,
-    image_scores,
     integrated_gradients,
     path_gradient,
 )
@@ -125,35 +122,6 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(integrated_gradients(sae, probe, h).scores, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_image_scores_and_maps_add_up_to_the_attribution(layout: str) -> None:
-    sae, probe, h = random_sae(layout), random_probe(AGE), random_maps(4, 3)
-    attribution = integrated_gradients(sae, probe, h)
-    per_image = image_scores(sae, probe, h, "old")
-    np.testing.assert_allclose(per_image.mean(0), attribution.total("old"), atol=1e-5)
-    feature = int(np.abs(attribution.total("old")).argmax())
-    maps = attribution_map(sae, probe, h, feature, "old")
-    assert maps.shape == (4, 3, *SPATIAL)
-    np.testing.assert_allclose(maps.sum((1, 2, 3)), per_image[:, feature], atol=1e-5)
-
-
-def test_map_places_equal_autograd() -> None:
-    sae, probe, h = random_sae(), random_probe(), random_maps(2, 3)
-    slow, _ = slow_scores(sae, probe, h, None)
-    for feature in range(12):
-        fast = attribution_map(sae, probe, h, feature, "male").reshape(2, 3, -1)
-        np.testing.assert_allclose(fast, slow[:, 1, :, :, feature].numpy(), atol=1e-5)
-
-
-def test_bootstrap_interval_is_close_to_theory_and_seeded() -> None:
-    scores = np.random.default_rng(0).normal(2.0, 3.0, size=(400, 3)).astype(np.float32)
-    low, high = bootstrap_interval(scores, seed=1, n_resamples=4000)
-    error = scores.std(0) / 20
-    np.testing.assert_allclose(low, scores.mean(0) - 1.96 * error, atol=0.05)
-    np.testing.assert_allclose(high, scores.mean(0) + 1.96 * error, atol=0.05)
-    np.testing.assert_array_equal(bootstrap_interval(scores, seed=1, n_resamples=4000)[0], low)
-
-
 def test_activation_difference_by_hand() -> None:
     sae, h = random_sae(), random_maps(5, 2)
     labels = np.array([0, 1, -1, 1, 2])
@@ -184,10 +152,6 @@ def test_faults_are_named() -> None:
         integrated_gradients(sae, probe, h[:, :2])
     with pytest.raises(LensError, match="baseline"):
         integrated_gradients(sae, probe, h, baseline=h[:1])
-    with pytest.raises(LensError, match="gender"):
-        image_scores(sae, probe, h, "old")
-    with pytest.raises(LensError, match="0 to 11"):
-        attribution_map(sae, probe, h, 12, "male")
     with pytest.raises(LensError, match="label"):
         activation_difference(sae, h, np.array([0, 0]), GENDER)
 

@@ -19,14 +19,17 @@ from PIL import Image
 from test_check import TINY
 from typer.testing import CliRunner
 
+from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
 from diffusion_lens.cli import console
 from diffusion_lens.cli.app import app
-from diffusion_lens.cli.console import MISTAKE, STOPPED, duration
+from diffusion_lens.cli.console import MISTAKE, STOPPED
+from diffusion_lens.cli.options import BATCH, batch_of
 from diffusion_lens.cli.portraits import recipe_config
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import draw as drawing
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.types import LensError
+from diffusion_lens.words import duration
 
 COMMANDS = (
     "generate", "attribute", "sweep", "balance", "check", "audit", "fit", "convert-p2", "import-difflens", "serve",
@@ -146,6 +149,24 @@ def test_audit_writes_three_files_and_the_command_that_makes_them_again(run: Run
     assert again[5:] == [
         str(tiny_lens_folder), "--prompt", DOCTOR, "--images", "12", "--first-seed", "7", "--batch-size", "16"
     ]  # fmt: skip
+
+
+def test_a_lens_is_drawn_in_the_batches_that_it_was_fitted_with(
+    run: Run, copied_lens: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = copied_lens()
+    stored = lens / "fit" / "config.json"
+    write_json(stored, {**read_json(stored), "batch_size": 5})
+    write_manifest(lens, read_manifest(lens))
+    words = ("audit", "-p", DOCTOR, "-n", 12, "--lens", lens)
+    for more, size in (((), "5"), (("--batch-size", 3), "3")):
+        assert run(*words, *more).exit_code == 0
+        command = json.loads(Path("audit/audit.json").read_text(encoding="utf-8"))["command"]
+        assert command.endswith(f" --images 12 --first-seed 0 --batch-size {size}")
+    stored.unlink()
+    write_manifest(lens, read_manifest(lens))  # as an imported lens: nothing tells how it was fitted
+    opened = DiffusionLens.from_pretrained(lens)
+    assert not opened.fitted_from and [batch_of(opened, asked) for asked in (None, 7, 0)] == [BATCH, 7, 0]
 
 
 def test_serve_hands_the_lens_to_the_app(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +349,6 @@ def test_the_time_left_of_a_resumed_run_counts_only_what_it_did(
         bar.step(done, 1000)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"training: 510 of 1,000, about {console.duration(490 * 30 / 10)} left",
-        f"training: 530 of 1,000, about {console.duration(470 * 70 / 30)} left",
+        f"training: 510 of 1,000, about {duration(490 * 30 / 10)} left",
+        f"training: 530 of 1,000, about {duration(470 * 70 / 30)} left",
     ]

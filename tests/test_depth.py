@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusion_lens.portraits import depth as module
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
 from diffusion_lens.portraits.depth import DepthConfig, count_flips, planned_images, run_depth
-from diffusion_lens.portraits.depth_result import CAVEAT, DepthResult, depth_series, flips_of, load_depth, point_of
+from diffusion_lens.portraits.depth_result import CAVEAT, DepthResult, depth_series, flips_of, load_depth
 from diffusion_lens.portraits.networks import DenoiserConfig, make_autoencoder
 from diffusion_lens.types import LensError, Predictions
 
@@ -48,6 +49,7 @@ def classifier() -> HeadsClassifier:
         torch.from_numpy(images), torch.from_numpy(labels), world.ATTRIBUTES, n_steps=1, widths=(8, 8, 8, 16)
     )
     made = calibrate(made, images, labels)
+    made = replace(made, config=made.config.model_copy(update={"thresholds": {}}))  # it decides about noise too
     confusion = {a.name: np.eye(len(a.classes), dtype=int) * 90 + 10 for a in world.ATTRIBUTES}
     return made.with_confusion(confusion, {a.name: np.zeros(len(a.classes)) for a in world.ATTRIBUTES})
 
@@ -112,13 +114,9 @@ def test_the_empty_prompt_is_the_same_at_every_scale(classifier: HeadsClassifier
     assert counts[0] == counts[1] and len(list((tmp_path / "readings").iterdir())) == planned_images(config) // 10
 
 
-def test_settings_and_flips_are_found(run: tuple[DepthResult, Path]) -> None:
+def test_flips_are_found(run: tuple[DepthResult, Path]) -> None:
     result, _ = run
-    point = point_of(result, "3 levels", "age", prompt=DOCTOR, guidance_scale=2.0, bypass=True)
-    assert (point.depth, point.attribute, point.bypass, point.guidance_scale) == ("3 levels", "age", True, 2.0)
     assert len(flips_of(result, "gender", prompt=DOCTOR)) == 6 * 2
-    with pytest.raises(LensError, match="did not measure"):
-        point_of(result, "9 levels", "age", prompt=DOCTOR, guidance_scale=2.0, bypass=True)
 
 
 def test_nothing_is_made_twice(

@@ -289,6 +289,20 @@ def test_a_stopped_dissection_goes_on_and_another_is_refused(
         dissect(tiny_lens, config(features=live, beta=3.0), tmp_path)
 
 
+def test_numbers_of_half_precision_are_kept_apart(
+    tiny_lens: DiffusionLens, tiny_lens_folder: Path, tmp_path: Path
+) -> None:
+    wanted = config(features=some_features(tiny_lens)[:1])
+    half = DiffusionLens.from_pretrained(tiny_lens_folder, dtype=torch.bfloat16)
+    found = dissect(half, wanted, tmp_path / "half")
+    assert np.isfinite(found.effects["gender"]).all()
+    single = dissect(tiny_lens, wanted, tmp_path / "single")
+    for lens, folder in ((tiny_lens, "half"), (half, "single")):
+        with pytest.raises(LensError, match="another dissection"):
+            dissect(lens, wanted, tmp_path / folder)
+    assert single.effects["gender"].shape == found.effects["gender"].shape
+
+
 def test_an_effect_that_came_too_far_is_refused_before_anything_is_drawn(
     tiny_lens: DiffusionLens, tmp_path: Path
 ) -> None:

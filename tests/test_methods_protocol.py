@@ -18,7 +18,7 @@ from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.methods.draws import Counter, Draws, class_means, mean_differences, read_classes
 from diffusion_lens.methods.edits import ClassDraw
 from diffusion_lens.methods.protocol import Fitted, Method, lens_key, target_shares
-from diffusion_lens.methods.registry import METHODS, find_methods, load_fitted
+from diffusion_lens.methods.registry import METHODS, find_methods
 from diffusion_lens.types import Attribute, LensError
 
 SEEDS = tuple(range(500, 532))
@@ -86,7 +86,7 @@ def test_a_strength_changes_images_and_leaves_the_model_as_it_was(
 def test_save_and_load(key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fitted], tmp_path: Path) -> None:
     fitted[key].save(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
-    loaded = load_fitted(tmp_path, tiny_lens)
+    loaded = METHODS[key].load(tmp_path, tiny_lens)
     assert loaded.record == fitted[key].record and loaded.digest == fitted[key].digest
     strong, seeds = METHODS[key].strengths[-1], range(4)
     first, second = (tiny_lens.generate(PROMPTS[1], f.edit(strong, seeds), seeds=seeds) for f in (fitted[key], loaded))

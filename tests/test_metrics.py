@@ -28,11 +28,6 @@ def test_fairness_discrepancy_by_hand() -> None:
         metrics.fairness_discrepancy(np.array([0.5, 0.5]), np.array([0.5, 0.6]))
 
 
-@pytest.mark.parametrize(("n", "mean"), [(500, 0.025), (2000, 0.013), (10_000, 0.0056)])
-def test_null_mean_is_the_published_floor(n: int, mean: float) -> None:
-    assert metrics.fd_null_mean(n) == pytest.approx(mean, rel=0.04)
-
-
 def test_null_floor_is_the_binomial_quantile() -> None:
     counts = np.arange(101)
     fd = np.sqrt(2) * np.abs(counts / 100 - 0.5)
@@ -45,10 +40,6 @@ def test_null_floor_is_the_binomial_quantile() -> None:
 
 
 def test_small_numbers_by_hand() -> None:
-    assert metrics.deviation_ratio(np.array([0.25, 0.75])) == pytest.approx(0.5)
-    assert metrics.deviation_ratio(np.array([1.0, 0, 0])) == pytest.approx(1)
-    value, (low, high) = metrics.spd(56, 70, 48, 80)
-    assert value == pytest.approx(0.2) and low == pytest.approx(0.0524, abs=5e-5) and high < 0.34
     assert metrics.entropy(np.array([[0.5, 0.5], [1.0, 0.0]])) == pytest.approx([np.log(2), 0])
     groups = metrics.subgroup_entropy(np.array([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]), np.array([0, 0, 2]), 3)
     assert groups[[0, 2]] == pytest.approx([np.log(2) / 2, np.log(2)]) and np.isnan(groups[1])

@@ -18,8 +18,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from diffusion_lens.faces import face_crop, yunet_detector
 from diffusion_lens.fairface import OUTPUTS, FairFaceReader, ResNet34
-from diffusion_lens.photos import PhotoClassifier, clip_classifier, fairface_classifier, hub_classifier
-from diffusion_lens.readers import FACES, ClipConfig, ClipReader, Scores, pool_labels
+from diffusion_lens.photos import PhotoClassifier
+from diffusion_lens.readers import FACES, ClipConfig, ClipReader, HubReader, Scores, pool_labels
 from diffusion_lens.types import Attribute, LensError
 from diffusion_lens.weights import weight_file, weights_folder
 
@@ -52,7 +52,7 @@ def test_clip_reads_like_its_definition(clip_config: ClipConfig) -> None:
     female = text("a woman") + text("a portrait of a woman")
     classes = torch.stack([female / female.norm(), text("a man")])
     whole = clip_config.model_copy(update={"face_prompts": {}})
-    read = clip_classifier(whole, offline=True).read(images)
+    read = PhotoClassifier(ClipReader.load(whole, offline=True)).read(images)
     for i, image in enumerate(images):
         pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         e = model.get_image_features(pixel_values=pixels).pooler_output[0]
@@ -63,12 +63,12 @@ def test_clip_reads_like_its_definition(clip_config: ClipConfig) -> None:
 
 
 def test_clip_counts_every_image(clip_config: ClipConfig) -> None:
-    classifier = clip_classifier(clip_config, offline=True)
+    classifier = PhotoClassifier(ClipReader.load(clip_config, offline=True))
     read = classifier.read(photos(70))
     assert read.faces is not None and len(read.faces) == 70
     assert sum(read.tally("gender").values()) == 70
     assert list(read.tally("gender")) == ["female", "male", "uncertain", "no face", "several faces"]
-    whole = clip_classifier(clip_config.model_copy(update={"face_prompts": {}}), offline=True)
+    whole = PhotoClassifier(ClipReader.load(clip_config.model_copy(update={"face_prompts": {}}), offline=True))
     assert whole.read(photos(2)).faces is None
     assert whole.predict(np.zeros((0, 40, 40, 3), np.uint8))["gender"].probs.shape == (0, 2)
     assert whole.classifier_id != classifier.classifier_id
@@ -83,11 +83,11 @@ def test_clip_face_prompts_choose_the_nearest(clip_config: ClipConfig) -> None:
 
 def test_missing_clip_and_bad_prompts_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(LensError, match="hf download nobody/nothing"):
-        clip_classifier(ClipConfig(model_id="nobody/nothing"), offline=True)
+        ClipReader.load(ClipConfig(model_id="nobody/nothing"), offline=True)
     with pytest.raises(LensError, match="at least two classes"):
-        clip_classifier(ClipConfig(model_id=str(tmp_path), prompts={"gender": {"female": ("a",)}}))
+        ClipReader.load(ClipConfig(model_id=str(tmp_path), prompts={"gender": {"female": ("a",)}}))
     with pytest.raises(LensError, match="no face, one face, several faces"):
-        clip_classifier(ClipConfig(model_id=str(tmp_path), face_prompts={"one face": ("a",)}))
+        ClipReader.load(ClipConfig(model_id=str(tmp_path), face_prompts={"one face": ("a",)}))
 
 
 LABELS = ("cat", "girl", "woman", "man")
@@ -109,7 +109,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:
-    classifier = hub_classifier(str(hub_folder), LABEL_MAP, offline=True)
+    classifier = PhotoClassifier(HubReader.load(str(hub_folder), LABEL_MAP, offline=True))
     images = photos(3)
     model = ResNetForImageClassification.from_pretrained(hub_folder).eval()
     pixels = ViTImageProcessorPil.from_pretrained(hub_folder)(images=list(images), return_tensors="pt")["pixel_values"]
@@ -125,7 +125,7 @@ def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:
 
 def test_unknown_labels_of_a_classifier_are_named(hub_folder: Path) -> None:
     with pytest.raises(LensError, match="no label 'lady'; its labels are cat, girl, man, woman"):
-        hub_classifier(str(hub_folder), {"gender": {"female": ("lady",), "male": ("man",)}}, offline=True)
+        HubReader.load(str(hub_folder), {"gender": {"female": ("lady",), "male": ("man",)}}, offline=True)
 
 
 def test_pooling_by_hand() -> None:
@@ -182,7 +182,7 @@ def test_fairface_outputs_become_the_papers_classes(fairface_network: ResNet34, 
     weights["fc.bias"] = torch.from_numpy(np.log(np.concatenate([race, [0.7, 0.3], age]))).float()
     path = tmp_path / "res34_fair_align_multi_7_20190809.pt"
     torch.save(weights, path)
-    classifier = fairface_classifier(path, detector=None)
+    classifier = PhotoClassifier(FairFaceReader.load(path), crop=True)
     read = classifier.predict(photos(2, side=50))
     assert read["gender"].attribute.classes == ("female", "male")
     np.testing.assert_allclose(read["gender"].probs, [[0.3, 0.7]] * 2, atol=1e-5)

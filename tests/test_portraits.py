@@ -23,7 +23,7 @@ from diffusion_lens.portraits.denoiser import (
 )
 from diffusion_lens.portraits.draw import SKIN, draw, sheet
 from diffusion_lens.portraits.networks import SHIFT, DenoiserConfig, make_scheduler, make_tokenizer, make_unet
-from diffusion_lens.portraits.recipe import open_parts, sample, save_pipeline
+from diffusion_lens.portraits.recipe import open_parts, save_pipeline
 from diffusion_lens.types import LensError
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
@@ -244,8 +244,9 @@ def test_saved_pipelines_are_stock_and_single_precision(shape: DenoiserConfig, t
     folder = save_pipeline(nets, vae, tmp_path / "pipe")
     kind = StableDiffusionPipeline if shape.text_width else LDMPipeline
     pipe = kind.from_pretrained(folder)
-    images = sample(pipe, "a portrait of a nurse", [0, 1], n_steps=2)
-    assert images.shape == (2, 64, 64, 3)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"prompt": ["a portrait of a nurse"] * 2} if shape.text_width else {"batch_size": 2}
+    assert np.shape(pipe(**asked, num_inference_steps=2, output_type="np").images) == (2, 64, 64, 3)
     assert all(
         p.dtype == torch.float32 for m in pipe.components.values() if hasattr(m, "parameters") for p in m.parameters()
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from diffusion_lens import run_options
-from diffusion_lens.activations import SampleSpec, collect, collect_to
+from diffusion_lens.activations import SampleSpec, collect_to
 from diffusion_lens.cli.app import app
 from diffusion_lens.cli.options import RUN_FLAGS
 from diffusion_lens.generate import Capture, StepContext, generate, record_trajectory, request
@@ -124,7 +124,9 @@ def test_a_lens_opens_on_the_cpu_without_torch(tiny_lens_folder: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["generate", "attribute", "sweep", "balance", "check", "audit", "serve"])
+@pytest.mark.parametrize(
+    "command", ["generate", "attribute", "sweep", "balance", "check", "audit", "serve", "dissect", "together"]
+)
 def test_commands_take_the_flags(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
     assert all(f"--{flag}" in shown for flag in RUN_FLAGS)
@@ -297,7 +299,7 @@ def test_trajectories_and_collections_shrink_too(monkeypatch: pytest.MonkeyPatch
 
     asked = request(opened(), None, range(6), 4)
     start = record_trajectory(opened(), asked, batch_size=3)
-    samples = collect(opened(), [asked], SampleSpec(layout="map"), batch_size=3)
+    samples = collect_to(tmp_path / "few", opened(), [asked], SampleSpec(layout="map"), batch_size=3).load()
     real = DiffusionModel.predict
 
     def full(self: DiffusionModel, latents: Tensor, t: Tensor, conditioning: Any) -> Tensor:

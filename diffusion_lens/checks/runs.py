@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_lens.artifacts import read_json
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import GenerationRequest, LensError, Predictions
 
@@ -82,10 +81,9 @@ class Job:
 
 def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
     """Raise ``LensError`` if the lens was fitted, or its settings chosen, on seeds that the check draws."""
-    path = lens.folder / "fit" / "config.json"
-    if not path.is_file():
+    config = lens.fitted_from
+    if not config:
         return
-    config = read_json(path)
     used = {
         "fitted": (config["first_seed"], config["n_images"]),
         "chosen": (config["choose"]["first_seed"], config["choose"]["n_images"]),

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_lens.cli.console import Bar, duration, guarded, progress, say, show_json, show_table
-from diffusion_lens.cli.options import BatchOption, DeviceOption, JsonOption, LensOption, checked_prompt, open_lens
+from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
+from diffusion_lens.cli.options import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    LensOption,
+    batch_of,
+    checked_prompt,
+    open_lens,
+)
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
+from diffusion_lens.words import duration
 
 if TYPE_CHECKING:
     from diffusion_lens.compare_types import CompareConfig, Comparison, MethodRow
@@ -51,9 +60,9 @@ def compare(
     work: WorkOption = Path("runs/compare"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, CSV and the table.")] = None,
     store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,
-    batch_size: BatchOption = 64,
+    batch_size: BatchOption = None,
     lens: LensOption = "",
-    device: DeviceOption = "auto",
+    device: DeviceOption = "auto",  # no other run flag: some methods train in the model's format, through its blocks
     as_json: JsonOption = False,
 ) -> None:
     """Run every method on the same seeds, each at its best setting, and print the paper's table.
@@ -69,11 +78,13 @@ def compare(
 
     opened = open_lens(lens, device)
     keys = tuple(k.strip() for k in methods.split(","))
-    shape: dict[str, Any] = {"methods": keys, "n": n, "n_tune": curve, "n_fit": fit, "approach": approach}
+    shape: dict[str, Any] = {
+        "methods": keys, "n": n, "n_tune": curve, "n_fit": fit, "approach": approach,
+        "batch_size": batch_of(opened, batch_size),
+    }  # fmt: skip
     configs = [
         CompareConfig.parse(
-            {**shape, "attribute": name, "prompt": _prompt(opened, name, prompt), "batch_size": batch_size},
-            where="the comparison",
+            {**shape, "attribute": name, "prompt": _prompt(opened, name, prompt)}, where="the comparison"
         )
         for name in attribute or [a.name for a in opened.attributes]
     ]

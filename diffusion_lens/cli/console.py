@@ -27,6 +27,7 @@ from rich.table import Table
 
 from diffusion_lens.artifacts import atomic_path
 from diffusion_lens.types import LensError, LogRatio, Share
+from diffusion_lens.words import duration
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -149,13 +150,6 @@ def progress(title: str) -> Iterator[Bar]:
         yield bar
     finally:
         bar.close()
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min`` or ``1.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

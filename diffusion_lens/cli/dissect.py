@@ -15,9 +15,11 @@ from diffusion_lens.cli.options import (
     BatchOption,
     DeviceOption,
     JsonOption,
-    LensOption,
+    Opening,
+    Series,
+    batch_of,
     checked_prompt,
-    open_lens,
+    with_flags,
 )
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
@@ -38,6 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
+@with_flags
 def dissect(
     prompt: PromptOption = None,
     n: Annotated[int, typer.Option("--images", "-n", help="Images per feature, on paired seeds.")] = 48,
@@ -56,9 +59,8 @@ def dissect(
     ] = 10_000_000,
     work: WorkOption = Path("runs/dissect"),
     store: Annotated[bool, typer.Option("--store", help="Keep effects and names in the lens, for the app.")] = False,
-    batch_size: BatchOption = 32,
-    lens: LensOption = "",
-    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
 ) -> None:
     """Turn every SAE feature alone and group them by what that changes: hair, glasses, beard, smile, …
@@ -78,11 +80,11 @@ def dissect(
 
     if by and not top:
         raise LensError("Say with --top how many features to choose.")
-    opened = open_lens(lens, device)
+    opened = opening.open()
     values: dict[str, Any] = {
-        "prompt": _prompt(opened, prompt), "n": n, "beta": beta, "sampler": sampler, "batch_size": batch_size,
-        "top": top, "features": tuple(feature) if feature else None, **({"by": tuple(by)} if by else {}),
-        "first_seed": first_seed,
+        "prompt": _prompt(opened, prompt), "n": n, "beta": beta, "sampler": sampler, "top": top,
+        "features": tuple(feature) if feature else None, **({"by": tuple(by)} if by else {}),
+        "first_seed": first_seed, "batch_size": batch_of(opened, batch_size),
     }  # fmt: skip
     config = DissectConfig.parse(values, where="the dissection")
     with progress("dissecting") as bar:
@@ -113,6 +115,7 @@ def _show_groups(found: Dissection) -> None:
 
 
 @guarded
+@with_flags
 def together(
     prompt: PromptOption = None,
     steer: Annotated[
@@ -120,12 +123,9 @@ def together(
         typer.Option(help="attribute=class:strength, or attribute=even:strength; two or more. All even by default."),
     ] = None,
     strength: Annotated[float, typer.Option(help="Strength of what --steer does not name; 0 changes nothing.")] = 1.0,
-    n: Annotated[int, typer.Option("--images", "-n", help="Images of every run, on the same seeds.")] = 200,
-    first_seed: Annotated[int, typer.Option(min=0, help="Seeds count up from here.")] = 12_000_000,
+    series: Series = Series(200, 12_000_000),
     store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,
-    batch_size: BatchOption = 32,
-    lens: LensOption = "",
-    device: DeviceOption = "auto",
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
 ) -> None:
     """Steer several attributes at once, each to its own target: every combination before and after, and the spillover.
@@ -134,17 +134,16 @@ def together(
 
     python -m diffusion_lens together -p '' --steer gender=even:1 --steer age=old:0.5 -n 400
     """
-    from diffusion_lens.cli.options import seeds_of
     from diffusion_lens.joint import parse_steer, steer_together
     from diffusion_lens.joint_result import add_to_lens
 
-    opened = open_lens(lens, device)
+    opened = opening.open()
     steers = dict(parse_steer(opened, text) for text in steer or [f"{a}=even:{strength:g}" for a in opened.settings])
     alike = len({opened.settings[name].sampler for name in steers}) == 1
     with progress("steering") as bar:
         result = steer_together(
-            opened, _prompt(opened, prompt), steers, seeds_of(n, first_seed), sampler=None if alike else "symmetric",
-            batch_size=batch_size, on_step=bar.step,
+            opened, _prompt(opened, prompt), steers, series.seeds, sampler=None if alike else "symmetric",
+            batch_size=batch_of(opened, series.batch_size), on_step=bar.step,
         )  # fmt: skip
     if store:
         say(f"Wrote {add_to_lens(result, opened.folder)}")

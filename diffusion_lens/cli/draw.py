@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,24 +21,18 @@ from diffusion_lens.cli.console import (
     show_table,
 )
 from diffusion_lens.cli.options import (
-    DEFAULT_RUN,
     AttributeOption,
-    BatchOption,
-    FirstSeedOption,
     HtmlOption,
-    ImagesOption,
     JsonOption,
-    LensOption,
+    Opening,
     PromptArgument,
+    Series,
     TargetOption,
-    checked_prompt,
-    open_lens,
+    batch_of,
     parse_turn,
-    seeds_of,
-    with_run_flags,
+    with_flags,
 )
 from diffusion_lens.records import to_plain
-from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import Evaluation, Generation, LensError
 
 if TYPE_CHECKING:
@@ -55,23 +48,20 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def generate(
     prompt: PromptArgument = None,
     turn: Annotated[
         list[str] | None,
         typer.Option("--turn", help="Turn features, as attribute=class:β (1 changes nothing); may be repeated."),
     ] = None,
-    images: ImagesOption = 8,
-    first_seed: FirstSeedOption = 0,
+    series: Series = Series(8),
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the lens's own by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the lens's own by default.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="A picture file for a sheet, or a folder.")] = Path(
         "images.png"
     ),
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
 ) -> None:
     """Draw images and read them; with --turn, draw the same seeds unedited and edited.
@@ -84,16 +74,16 @@ def generate(
     """
     if out.suffix and out.suffix.lower() not in PICTURES:
         raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
-    opened = open_lens(lens, running)
-    seeds = seeds_of(images, first_seed)
-    request = opened.request(checked_prompt(opened, prompt), seeds, n_steps=steps, guidance_scale=guidance)
+    opened = opening.open()
+    request = series.request(opened, prompt, n_steps=steps, guidance_scale=guidance)
+    size = batch_of(opened, series.batch_size)
     turns = [parse_turn(opened, text) for text in turn or ()]
     with progress("drawing") as bar:
-        base = opened.generate(request, batch_size=batch_size, on_step=bar.step)
+        base = opened.generate(request, batch_size=size, on_step=bar.step)
     drawn = [base]
     if turns:
         with progress("drawing with the turn") as bar:
-            drawn.append(opened.generate(request, *turns, batch_size=batch_size, on_step=bar.step))
+            drawn.append(opened.generate(request, *turns, batch_size=size, on_step=bar.step))
     written = save_images(drawn, out)
     found = {a.name: opened.evaluate(drawn[-1], a.name, reference=base if turns else None) for a in opened.attributes}
     if as_json:
@@ -145,20 +135,17 @@ def show_evaluation(name: str, evaluation: Evaluation) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def attribute(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
     target: TargetOption = None,
-    images: ImagesOption = 64,
+    series: Series = Series(64),
     top: Annotated[int, typer.Option(help="How many features to show.")] = 15,
     method: Annotated[
         str, typer.Option(help="integrated_gradients, gradient_x_activation or activation_difference.")
     ] = "integrated_gradients",
-    first_seed: FirstSeedOption = 0,
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -168,16 +155,14 @@ def attribute(
 
     python -m diffusion_lens attribute '' -a age -t old --top 30 --html age.html
     """
-    opened = open_lens(lens, running)
+    opened = opening.open()
     wanted = opened.attribute_named(attribute)
     target = target or opened.setting(attribute).target
     wanted.index(target)
     opened.attributions[attribute].top_k(top, target=target)  # refuses a number of features that there is not
-    seeds = seeds_of(images, first_seed)
+    request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)
     with progress("drawing") as bar:
-        drawn = opened.generate(
-            opened.request(checked_prompt(opened, prompt), seeds), capture=True, batch_size=batch_size, on_step=bar.step
-        )
+        drawn = opened.generate(request, capture=True, batch_size=size, on_step=bar.step)
     found = opened.attribute(drawn, attribute, method=method)
     features = found.top_k(top, target=target)
     if html is not None:
@@ -187,8 +172,7 @@ def attribute(
         save_html(html, f"Features for {attribute} = {target}", [(figure, describe_attribution(found, target, k=top))])
     rows = _feature_rows(opened, features.ids, features.scores)
     if as_json:
-        plain = to_plain(replace(found, scores=np.zeros(0)))
-        del plain["scores"]
+        plain = to_plain(found, without="scores")
         show_json({"request": to_plain(drawn.request), "attribution": plain, "target": target, "features": rows})
         return
     show_table(

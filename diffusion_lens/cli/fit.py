@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffusion_lens.cli.console import guarded, percent, progress, say, show_json, show_table
-from diffusion_lens.cli.options import DEFAULT_RUN, JsonOption, hide_loading_bars, with_run_flags
+from diffusion_lens.cli.options import DEFAULT_RUN, JsonOption, hide_loading_bars, with_flags
 from diffusion_lens.run_options import RunOptions
 from diffusion_lens.types import LensError
 
@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def fit(
     given: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG | PROMPTS]", help="A JSON file; or more prompts.")
@@ -341,7 +341,7 @@ def _report(lens: DiffusionLens, out: Path, as_json: bool) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def calibrate(
     labelled: Annotated[Path, typer.Option(help="A CSV with a column file and one per attribute.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the described classifier.")],

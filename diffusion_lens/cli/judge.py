@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,20 +20,16 @@ from diffusion_lens.cli.console import (
     show_table,
 )
 from diffusion_lens.cli.options import (
-    DEFAULT_RUN,
-    BatchOption,
-    FirstSeedOption,
     HtmlOption,
-    ImagesOption,
     JsonOption,
-    LensOption,
+    Opening,
+    Series,
+    batch_of,
     checked_prompt,
-    open_lens,
     parse_turn,
-    seeds_of,
-    with_run_flags,
+    with_flags,
 )
-from diffusion_lens.run_options import RunOptions
+from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
 
 NOT_PASSED = 1
@@ -45,12 +42,11 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def check(
     full: Annotated[bool, typer.Option("--full", help="The figures to quote: n = 1,000, every row must hold.")] = False,
     part: Annotated[list[int] | None, typer.Option(help="Only this group of rows, 1 to 5; may be repeated.")] = None,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -69,7 +65,7 @@ def check(
     """
     from diffusion_lens.check import PARTS, TITLES, plain_report, row_texts, run_check
 
-    opened = open_lens(lens, running)
+    opened = opening.open()
     with progress("checking") as bar:
         report = run_check(opened, full=full, parts=tuple(part or PARTS), on_stage=bar.stage)
     if html is not None and report.sweeps:
@@ -96,7 +92,7 @@ def check(
 
 
 @guarded
-@with_run_flags
+@with_flags
 def audit(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; the lens's suggestions by default.")
@@ -106,14 +102,11 @@ def audit(
         list[str] | None,
         typer.Option("--turn", help="Also draw with this turn, as attribute=class:β."),
     ] = None,
-    images: ImagesOption = 200,
-    first_seed: FirstSeedOption = 0,
+    series: Series = Series(200),
     title: Annotated[str, typer.Option(help="Title of the report.")] = "",
     reviewer: Annotated[str, typer.Option(help="Who signs it.")] = "",
     notes: Annotated[str, typer.Option(help="The reviewer's notes, or @FILE to read them from a file.")] = "",
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
 ) -> None:
     """Write a report on who appears under some prompts: one HTML page, JSON and CSV.
@@ -123,28 +116,28 @@ def audit(
     python -m diffusion_lens audit --turn gender=male:0.5 --reviewer 'A. Reviewer' --notes @notes.txt
     """
     from diffusion_lens.report import audit as measure
-    from diffusion_lens.report import plain_audit, write_report
+    from diffusion_lens.report import write_report
 
-    opened = open_lens(lens, running)
+    opened = opening.open()
     prompts = [checked_prompt(opened, p) for p in prompt] if prompt else list(opened.prompts)
     turns = [parse_turn(opened, text) for text in turn or ()]
-    command = _command(lens, prompt or [], turn or [], images, first_seed, batch_size)
+    size = batch_of(opened, series.batch_size)
     with progress("drawing and reading") as bar:
         found = measure(
             opened,
             prompts,
-            seeds_of(images, first_seed),
+            series.seeds,
             turns=turns,
             title=title,
             reviewer=reviewer,
             notes=_read_notes(notes),
-            command=command,
-            batch_size=batch_size,
+            command=_command(opening.lens, prompt or [], turn or [], replace(series, batch_size=size)),
+            batch_size=size,
             on_step=bar.step,
         )
     paths = write_report(found, out)
     if as_json:
-        show_json(plain_audit(found))
+        show_json(to_plain(found, without="examples"))
     else:
         for finding in found.findings:
             kind = ", edited" if finding.edit else ""
@@ -163,10 +156,11 @@ def _read_notes(notes: str) -> str:
         raise LensError(f"The notes file {notes[1:]} cannot be read as text.") from None
 
 
-def _command(lens: str, prompts: list[str], turns: list[str], images: int, first_seed: int, batch_size: int) -> str:
+def _command(lens: str, prompts: list[str], turns: list[str], series: Series) -> str:
     parts = ["python", "-m", "diffusion_lens", "audit", *(["--lens", lens] if lens else [])]
     for flag, values in (("--prompt", prompts), ("--turn", turns)):
         for value in values:
             parts += [flag, value]
-    parts += ["--images", str(images), "--first-seed", str(first_seed), "--batch-size", str(batch_size)]
+    for flag, number in asdict(series).items():
+        parts += [f"--{flag.replace('_', '-')}", str(number)]
     return shlex.join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -20,24 +19,18 @@ from diffusion_lens.cli.console import (
     span,
 )
 from diffusion_lens.cli.options import (
-    DEFAULT_RUN,
     AttributeOption,
-    BatchOption,
-    FirstSeedOption,
     HtmlOption,
-    ImagesOption,
     JsonOption,
-    LensOption,
+    Opening,
     PromptArgument,
+    Series,
     TargetOption,
-    checked_prompt,
-    open_lens,
+    batch_of,
     parse_betas,
-    seeds_of,
-    with_run_flags,
+    with_flags,
 )
 from diffusion_lens.records import to_plain
-from diffusion_lens.run_options import RunOptions
 from diffusion_lens.settings import Control
 from diffusion_lens.types import LensError, SweepPoint, SweepResult
 
@@ -54,18 +47,15 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def sweep(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
     target: TargetOption = None,
     betas: BetasOption = None,
-    images: ImagesOption = 100,
+    series: Series = Series(100),
     control: ControlOption = None,
-    first_seed: FirstSeedOption = 0,
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -77,8 +67,8 @@ def sweep(
     """
     if control not in (None, "random", "flip"):
         raise LensError(f"A control is random or flip; '{control}' is neither.")
-    opened = open_lens(lens, running)
-    request = opened.request(checked_prompt(opened, prompt), seeds_of(images, first_seed))
+    opened = opening.open()
+    request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)
     strengths = parse_betas(betas)
     results = []
     for kind in (None, control) if control else (None,):
@@ -90,32 +80,29 @@ def sweep(
                     target,
                     strengths,
                     control=cast(Control | None, kind),
-                    batch_size=batch_size,
+                    batch_size=size,
                     on_step=bar.step,
                 )
             )
     if html is not None:
         _plot(results, html)
     if as_json:
-        show_json([plain_sweep(result) for result in results])
+        show_json(to_plain(results, without="examples"))
         return
     for result in results:
         show_sweep(result)
 
 
 @guarded
-@with_run_flags
+@with_flags
 def balance(
     prompt: PromptArgument = None,
     attribute: AttributeOption = "gender",
     target: TargetOption = None,
     share: Annotated[float, typer.Option(help="The share of the target class to reach.")] = 0.5,
     betas: BetasOption = None,
-    images: ImagesOption = 100,
-    first_seed: FirstSeedOption = 0,
-    batch_size: BatchOption = 16,
-    lens: LensOption = "",
-    running: RunOptions = DEFAULT_RUN,
+    series: Series = Series(100),
+    opening: Opening = Opening(),
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -127,17 +114,17 @@ def balance(
     """
     from diffusion_lens.sweep import balance as find
 
-    opened = open_lens(lens, running)
-    request = opened.request(checked_prompt(opened, prompt), seeds_of(images, first_seed))
+    opened = opening.open()
+    request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)
     if not 0 < share < 1:
         raise LensError(f"A target share lies between 0 and 1, both excluded; it is {share}.")
     with progress("sweeping") as bar:
-        result = opened.sweep(request, attribute, target, parse_betas(betas), batch_size=batch_size, on_step=bar.step)
+        result = opened.sweep(request, attribute, target, parse_betas(betas), batch_size=size, on_step=bar.step)
     found = find(result, opened.classifier.confusion[attribute], target_share=share)
     if html is not None:
         _plot([result], html, found)
     if as_json:
-        show_json({"balance": to_plain(found), "sweep": plain_sweep(result)})
+        show_json({"balance": to_plain(found), "sweep": to_plain(result, without="examples")})
         return
     show_sweep(result)
     say(found.note)
@@ -173,15 +160,6 @@ def _sweep_row(point: SweepPoint, column: int) -> tuple[str, ...]:
         str(share.n_uncertain),
         f"{kept:.0%}",
     )
-
-
-def plain_sweep(result: SweepResult) -> dict[str, Any]:
-    """A sweep as JSON values, its example images left out."""
-    points = tuple(replace(point, examples=np.zeros(0)) for point in result.points)
-    plain: dict[str, Any] = to_plain(replace(result, points=points))
-    for point in plain["points"]:
-        del point["examples"]
-    return plain
 
 
 def _plot(results: list[SweepResult], path: Any, found: Any = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -12,12 +13,14 @@ import typer
 
 from diffusion_lens.run_options import DTYPES, Dtype, RunOptions
 from diffusion_lens.run_options import pick_device as pick_device
-from diffusion_lens.types import MAX_IMAGES, MAX_SEED, Intervention, LensError
+from diffusion_lens.types import MAX_IMAGES, MAX_SEED, GenerationRequest, Intervention, LensError
 
 if TYPE_CHECKING:
     from diffusion_lens.lens import DiffusionLens
 
 BUNDLED = Path("assets/portraits")
+BATCH = 16
+"""Images drawn at once where neither the call nor the lens says."""
 
 LensOption = Annotated[
     str,
@@ -28,7 +31,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Also write an interactive plot to this file.")]
 ImagesOption = Annotated[int, typer.Option("--images", "-n", help="How many images, one seed each.")]
 FirstSeedOption = Annotated[int, typer.Option("--first-seed", help="Seeds count up from here.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Images drawn at once.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch-size", help=f"Images drawn at once; as when the lens was fitted, else {BATCH}.")
+]
 AttributeOption = Annotated[str, typer.Option("--attribute", "-a", help="The attribute to look at, e.g. gender.")]
 TargetOption = Annotated[
     str | None, typer.Option("--target", "-t", help="The class to turn towards; the lens's own by default.")
@@ -66,35 +71,87 @@ DEFAULT_RUN = RunOptions()
 R = TypeVar("R")
 
 
-def with_run_flags(command: Callable[..., R]) -> Callable[..., R]:
-    """Give a command ``RUN_FLAGS`` in place of its parameter ``running: RunOptions``."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = []
-    for parameter in signature.parameters.values():
-        if parameter.name != "running":
-            parameters.append(parameter)
-            continue
-        parameters += [
-            inspect.Parameter(name, parameter.kind, default=default, annotation=annotation)
-            for name, (annotation, default) in RUN_FLAGS.items()
-        ]
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> R:
-        values = {name: kwargs.pop(name) for name in RUN_FLAGS if name in kwargs}
-        return command(*args, **kwargs, running=run_options(**values))
-
-    # typer reads a command's flags off its signature
-    cast(Any, run).__signature__ = signature.replace(parameters=parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
-
-
 def run_options(dtype: str = "fp32", **values: Any) -> RunOptions:
     """The flags as ``RunOptions``, a device picked and checked."""
     if dtype not in DTYPES:
         raise LensError(f"--dtype is {', '.join(DTYPES)}; '{dtype}' is none of them.")
     return RunOptions(dtype=cast(Dtype, dtype), **values).resolved()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Which lens a command opens, and how its diffusion model runs."""
+
+    lens: str = ""
+    running: RunOptions = DEFAULT_RUN
+
+    def open(self) -> DiffusionLens:
+        """See ``open_lens``."""
+        return open_lens(self.lens, self.running)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The images a command draws: how many, from which seed on, how many at once (``None``: see ``batch_of``)."""
+
+    images: int
+    first_seed: int = 0
+    batch_size: int | None = None
+
+    @property
+    def seeds(self) -> range:
+        """See ``seeds_of``."""
+        return seeds_of(self.images, self.first_seed)
+
+    def request(self, lens: DiffusionLens, prompt: str | None, **changes: Any) -> GenerationRequest:
+        """What to draw with this lens; ``changes`` go to ``DiffusionLens.request``."""
+        return lens.request(checked_prompt(lens, prompt), self.seeds, **changes)
+
+
+Flags = dict[str, tuple[Any, Any]]
+OPENING_FLAGS: Flags = {"lens": (LensOption, ""), **RUN_FLAGS}
+SERIES_FLAGS: Flags = {
+    "images": (ImagesOption, inspect.Parameter.empty),
+    "first_seed": (FirstSeedOption, 0),
+    "batch_size": (BatchOption, None),
+}
+GROUPS: dict[Any, tuple[Flags, Callable[..., Any]]] = {
+    RunOptions: (RUN_FLAGS, run_options),
+    Opening: (OPENING_FLAGS, lambda lens, **values: Opening(lens, run_options(**values))),
+    Series: (SERIES_FLAGS, Series),
+}
+"""Type of a command's parameter → the flags that stand for it, and what makes it from their values."""
+
+
+def with_flags(command: Callable[..., R]) -> Callable[..., R]:
+    """Give a command the flags of its parameters of a type in ``GROUPS``, in their place and with their defaults."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {}
+    for parameter in signature.parameters.values():
+        if parameter.annotation not in GROUPS:
+            parameters.append(parameter)
+            continue
+        flags, make = GROUPS[parameter.annotation]
+        defaults = {name: getattr(parameter.default, name, default) for name, (_, default) in flags.items()}
+        groups[parameter.name] = defaults, make
+        parameters += [
+            inspect.Parameter(name, parameter.kind, default=defaults[name], annotation=annotation)
+            for name, (annotation, _) in flags.items()
+        ]
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> R:
+        made = {
+            group: make(**{name: kwargs.pop(name, default) for name, default in defaults.items()})
+            for group, (defaults, make) in groups.items()
+        }
+        return command(*args, **kwargs, **made)
+
+    # typer reads a command's flags off its signature
+    cast(Any, run).__signature__ = signature.replace(parameters=parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def hide_loading_bars() -> None:
@@ -119,6 +176,11 @@ def open_lens(source: str, running: RunOptions | str = "auto") -> DiffusionLens:
         source = str(BUNDLED if BUNDLED.is_dir() else beside)
     options = run_options(device=running) if isinstance(running, str) else running
     return DiffusionLens.from_pretrained(source, options=options)
+
+
+def batch_of(lens: DiffusionLens, asked: int | None) -> int:
+    """Images drawn at once: as many as asked for, else as the lens was fitted with, else ``BATCH``."""
+    return asked if asked is not None else lens.fitted_from.get("batch_size", BATCH)
 
 
 def seeds_of(n: int, first: int) -> range:

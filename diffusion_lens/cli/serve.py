@@ -10,7 +10,7 @@ import typer
 
 from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.cli.console import guarded
-from diffusion_lens.cli.options import BUNDLED, DEFAULT_RUN, open_lens, with_run_flags
+from diffusion_lens.cli.options import BUNDLED, DEFAULT_RUN, open_lens, with_flags
 from diffusion_lens.run_options import RunOptions
 
 
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 @guarded
-@with_run_flags
+@with_flags
 def serve(
     lens: Annotated[
         list[str] | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diffusion_lens.methods.activation import Activation
 from diffusion_lens.methods.bypass import Bypass
@@ -14,7 +13,7 @@ from diffusion_lens.methods.fine_tuning import FineTuning
 from diffusion_lens.methods.h_distribution import HDistribution
 from diffusion_lens.methods.latent_direction import LatentDirection
 from diffusion_lens.methods.latent_editing import LatentEditing
-from diffusion_lens.methods.protocol import RECORD_FILE, Fitted, FittedRecord, Method, OpenLens
+from diffusion_lens.methods.protocol import Method
 from diffusion_lens.methods.sae_alternatives import SaeGradient, SaeLrp
 from diffusion_lens.methods.stereoclinic import StereoClinic
 from diffusion_lens.types import LensError
@@ -41,8 +40,3 @@ def find_methods(keys: str | Sequence[str]) -> tuple[Method, ...]:
     if names == ["all"]:
         return tuple(METHODS.values())
     return tuple(find_method(name) for name in dict.fromkeys(names))
-
-
-def load_fitted(folder: Path, lens: OpenLens) -> Fitted:
-    """Read any fitted method; raises ``LensError`` for an unknown method or another lens's."""
-    return find_method(FittedRecord.load(folder / RECORD_FILE).method).load(folder, lens)

@@ -96,17 +96,6 @@ def depth_series(
     return [p.depth for p in chosen], [p.shares[column] for p in chosen], chosen[0].planted[column]
 
 
-def point_of(
-    result: DepthResult, depth: str, attribute: str, *, prompt: str, guidance_scale: float, bypass: bool
-) -> DepthPoint:
-    """One measured setting; raises ``LensError`` where it was not measured."""
-    where = (depth, attribute, prompt, guidance_scale, bypass)
-    for p in result.points:
-        if (p.depth, p.attribute, p.prompt, p.guidance_scale, p.bypass) == where:
-            return p
-    raise LensError(f"This experiment did not measure {attribute} there.")
-
-
 def flips_of(result: DepthResult, attribute: str, *, prompt: str) -> tuple[Flips, ...]:
     """All pairs of settings of one attribute and prompt."""
     return tuple(f for f in result.flips if (f.attribute, f.prompt) == (attribute, prompt))

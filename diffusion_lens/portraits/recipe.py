@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
 from torch import Tensor
@@ -37,7 +36,6 @@ from diffusion_lens.portraits.denoiser import (
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 from diffusion_lens.types import LensError
 
-MODEL_ID = "diffusion-lens/portraits"
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
 HELD_OUT_SEED = 900_000_000
 CLASSIFIER_SEED = 500_000_000
@@ -227,20 +225,3 @@ def _edit_json(path: Path, *, remove: str = "", **changes: str) -> None:
     values = json.loads(path.read_text())
     values.pop(remove, None)
     path.write_text(json.dumps({**values, **changes}, indent=2) + "\n")
-
-
-def sample(
-    pipe: StableDiffusionPipeline | LDMPipeline, prompt: str, seeds: list[int], *, n_steps: int = 16, batch: int = 500
-) -> np.ndarray:
-    """Images ``uint8[n, 64, 64, 3]`` by the stock pipeline's own call, for sample sheets and quick checks."""
-    parts = []
-    for i in range(0, len(seeds), batch):
-        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        pipe.set_progress_bar_config(disable=True)
-        shared = {"num_inference_steps": n_steps, "output_type": "np"}
-        if isinstance(pipe, LDMPipeline):
-            images = pipe(batch_size=len(generators), generator=generators, **shared).images
-        else:
-            images = pipe([prompt] * len(generators), generator=generators, guidance_scale=1.0, **shared).images
-        parts.append((np.asarray(images) * 255).round().astype(np.uint8))
-    return np.concatenate(parts)

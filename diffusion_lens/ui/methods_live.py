@@ -76,7 +76,6 @@ class Trio:
     name: str
     goal: str
     strength_name: str
-    fit_seconds: float
     seconds: float
     activation_ratio: float | None
 
@@ -277,7 +276,7 @@ class MethodBench:
         row = Row(images, own.labels, own.certain, own.probs.max(axis=1), read)
         goal = ", ".join(f"{c} {s:.0%}" for c, s in zip(fitted.record.classes, fitted.record.target, strict=True) if s)
         return Trio(
-            picture, row, wish, method.name, goal, method.strength_name, fitted.record.seconds,
+            picture, row, wish, method.name, goal, method.strength_name,
             time.monotonic() - began, ratio,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
@@ -92,12 +92,6 @@ def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
         prompt, attribute, setting.target, identity_beta(setting.mode), setting.n_features, setting.sampler,
         setting.window, first_seed=first,
     )  # fmt: skip
-
-
-def with_attribute(lens: DiffusionLens, view: View, attribute: str) -> View:
-    """The same prompt and seeds, with another attribute's shipped setting at its identity."""
-    fresh = default_view(lens, attribute)
-    return replace(fresh, prompt=view.prompt, n_seeds=view.n_seeds, first_seed=view.first_seed)
 
 
 def check(lens: DiffusionLens, view: View) -> None:
