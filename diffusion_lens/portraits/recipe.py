@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,8 +212,10 @@ def save_pipeline(nets: Denoiser, vae: AutoencoderTiny, folder: Path) -> Path:
     make_pipeline(nets, vae).save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
     for module in modules:
         module.float()
-    # diffusers writes a key that it then warns of; it sets the value itself
-    _edit_json(folder / ("vqvae" if nets.text_encoder is None else "vae") / "config.json", remove="block_out_channels")
+    # diffusers writes a key that it then warns of; it sets the value itself. And where parts came from is nobody's.
+    decoder = "vqvae" if nets.text_encoder is None else "vae"
+    _edit_json(folder / decoder / "config.json", remove=("block_out_channels", "_name_or_path"))
+    _edit_json(folder / "unet" / "config.json", remove=("_name_or_path",))
     if nets.text_encoder is not None:
         # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
         _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
@@ -221,7 +223,6 @@ def save_pipeline(nets: Denoiser, vae: AutoencoderTiny, folder: Path) -> Path:
     return folder
 
 
-def _edit_json(path: Path, *, remove: str = "", **changes: str) -> None:
-    values = json.loads(path.read_text())
-    values.pop(remove, None)
+def _edit_json(path: Path, *, remove: Sequence[str] = (), **changes: str) -> None:
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
     path.write_text(json.dumps({**values, **changes}, indent=2) + "\n")
