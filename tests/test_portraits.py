@@ -282,6 +282,8 @@ def test_a_saved_pipeline_can_be_trained_further(tmp_path: Path) -> None:
     for part, again in zip(nets.parameters(), opened.parameters(), strict=True):
         assert torch.equal(part, again)
     assert all(torch.equal(p, q) for p, q in zip(vae.parameters(), kept.parameters(), strict=True))
+    again_saved = save_pipeline(opened, kept, tmp_path / "again")
+    assert not any("_name_or_path" in path.read_text() for path in again_saved.rglob("config.json"))
     before = [p.detach().clone() for p in opened.parameters()]
     further = train_denoiser(_latents(4), ["a portrait of a nurse"] * 4, config, device=device, start=opened)
     assert any(not torch.equal(p, q) for p, q in zip(before, further.parameters(), strict=True))
