@@ -14,11 +14,13 @@ import pytest
 import torch
 from lens_fixtures import PROMPTS
 from PIL import Image
-from test_cli import Run, mistake, run  # noqa: F401
+from test_cli import Run, mistake
 from test_quality import COLOUR, PretendInception
 from tiny_clip import save_tiny_clip
+from typer.testing import CliRunner
 
 from diffusion_lens import metrics
+from diffusion_lens.cli.app import app
 from diffusion_lens.generate import generate_batches
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.quality import (
@@ -141,7 +143,7 @@ def test_fairness_discrepancy_hard_and_soft(found: Audit, tiny_lens: DiffusionLe
 def test_no_edit_is_no_distance(tiny_lens: DiffusionLens, reader: ClipReader, drawn: Any) -> None:
     source = classifier_source(tiny_lens.classifier, "own")
     itself = FeatureStatistics.of(source.features(drawn[DOCTOR, False]), "own")
-    nothing = [tiny_lens.intervention("gender", "male", 0.0)]
+    nothing = [tiny_lens.intervention("gender", "male", 1.0)]  # scaled by one
     for reference in (None, itself):
         measures = Measures(fid=source, reference=reference, clip=reader)
         same = audit(tiny_lens, [DOCTOR], SEEDS, turns=nothing, measures=measures, batch_size=50)
@@ -161,6 +163,14 @@ def test_the_page_names_features_reference_and_n(found: Audit) -> None:
                    f"{row.fid.value:.3f}", f"{row.clip_i.value:.4f}", f"{row.clip_i.cosine:.4f}", "balanced up to",
                    "all prompts together, edited"):  # fmt: skip
         assert needed in text
+
+
+@pytest.fixture
+def run(tiny_lens_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command in an empty working folder, with the tiny lens as the default one."""
+    monkeypatch.setenv("DIFFUSION_LENS", str(tiny_lens_folder))
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
 @pytest.fixture
@@ -187,7 +197,7 @@ def test_the_command_measures_from_a_folder_and_from_its_statistics(
     fidelity: Path,
     drawn: Any,
     clip_folder: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     folder = save_images(tmp_path / "reference", drawn[PROMPTS[1], False])
     source = inception_source(fidelity)
@@ -215,7 +225,7 @@ def test_the_command_measures_from_a_folder_and_from_its_statistics(
         ]  # fmt: skip
 
 
-def test_the_command_with_the_classifiers_features(run: Run, tiny_lens: DiffusionLens) -> None:  # noqa: F811
+def test_the_command_with_the_classifiers_features(run: Run, tiny_lens: DiffusionLens) -> None:
     words = ("audit", "-p", DOCTOR, "-n", 50, "--turn", "gender=male:3", "--fid", "unedited")
     done = run(*words, "--fid-features", "classifier")
     assert done.exit_code == 0, done.output
@@ -254,7 +264,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda value: str(value)[:60])
 def test_mistakes_get_one_sentence_before_anything_is_drawn(
-    run: Run, fidelity: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    run: Run, fidelity: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     words: tuple[Any, ...], sentence: str,
 ) -> None:  # fmt: skip
     (tmp_path / "weights").mkdir()
@@ -275,7 +285,7 @@ def test_mistakes_get_one_sentence_before_anything_is_drawn(
     assert not (tmp_path / "audit").exists()
 
 
-def test_weights_that_are_missing_everywhere_are_named_with_their_place(run: Run, fidelity: Path) -> None:  # noqa: F811
+def test_weights_that_are_missing_everywhere_are_named_with_their_place(run: Run, fidelity: Path) -> None:
     said = mistake(run("audit", "-p", DOCTOR, "--inception-score"))
     place = fidelity.parent / "weights" / "weights-inception-2015-12-05-6726825d.pth"
     assert said.endswith(f"is missing; get it from torch-fidelity's release v0.2.0 and save it as {place}.")
