@@ -35,7 +35,7 @@ from diffusion_lens.quality import (
 )
 from diffusion_lens.readers import ClipConfig, ClipReader
 from diffusion_lens.report import Audit, audit, render
-from diffusion_lens.report_rows import Measures, QualityRow
+from diffusion_lens.report_rows import Measures, QualityRow, Seen, image_quality
 from diffusion_lens.types import LensError
 
 SEEDS = range(300, 400)
@@ -296,3 +296,17 @@ def test_nothing_is_measured_that_was_not_asked_for(tiny_lens: DiffusionLens) ->
     assert plain.quality is None and "Image quality" not in render(plain)
     with pytest.raises(LensError, match="images per prompt"):
         audit(tiny_lens, [DOCTOR], range(12), measures=Measures(inception=SOURCE))
+
+
+def test_images_without_a_prompt_have_no_text_to_be_compared_with(reader: ClipReader) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 12, 8))
+    seen = [Seen(clip=row) for row in (rows[0], rows[1], rows[0], rows[2])]
+    for prompts in ((None, "a doctor"), ("", "a doctor")):
+        runs = [(prompt, edit) for prompt in prompts for edit in (None, "turned")]
+        quality = image_quality(Measures(clip=reader), runs, seen, 12)
+        assert [row.clip_t is None for row in quality.rows] == [True, True, False, False, False, False]
+        assert [row.clip_i is None for row in quality.rows] == [True, False, True, False, True, False]
+        together = quality.rows[-1]
+        assert together.pooled and together.n == 24
+        assert together.clip_t == quality.rows[3].clip_t and together.clip_t is not None and together.clip_t.n == 12
+        assert together.clip_i is not None and together.clip_i.n == 24
