@@ -310,3 +310,11 @@ def test_images_without_a_prompt_have_no_text_to_be_compared_with(reader: ClipRe
         assert together.pooled and together.n == 24
         assert together.clip_t == quality.rows[3].clip_t and together.clip_t is not None and together.clip_t.n == 12
         assert together.clip_i is not None and together.clip_i.n == 24
+
+
+def test_a_network_of_another_kind_is_not_filled_up_with_random_weights(run: Run, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    BertModel(small).save_pretrained(tmp_path / "bert")
+    assert "'bert' is no CLIPModel: it lacks weights such as" in mistake(run("audit", "-p", DOCTOR, "--clip", "bert"))
