@@ -182,7 +182,7 @@ def _quality_row(row: QualityRow, quality: ImageQuality) -> list[str]:
     whose = "all prompts together" if row.pooled else f"'{row.prompt or ''}'"
     cells = [whose + (", edited" if row.edit else ""), str(row.n)]
     if quality.fid:
-        cells.append("–" if row.fid is None else f"{row.fid.value:.3f}")
+        cells.append("–" if row.fid is None else f"{row.fid.value:.4g}")
     if quality.inception_score:
         cells.append("–" if row.inception_score is None else "{:.3f} ± {:.3f}".format(*row.inception_score))
     if quality.clip:
