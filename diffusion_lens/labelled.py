@@ -35,7 +35,7 @@ def open_image(path: Path) -> np.ndarray:
                 raise LensError(f"{path.name} has more than {MAX_PIXELS:,} pixels; make it smaller.")
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        raise LensError(f"{path.name} is missing or is no image; put it in {path.parent}.") from None
+        raise LensError(f"{path.name} is missing or is no image; put one in {path.parent}, or leave it out.") from None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ comparable at equal feature source and equal numbers of images alone, so both tr
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,15 +33,23 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION = "Inception v3"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CHUNK = 64
+STATISTICS_ERRORS = (
+    SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, OSError
+)  # fmt: skip
+"""What a broken or foreign statistics file raises."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A named function from ``uint8[n, H, W, 3]`` to features ``[n, d]``; ``probs`` adds class probabilities."""
+    """A named function from ``uint8[n, H, W, 3]`` to features ``[n, d]``; ``probs`` adds class probabilities.
+
+    ``both`` gives the two of them in one pass, where that saves one.
+    """
 
     name: str
     features: Callable[[np.ndarray], np.ndarray]
     probs: Callable[[np.ndarray], np.ndarray] | None = None
+    both: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def label(self) -> str:
@@ -78,7 +87,12 @@ def inception_source(path: Path | str | None = None, *, device: str | torch.devi
     except RuntimeError:
         raise LensError(f"{weights.name} is not torch-fidelity's Inception v3; fetch it again.") from None
     run = partial(_run_inception, network, device)
-    return FeatureSource(INCEPTION, lambda images: run(images)[0], lambda images: softmax(run(images)[1]))
+
+    def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        features, logits = run(images)
+        return features, softmax(logits)
+
+    return FeatureSource(INCEPTION, lambda images: both(images)[0], lambda images: both(images)[1], both)
 
 
 @torch.inference_mode()
@@ -129,22 +143,30 @@ def load_statistics(path: Path | str, *, source: str = INCEPTION) -> FeatureStat
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as table:
-                read = FeatureStatistics(source, table["mu"], table["sigma"], None)
+                mean, cov = (np.asarray(table[name], dtype=np.float64) for name in ("mu", "sigma"))
+                read = FeatureStatistics(source, mean, cov, None)
         else:
             with safe_open(path, framework="numpy") as table:
                 meta = table.metadata() or {}
                 mean, cov = table.get_tensor("mean"), table.get_tensor("cov")
                 read = FeatureStatistics(meta["source"], mean, cov, int(meta["n"]) or None)
-    except (SafetensorError, zipfile.BadZipFile, KeyError, ValueError, OSError):
+    except STATISTICS_ERRORS:
         raise LensError(f"{path.name} holds no feature statistics (mean and covariance); make it again.") from None
     d = read.mean.size
     if read.mean.shape != (d,) or read.cov.shape != (d, d):
         raise LensError(f"{path.name} holds a mean of {read.mean.shape} and a covariance of {read.cov.shape}.")
+    if not (np.isfinite(read.mean).all() and np.isfinite(read.cov).all()):
+        raise LensError(f"{path.name} holds numbers that are not finite; make it again.")
     return read
 
 
-def folder_statistics(folder: Path | str, source: FeatureSource) -> FeatureStatistics:
-    """Statistics of all images directly in ``folder``, of any sizes; read a few at a time."""
+def folder_statistics(
+    folder: Path | str, source: FeatureSource, *, on_step: Callable[[int, int], None] | None = None
+) -> FeatureStatistics:
+    """Statistics of all images directly in ``folder``, of any sizes; read a few at a time.
+
+    ``on_step`` is called with (images read, in total).
+    """
     folder = Path(folder)
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not 2 <= len(paths) <= MAX_IMAGES:
@@ -155,7 +177,23 @@ def folder_statistics(folder: Path | str, source: FeatureSource) -> FeatureStati
         # The order within a chunk does not matter to a mean and a covariance.
         for shape in sorted({image.shape for image in images}):
             rows.append(source.features(np.stack([image for image in images if image.shape == shape])))
+        if on_step is not None:
+            on_step(min(first + CHUNK, len(paths)), len(paths))
     return FeatureStatistics.of(np.concatenate(rows), source.name)
+
+
+def load_reference(
+    path: Path | str, source: FeatureSource, *, on_step: Callable[[int, int], None] | None = None
+) -> FeatureStatistics:
+    """Statistics of a folder of images, or from a statistics file; ``LensError`` where they are not of ``source``."""
+    path = Path(path)
+    if path.is_dir():
+        return folder_statistics(path, source, on_step=on_step)
+    if not path.exists():
+        raise LensError(f"There is no folder of images and no statistics file at {path}; check the path.")
+    found = load_statistics(path, source=source.name)
+    _check_source(found, source)
+    return found
 
 
 @dataclass(frozen=True)
@@ -192,23 +230,35 @@ def frechet(
         LensError: too few images on either side, or statistics of other features.
     """
     if isinstance(reference, (str, Path)):
-        path = Path(reference)
-        reference = folder_statistics(path, source) if path.is_dir() else load_statistics(path, source=source.name)
-    own = source.features(images)
+        reference = load_reference(reference, source)
+    other = source.features(reference) if isinstance(reference, np.ndarray) else reference
+    return frechet_of_features(source.features(images), other, source, min_images=min_images)
+
+
+def frechet_of_features(
+    own: np.ndarray,
+    reference: np.ndarray | FeatureStatistics,
+    source: FeatureSource,
+    *,
+    min_images: int = metrics.MIN_FRECHET,
+) -> FrechetResult:
+    """``frechet`` where ``source`` has read the images already: features ``[n, d]`` from features or statistics."""
     n_reference: int | None
     if isinstance(reference, np.ndarray):
-        other, n_reference = source.features(reference), len(reference)
+        other, n_reference = reference, len(reference)
     else:
-        if reference.source != source.name:
-            raise LensError(
-                f"The statistics are of {reference.source} features, not of {source.name}; make them again."
-            )
+        _check_source(reference, source)
         other, n_reference = reference.as_features(), reference.n
     if min(len(own), len(own) if n_reference is None else n_reference) < min_images:
         sizes = f"{len(own)} images and {n_reference or 'an unknown number of'} reference images"
         raise LensError(f"{source.label} needs >= {min_images} of each; got {sizes}.")
     value = metrics.frechet_distance(own, other, min_images=2)
     return FrechetResult(value, source.label, len(own), n_reference, own.shape[1])
+
+
+def _check_source(found: FeatureStatistics, source: FeatureSource) -> None:
+    if found.source != source.name:
+        raise LensError(f"The statistics are of {found.source} features, not of {source.name}; make them again.")
 
 
 def inception_score(images: np.ndarray, source: FeatureSource, *, splits: int = 10) -> tuple[float, float]:
@@ -238,7 +288,7 @@ def clip_i(edited: np.ndarray, original: np.ndarray, reader: ClipReader) -> Clip
     """Similarity of each edited image to the unedited one of the same seed, both ``uint8[n, H, W, 3]``."""
     if len(edited) != len(original):
         raise LensError(f"CLIP-I compares pairs; got {len(edited)} edited and {len(original)} unedited images.")
-    return _clip_score(reader.embed_images(check_images(edited).numpy()), reader.embed_images(original))
+    return clip_score(reader.embed_images(check_images(edited).numpy()), reader.embed_images(original))
 
 
 def clip_t(images: np.ndarray, prompts: str | Sequence[str], reader: ClipReader) -> ClipScore:
@@ -247,10 +297,11 @@ def clip_t(images: np.ndarray, prompts: str | Sequence[str], reader: ClipReader)
     if len(texts) not in (1, len(images)):
         raise LensError(f"CLIP-T needs one prompt, or one per image; got {len(texts)} for {len(images)} images.")
     rows = reader.embed_images(check_images(images).numpy())
-    return _clip_score(rows, np.broadcast_to(reader.embed_texts(texts), rows.shape))
+    return clip_score(rows, np.broadcast_to(reader.embed_texts(texts), rows.shape))
 
 
-def _clip_score(a: np.ndarray, b: np.ndarray) -> ClipScore:
+def clip_score(a: np.ndarray, b: np.ndarray) -> ClipScore:
+    """Of paired CLIP embeddings ``[n, d]``, where they are known already."""
     values = metrics.cosine_to_unit(a.astype(np.float64), b.astype(np.float64))
     estimate = paired_bootstrap(np.mean, values)
     return ClipScore(estimate.value, estimate.interval, 2 * estimate.value - 1, len(values))

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion_lens.calibration import softmax
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.types import Attribute, LensError
-from diffusion_lens.weights import weights_digest
+from diffusion_lens.weights import LOAD_ERRORS, weights_digest
 
 BATCH_SIZE = 32
 FACES = ("no face", "one face", "several faces")
@@ -154,7 +154,7 @@ class ClipReader:
         if config.face_prompts and tuple(config.face_prompts) != FACES:
             raise LensError(f"face_prompts must name {', '.join(FACES)}, in this order.")
         revision = config.revision
-        model = _pretrained(CLIPModel, config.model_id, offline, revision, use_safetensors=True).to(device)
+        model = _network(CLIPModel, config.model_id, offline, revision).to(device)
         processor = _pretrained(CLIPProcessor, config.model_id, offline, revision)
         # Where the weights lie says nothing about what they read.
         own = config.model_dump_json(exclude={"model_id", "revision"})
@@ -222,7 +222,7 @@ class HubReader:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         _check_map(label_map)
-        model = _pretrained(AutoModelForImageClassification, model_id, offline, revision, use_safetensors=True)
+        model = _network(AutoModelForImageClassification, model_id, offline, revision)
         model = model.to(device)
         if model.config.problem_type == "multi_label_classification":
             raise LensError(f"{model_id} gives several labels at once; choose a classifier with one label per image.")
@@ -269,12 +269,23 @@ def _pretrained(kind: Any, model_id: str, offline: bool, revision: str | None, *
     """``kind.from_pretrained`` with one sentence in place of a page of traceback."""
     try:
         loaded = kind.from_pretrained(model_id, local_files_only=offline, revision=revision, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise LensError(
             f"'{model_id}' holds no usable {kind.__name__} on this machine; fetch it once while online with "
             f"'hf download {model_id}', or give a folder that has its config, processor and .safetensors files."
         ) from error
-    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+    return loaded
+
+
+def _network(kind: Any, model_id: str, offline: bool, revision: str | None) -> Any:
+    """A frozen network, all of whose weights were in the files: transformers makes up those that were not."""
+    options = {"use_safetensors": True, "output_loading_info": True}
+    loaded, info = _pretrained(kind, model_id, offline, revision, **options)
+    if info["missing_keys"]:
+        raise LensError(
+            f"'{model_id}' is no {kind.__name__}: it lacks weights such as {min(info['missing_keys'])}; name another."
+        )
+    return loaded.eval().requires_grad_(False)
 
 
 def _check_map(groups: Mapping[str, Mapping[str, Sequence[str]]]) -> None:

@@ -25,6 +25,16 @@ from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import sheet
 from diffusion_lens.records import to_plain
+from diffusion_lens.report_rows import (
+    Discrepancy,
+    ImageQuality,
+    Measures,
+    Seen,
+    discrepancies,
+    image_quality,
+    joined,
+    watch,
+)
 from diffusion_lens.stats import Estimate
 from diffusion_lens.sweep import Reading, read_images
 from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
@@ -88,6 +98,8 @@ class Audit:
         confusion: attribute → counts ``[true, read]`` of the classifier on labelled held-out images.
         files: path in the lens folder → sha256.
         command: reproduces the audit.
+        discrepancies: FD hard and soft of the steered attributes, per prompt and pooled.
+        quality: FID, Inception score and CLIP scores, where they were asked for.
     """
 
     title: str
@@ -103,6 +115,8 @@ class Audit:
     crossings: tuple[Crossing, ...]
     confusion: dict[str, np.ndarray]
     files: dict[str, str]
+    discrepancies: tuple[Discrepancy, ...] = ()
+    quality: ImageQuality | None = None
     limits: tuple[str, ...] = LIMITS
 
     @property
@@ -123,6 +137,7 @@ def audit(
     command: str = "",
     date: str | None = None,
     batch_size: int = 16,
+    measures: Measures | None = None,
     on_step: OnStep | None = None,
 ) -> Audit:
     """Draw every prompt on the same seeds, read the images, and put together what a reviewer needs.
@@ -130,26 +145,36 @@ def audit(
     Args:
         turns: draw every prompt a second time with these, and report what moved.
         date: ISO date of the report; today (UTC) by default.
+        measures: which image qualities are read off the same images; none by default.
         on_step: called with (steps done, in total) over all prompts; may raise to stop.
 
     Raises:
-        LensError: no prompt, a prompt given twice, or a classifier whose error is unknown.
+        LensError: no prompt, a prompt given twice, a classifier whose error is unknown, or too few images for
+            what ``measures`` asks.
     """
     if not prompts or len(set(prompts)) != len(prompts):
         raise LensError("An audit needs one or more different prompts.")
     edit = lens.edit(*turns) if turns else None
+    if measures is not None:
+        measures.check(prompts, len(seeds), edited=edit is not None)
     runs = [(prompt, e) for prompt in prompts for e in ((None, edit) if edit else (None,))]
     readings: list[Reading] = []
     findings: list[Finding] = []
+    seen: list[Seen] = []
     truth = has_truth(lens)
     for number, (prompt, e) in enumerate(runs):
         request = lens.request(prompt, seeds)
         told = _share_of(on_step, number, len(runs))
-        parts = generate_batches(lens.model, request, edit=e, batch_size=batch_size, on_step=told)
+        drawn = generate_batches(lens.model, request, edit=e, batch_size=batch_size, on_step=told)
+        batches: list[Seen] = []
+        parts = drawn if measures is None else watch(drawn, measures, batches)
         reading = read_images(parts, lens.classifier, EXAMPLES)
+        seen.append(joined(batches))
         reference = readings[-1] if e is not None else None
         readings.append(reading)
         findings.append(_finding(lens, request, reading, reference, e, truth))
+    named = [(prompt, None if e is None else e.description) for prompt, e in runs]
+    steered = tuple(a.name for a in lens.attributes)
     return Audit(
         title=title or f"Audit of {lens.manifest.name}",
         date=date or datetime.now(timezone.utc).date().isoformat(),
@@ -158,12 +183,14 @@ def audit(
         command=command,
         facts=_facts(lens, seeds, edit),
         attributes=tuple(lens.classifier.attributes),
-        steered=tuple(a.name for a in lens.attributes),
+        steered=steered,
         findings=tuple(findings),
         pooled=_pooled(lens, runs, readings),
         crossings=_crossings(lens, runs, readings),
         confusion={name: np.asarray(table) for name, table in lens.classifier.confusion.items()},
         files={name: seal.sha256 for name, seal in sorted(lens.manifest.files.items())},
+        discrepancies=discrepancies(named, [r.predictions for r in readings], steered),
+        quality=None if measures is None else image_quality(measures, named, seen, len(seeds)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from diffusion_lens.cli.console import (
     show_json,
     show_table,
 )
+from diffusion_lens.cli.image_quality import QualityFlags
 from diffusion_lens.cli.options import (
     HtmlOption,
     JsonOption,
@@ -31,6 +32,9 @@ from diffusion_lens.cli.options import (
 )
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
+
+if TYPE_CHECKING:
+    from diffusion_lens.report_rows import ImageQuality, QualityRow
 
 NOT_PASSED = 1
 
@@ -106,6 +110,7 @@ def audit(
     title: Annotated[str, typer.Option(help="Title of the report.")] = "",
     reviewer: Annotated[str, typer.Option(help="Who signs it.")] = "",
     notes: Annotated[str, typer.Option(help="The reviewer's notes, or @FILE to read them from a file.")] = "",
+    judging: QualityFlags = QualityFlags(),
     opening: Opening = Opening(),
     as_json: JsonOption = False,
 ) -> None:
@@ -114,6 +119,8 @@ def audit(
     python -m diffusion_lens audit -p 'a portrait of a doctor' -p 'a portrait of a nurse' -n 500 --out report
 
     python -m diffusion_lens audit --turn gender=male:0.5 --reviewer 'A. Reviewer' --notes @notes.txt
+
+    python -m diffusion_lens audit --turn gender=male:0.5 -n 500 --fid unedited --fid-features classifier
     """
     from diffusion_lens.report import audit as measure
     from diffusion_lens.report import write_report
@@ -122,6 +129,8 @@ def audit(
     prompts = [checked_prompt(opened, p) for p in prompt] if prompt else list(opened.prompts)
     turns = [parse_turn(opened, text) for text in turn or ()]
     size = batch_of(opened, series.batch_size)
+    with progress("reading the reference images") as bar:
+        measures = judging.open(opened, bar.step)
     with progress("drawing and reading") as bar:
         found = measure(
             opened,
@@ -131,8 +140,9 @@ def audit(
             title=title,
             reviewer=reviewer,
             notes=_read_notes(notes),
-            command=_command(opening.lens, prompt or [], turn or [], replace(series, batch_size=size)),
+            command=_command(opening.lens, prompt or [], turn or [], replace(series, batch_size=size), judging),
             batch_size=size,
+            measures=measures,
             on_step=bar.step,
         )
     paths = write_report(found, out)
@@ -144,6 +154,8 @@ def audit(
             for name in found.steered:
                 rows = map(share_row, finding.evaluations[name].shares)
                 show_table(f"'{finding.prompt or ''}'{kind}: {name}", SHARE_COLUMNS, rows)
+        if found.quality is not None:
+            _show_quality(found.quality)
     say("Wrote " + ", ".join(map(str, paths)))
 
 
@@ -156,11 +168,34 @@ def _read_notes(notes: str) -> str:
         raise LensError(f"The notes file {notes[1:]} cannot be read as text.") from None
 
 
-def _command(lens: str, prompts: list[str], turns: list[str], series: Series) -> str:
+def _show_quality(quality: ImageQuality) -> None:
+    columns = ["images", "n"]
+    columns += [f"{quality.fid} from {quality.reference}"] if quality.fid else []
+    columns += ["Inception score"] if quality.inception_score else []
+    columns += ["CLIP-I (cos + 1)/2", "cosine", "CLIP-T (cos + 1)/2", "cosine"] if quality.clip else []
+    show_table("Image quality", columns, [_quality_row(row, quality) for row in quality.rows])
+    for note in quality.notes:
+        typer.echo(f"   {note}")
+
+
+def _quality_row(row: QualityRow, quality: ImageQuality) -> list[str]:
+    whose = "all prompts together" if row.pooled else f"'{row.prompt or ''}'"
+    cells = [whose + (", edited" if row.edit else ""), str(row.n)]
+    if quality.fid:
+        cells.append("–" if row.fid is None else f"{row.fid.value:.4g}")
+    if quality.inception_score:
+        cells.append("–" if row.inception_score is None else "{:.3f} ± {:.3f}".format(*row.inception_score))
+    if quality.clip:
+        for score in (row.clip_i, row.clip_t):
+            cells += ["–", "–"] if score is None else [f"{score.value:.4f}", f"{score.cosine:.4f}"]
+    return cells
+
+
+def _command(lens: str, prompts: list[str], turns: list[str], series: Series, judging: QualityFlags) -> str:
     parts = ["python", "-m", "diffusion_lens", "audit", *(["--lens", lens] if lens else [])]
     for flag, values in (("--prompt", prompts), ("--turn", turns)):
         for value in values:
             parts += [flag, value]
     for flag, number in asdict(series).items():
         parts += [f"--{flag.replace('_', '-')}", str(number)]
-    return shlex.join(parts)
+    return shlex.join(parts + judging.words())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from diffusion_lens.cli.image_quality import QUALITY_FLAGS, QualityFlags
 from diffusion_lens.run_options import DTYPES, Dtype, RunOptions
 from diffusion_lens.run_options import pick_device as pick_device
 from diffusion_lens.types import MAX_IMAGES, MAX_SEED, GenerationRequest, Intervention, LensError
@@ -119,6 +120,7 @@ GROUPS: dict[Any, tuple[Flags, Callable[..., Any]]] = {
     RunOptions: (RUN_FLAGS, run_options),
     Opening: (OPENING_FLAGS, lambda lens, **values: Opening(lens, run_options(**values))),
     Series: (SERIES_FLAGS, Series),
+    QualityFlags: (QUALITY_FLAGS, QualityFlags),
 }
 """Type of a command's parameter → the flags that stand for it, and what makes it from their values."""
 
