@@ -172,7 +172,7 @@ def sheet(
     images: ImagesOption = 64,
     columns: Annotated[int, typer.Option(min=1, help="Pictures per row.")] = 8,
     first_seed: FirstSeedOption = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of samples.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of samples.")] = 16,
 ) -> None:
     """Write a contact sheet of drawings, or of a trained pipeline's samples.
 
