@@ -181,7 +181,7 @@ def depth(
 ) -> None:
     """Train U-Nets of three depths on the same drawings, and measure how each amplifies what was planted.
 
-    About a quarter of an hour on two cores as it stands; a stopped run goes on.
+    About half an hour on two cores as it stands; a stopped run goes on.
 
     python -m diffusion_lens portraits depth --store
 

@@ -153,7 +153,7 @@ def layout(tab: gr.Tab, path: Path | None = None) -> None:
         return
     if result is None:
         gr.HTML(
-            "<p class='dl-status'>No such experiment is stored here. This makes one, in about a quarter of an hour on "
+            "<p class='dl-status'>No such experiment is stored here. This makes one, in about half an hour on "
             f"two cores, and it shows when the app starts again:</p><pre><code>{COMMAND}</code></pre>"
         )
         return
