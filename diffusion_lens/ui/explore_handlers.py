@@ -276,11 +276,6 @@ def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequen
     return _subject(studio, page, view, values, int(feature))
 
 
-def toggle(page: Page, follows: bool) -> Any:
-    """Show a card's own slider when it leaves the set."""
-    return gr.update(visible=not follows)
-
-
 def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any, ...]:
     """On arrival: controls, cards, page, status. A link sets the controls; a broken one says so."""
     page = Page(visitor=visitor, slots=cards.slots(studio.lens, state.default_view(studio.lens)))

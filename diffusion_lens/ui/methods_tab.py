@@ -131,5 +131,7 @@ def _component(field: OptionField, key: str) -> Any:
     if field.kind == "text":
         return gr.Textbox(field.default or "", interactive=True, max_lines=1, max_length=200, **common)
     # Limits are checked by the options themselves, which say what is wrong in one sentence.
-    placeholder = "the lens's own" if field.optional else None
-    return gr.Number(field.default, interactive=True, placeholder=placeholder, **common)
+    if field.optional:
+        # said beside the field: a hint inside it is gone once something is typed
+        common["info"] = " ".join(filter(None, (field.info, "Empty: the lens's own.")))
+    return gr.Number(field.default, interactive=True, **common)
