@@ -22,7 +22,8 @@ from diffusion_lens import stats
 from diffusion_lens.artifacts import load_tensors, read_json, read_manifest, save_tensors, write_json, write_manifest
 from diffusion_lens.compare import JudgedLens
 from diffusion_lens.denoise import Capture, StepContext, Trajectory
-from diffusion_lens.dissect_config import DissectConfig, DissectedLens, choose_features
+from diffusion_lens.dissect_choose import choose_features
+from diffusion_lens.dissect_config import DissectConfig
 from diffusion_lens.dissection import STORED, Dissection, groups, name_of, save_dissection
 from diffusion_lens.generate import OnStep, generate_batches, join, record_trajectory, request
 from diffusion_lens.intervene import compile
@@ -46,6 +47,9 @@ BLOCK = 16
 
 UP_SHARE = 0.67
 """What an asymmetric edit adds to a step: the part above the bottleneck once more (about two thirds)."""
+
+CHOICE = {"features", "min_density", "by", "top", "choice_images"}
+"""What only says which features are measured: runs that differ here share a folder."""
 
 MEASURED = ("effects", "low", "high", "p_values")
 
@@ -110,7 +114,7 @@ class Plan:
 
 
 def dissect(
-    lens: DissectedLens,
+    lens: JudgedLens,
     config: DissectConfig,
     folder: Path,
     *,
@@ -125,7 +129,9 @@ def dissect(
     """
     chosen = choose_features(lens, config)
     _check_turn(lens, config, chosen[0])
-    told = config.model_dump(mode="json", exclude={"features", "alpha", "min_density", "by", "top", "batch_size"})
+    told = config.model_dump(
+        mode="json", exclude={"features", "alpha", "min_density", "by", "top", "choice_images", "batch_size"}
+    )
     half = [str(lens.model.dtype)] if lens.model.dtype != torch.float32 else []  # measured apart from single precision
     _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id, *half])
     missing = [feature for feature in chosen if not _file(folder, feature).is_file()]
@@ -147,7 +153,7 @@ def dissect(
     return read_dissection(lens, config, folder)
 
 
-def make_plan(lens: DissectedLens, config: DissectConfig, features: Sequence[int]) -> Plan:
+def make_plan(lens: JudgedLens, config: DissectConfig, features: Sequence[int]) -> Plan:
     """Draw and read the unedited images, and see when each feature fires on them."""
     manifest, seeds = lens.manifest, range(config.first_seed, config.first_seed + config.n)
     wanted = request(lens.model, config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
@@ -195,7 +201,7 @@ def first_firing(sae: SparseAutoencoder, h: np.ndarray) -> np.ndarray:
 
 
 def measure_block(
-    lens: DissectedLens,
+    lens: JudgedLens,
     config: DissectConfig,
     plan: Plan,
     features: Sequence[int],

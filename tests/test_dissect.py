@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from diffusion_lens import dissect as module
 from diffusion_lens.artifacts import verify
-from diffusion_lens.denoise import StepContext
+from diffusion_lens.denoise import Capture, StepContext
 from diffusion_lens.dissect import (
     Dissection,
     FeatureTurns,
@@ -28,7 +28,8 @@ from diffusion_lens.dissect import (
     store_in_lens,
     to_atlas,
 )
-from diffusion_lens.dissect_config import DissectConfig, candidates, choose_features
+from diffusion_lens.dissect_choose import candidates, choose_features, contrasts, difference_shares
+from diffusion_lens.dissect_config import DissectConfig
 from diffusion_lens.dissection import (
     effects_of,
     evidence,
@@ -39,7 +40,7 @@ from diffusion_lens.dissection import (
     save_dissection,
     stored_dissection,
 )
-from diffusion_lens.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.generate import Cancelled, generate, record_trajectory, request
 from diffusion_lens.intervene import compile
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import Attribute, FeatureSet, Intervention, LensError, Predictions
@@ -327,13 +328,45 @@ def test_live_features_are_chosen(tiny_lens: DiffusionLens) -> None:
         choose_features(tiny_lens, config(top=2, by=("hats",)))
 
 
-def test_features_for_what_nobody_probes_are_found_by_their_images(tiny_lens: DiffusionLens) -> None:
-    score = candidates(tiny_lens, "glasses")
-    labels = tiny_lens.classify(tiny_lens.pool)["glasses"].labels
-    for feature in some_features(tiny_lens):
-        rows = [i for i in tiny_lens.atlas.top_images[feature] if i >= 0]
-        shares = [np.mean(labels[rows] == c) - np.mean(labels == c) for c in (0, 1)]
-        assert score[feature] == pytest.approx(max(shares))
+def test_shares_of_a_difference_are_those_of_the_sum_written_out(tiny_lens: DiffusionLens) -> None:
+    sae, rng = tiny_lens.sae, np.random.default_rng(5)
+    h = 3 * rng.normal(size=(6, 2, sae.cfg.channels, *sae.cfg.spatial)).astype(np.float32)
+    contrast = np.array([[0.5, 0.5, -0.25, -0.25, -0.25, -0.25]])
+    found = difference_shares(sae, h, contrast)[0]
+    expected, total = np.zeros(sae.cfg.d_sae), 0.0
+    w_dec = sae.W_dec.detach().numpy()
+    for step in range(2):
+        for y in range(h.shape[3]):
+            for x in range(h.shape[4]):
+                samples = torch.from_numpy(h[:, step, :, y, x].copy())
+                acts = contrast[0] @ sae.encode(samples).detach().numpy()
+                change = contrast[0] @ samples.numpy() * sae.cfg.normalise
+                total += float(change @ change)
+                expected += acts * (w_dec @ change)
+    np.testing.assert_allclose(found, expected / total, atol=1e-5)
+    assert np.abs(found).max() > 1e-3
+
+
+def test_a_contrast_weighs_a_class_against_the_others_read_for_sure() -> None:
+    probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.4, 0.6]])
+    read = Predictions(probs, np.array([True, True, True, False]), GLASSES, "c")
+    np.testing.assert_allclose(contrasts(read), [[0.5, 0.5, -1, 0], [-0.5, -0.5, 1, 0]])
+    alike = Predictions(probs[:2], np.array([True, True]), GLASSES, "c")
+    assert not contrasts(alike).any()
+
+
+def test_features_for_what_nobody_probes_are_found_by_images_of_their_own(tiny_lens: DiffusionLens) -> None:
+    wanted = config(by=("glasses",), choice_images=24)
+    score = candidates(tiny_lens, wanted)["glasses"]
+    manifest = tiny_lens.manifest
+    seeds = tuple(range(wanted.first_seed + wanted.n, wanted.first_seed + wanted.n + 24))
+    plain = request(tiny_lens.model, wanted.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
+    drawn = generate(tiny_lens.model, plain, capture=Capture(), batch_size=20)
+    weights = contrasts(tiny_lens.classify(drawn.images)["glasses"])
+    assert drawn.activations is not None
+    np.testing.assert_allclose(
+        score, difference_shares(tiny_lens.sae, drawn.activations.h, weights).max(axis=0), atol=1e-6
+    )
 
 
 def test_effects_can_live_in_the_lens(
