@@ -1,5 +1,5 @@
-"""What each SAE feature controls, found without labels given by hand: turn it alone, on paired seeds, and read
-everything that the image classifier reads (DiffLens' last finding: single features of hair, glasses, skin).
+"""What each SAE feature controls, found without labels given by hand: turn it alone, up and down, on paired seeds, and
+read everything that the image classifier reads (DiffLens' last finding: single features of hair, glasses, skin).
 
 A scaled feature changes nothing before it first fires. Every image so restarts from the unedited run at the step
 where its feature first fires there, and images on which it never fires are not drawn again (E1: equal to a run from
@@ -42,14 +42,17 @@ from diffusion_lens.types import (
 )
 from diffusion_lens.words import duration
 
+Turn = tuple[int, float]
+"""A feature, and the β it is turned to."""
+
 BLOCK = 16
-"""Features whose images share batches; a stopped run loses one block at most."""
+"""Turns whose images share batches; a stopped run loses one block at most."""
 
 UP_SHARE = 0.67
 """What an asymmetric edit adds to a step: the part above the bottleneck once more (about two thirds)."""
 
-CHOICE = {"features", "min_density", "by", "top", "choice_images"}
-"""What only says which features are measured: runs that differ here share a folder."""
+CHOICE = {"features", "betas", "min_density", "by", "top", "choice_images"}
+"""What only says which turns are measured: runs that differ here share a folder."""
 
 MEASURED = ("effects", "low", "high", "p_values")
 
@@ -58,26 +61,27 @@ MEASURED = ("effects", "low", "high", "p_values")
 class FeatureTurns:
     """Image by image another feature turned alone, by difference, as ``intervene.compile`` turns one.
 
-    ``feature``: seed → the feature turned in its image.
+    ``turn``: seed → the feature turned in its image, and how far.
     """
 
     sae: SparseAutoencoder
-    feature: dict[int, int]
+    turn: dict[int, Turn]
     mode: Mode
-    beta: float
     sampler: Sampler
     window: tuple[int, int]
     description: str = "single features, one per image"
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """The edited ``h [n, c, y, x]`` of the images ``context.seeds``."""
-        ids, own = np.unique([self.feature[seed] for seed in context.seeds], return_inverse=True)
+        turns = [self.turn[seed] for seed in context.seeds]
+        ids, own = np.unique([feature for feature, _ in turns], return_inverse=True)
+        betas = torch.tensor([beta for _, beta in turns])
         scale, shift = torch.ones(len(h), len(ids)), torch.zeros(len(h), len(ids))
         rows = torch.arange(len(h))
         if self.mode == "add":
-            shift[rows, own] = self.beta
+            shift[rows, own] = betas
         else:
-            scale[rows, own] = self.beta if self.mode == "scale" else 1 - self.beta
+            scale[rows, own] = betas if self.mode == "scale" else 1 - betas
         return h + self.sae.edit_delta(h, ids.tolist(), scale, shift)
 
 
@@ -86,13 +90,13 @@ class Plan:
     """The unedited run, and what is left to draw.
 
     Attributes:
-        features: to be measured, in order. start: the unedited run, restartable. before: its reading.
+        turns: to be measured, in order. start: the unedited run, restartable. before: its reading.
         first: step at which each feature first fires on each image, ``[image, d_sae]`` (``n_steps``: never).
         seconds: an estimate, from the time that the unedited run took.
     """
 
     request: GenerationRequest
-    features: tuple[int, ...]
+    turns: tuple[Turn, ...]
     start: Trajectory
     before: dict[str, Predictions]
     first: np.ndarray
@@ -102,14 +106,15 @@ class Plan:
     @property
     def images(self) -> int:
         """Images that can change and are drawn; the others cannot."""
-        return int((self.first[:, list(self.features)] < self.request.n_steps).sum())
+        return int((self.first[:, [feature for feature, _ in self.turns]] < self.request.n_steps).sum())
 
     def describe(self) -> str:
         """What will be done and how long it takes, in one sentence."""
-        every = len(self.features) * len(self.request.seeds)
+        every = len(self.turns) * len(self.request.seeds)
         return (
-            f"{len(self.features)} features on {len(self.request.seeds)} images each: {self.images:,} of {every:,} "
-            f"images can change and are drawn, from where the feature first fires: about {duration(self.seconds)}."
+            f"{len(self.turns)} turns of features on {len(self.request.seeds)} images each: {self.images:,} of "
+            f"{every:,} images can change and are drawn, from where the feature first fires: about "
+            f"{duration(self.seconds)}."
         )
 
 
@@ -121,20 +126,19 @@ def dissect(
     on_plan: Callable[[Plan], None] | None = None,
     on_step: OnStep | None = None,
 ) -> Dissection:
-    """Measure every chosen feature; a file per feature in ``folder``, so that a stopped run goes on.
+    """Measure every chosen feature; a file per turn in ``folder``, so that a stopped run goes on.
 
-    Returns everything that ``folder`` holds: a second call with other features adds them. ``on_plan`` hears what is
-    left to do before it begins; ``on_step(image steps done, in total)`` may raise. Raises ``LensError`` where nothing
-    can be measured.
+    Returns everything that ``folder`` holds: a second call with other features or β adds them. ``on_plan`` hears what
+    is left to do before it begins; ``on_step(image steps done, in total)`` may raise. Raises ``LensError`` where
+    nothing can be measured.
     """
     chosen = choose_features(lens, config)
     _check_turn(lens, config, chosen[0])
-    told = config.model_dump(
-        mode="json", exclude={"features", "alpha", "min_density", "by", "top", "choice_images", "batch_size"}
-    )
+    told = config.model_dump(mode="json", exclude=CHOICE | {"alpha", "batch_size"})
     half = [str(lens.model.dtype)] if lens.model.dtype != torch.float32 else []  # measured apart from single precision
     _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id, *half])
-    missing = [feature for feature in chosen if not _file(folder, feature).is_file()]
+    turns = [(feature, beta) for feature in chosen for beta in config.betas]
+    missing = [turn for turn in turns if not _file(folder, turn).is_file()]
     if missing:
         plan = make_plan(lens, config, missing)
         if on_plan is not None:
@@ -147,13 +151,13 @@ def dissect(
                 if on_step is not None:
                     on_step(before + steps, max(1, plan.image_steps))
 
-            for feature, arrays in measure_block(lens, config, plan, block, report).items():
-                save_tensors(_file(folder, feature), arrays)
-            done += int((plan.request.n_steps - plan.first[:, block]).sum())
+            for turn, arrays in measure_block(lens, config, plan, block, report).items():
+                save_tensors(_file(folder, turn), arrays)
+            done += int((plan.request.n_steps - plan.first[:, [feature for feature, _ in block]]).sum())
     return read_dissection(lens, config, folder)
 
 
-def make_plan(lens: JudgedLens, config: DissectConfig, features: Sequence[int]) -> Plan:
+def make_plan(lens: JudgedLens, config: DissectConfig, turns: Sequence[Turn]) -> Plan:
     """Draw and read the unedited images, and see when each feature fires on them."""
     manifest, seeds = lens.manifest, range(config.first_seed, config.first_seed + config.n)
     wanted = request(lens.model, config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
@@ -179,10 +183,10 @@ def make_plan(lens: JudgedLens, config: DissectConfig, features: Sequence[int]) 
         {step: sum((part.generator_states[step] for part in parts), ()) for step in parts[0].generator_states},
     )
     before = classifier.predict(start.generation.images)
-    steps = int((wanted.n_steps - first[:, list(features)]).sum())
+    steps = int((wanted.n_steps - first[:, [feature for feature, _ in turns]]).sum())
     cost = 1 + UP_SHARE * (config.sampler == "asymmetric")
     seconds = (time.monotonic() - began) / (config.n * wanted.n_steps) * steps * cost
-    return Plan(wanted, tuple(features), start, before, first, steps, seconds)
+    return Plan(wanted, tuple(turns), start, before, first, steps, seconds)
 
 
 def first_firing(sae: SparseAutoencoder, h: np.ndarray) -> np.ndarray:
@@ -204,41 +208,39 @@ def measure_block(
     lens: JudgedLens,
     config: DissectConfig,
     plan: Plan,
-    features: Sequence[int],
+    turns: Sequence[Turn],
     on_steps: Callable[[int], None] | None = None,
-) -> dict[int, dict[str, np.ndarray]]:
-    """Turn each of ``features`` alone → feature → ``<part>.<attribute>`` ``[class]`` and ``flips.<attribute>`` ``[1]``.
+) -> dict[Turn, dict[str, np.ndarray]]:
+    """Make each of ``turns`` alone → turn → ``<part>.<attribute>`` ``[class]`` and ``flips.<attribute>`` ``[1]``.
 
     ``on_steps(image steps done)`` may raise.
     """
     n_steps, seeds = plan.request.n_steps, plan.request.seeds
     place = {seed: i for i, seed in enumerate(seeds)}
-    after = {
-        feature: {name: (p.probs.copy(), p.certain.copy()) for name, p in plan.before.items()} for feature in features
-    }
+    after = {turn: {name: (p.probs.copy(), p.certain.copy()) for name, p in plan.before.items()} for turn in turns}
+    first = plan.first[:, [feature for feature, _ in turns]]
     done = 0
-    for batch in plan_batches(plan.first[:, list(features)], n_steps, config.batch_size):
-        begin = min(plan.first[i, features[j]] for i, j in batch)
+    for batch in plan_batches(first, n_steps, config.batch_size):
+        begin = min(first[i, j] for i, j in batch)
         part = replace(plan.request, seeds=tuple(seeds[i] for i, _ in batch))
-        turns = FeatureTurns(
-            lens.sae, {seeds[i]: features[j] for i, j in batch}, config.mode, config.beta, config.sampler,
-            (int(begin), n_steps),
-        )  # fmt: skip
-        counted = sum(n_steps - int(plan.first[i, features[j]]) for i, j in batch)
+        edit = FeatureTurns(
+            lens.sae, {seeds[i]: turns[j] for i, j in batch}, config.mode, config.sampler, (int(begin), n_steps)
+        )
+        counted = sum(n_steps - int(first[i, j]) for i, j in batch)
         for drawn in generate_batches(
-            lens.model, part, edit=turns, batch_size=len(batch), start=plan.start,
+            lens.model, part, edit=edit, batch_size=len(batch), start=plan.start,
             on_step=None if on_steps is None else _scaled(on_steps, done, counted),
         ):  # fmt: skip
             for name, read in lens.classifier.predict(drawn.images).items():
                 for row, seed in enumerate(drawn.request.seeds):
-                    probs, certain = after[turns.feature[seed]][name]
+                    probs, certain = after[edit.turn[seed]][name]
                     probs[place[seed]], certain[place[seed]] = read.probs[row], read.certain[row]
         done += counted
-    return {feature: _compare(plan, feature, after[feature]) for feature in features}
+    return {turn: _compare(plan, turn[0], after[turn]) for turn in turns}
 
 
 def plan_batches(first: np.ndarray, n_steps: int, size: int) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (image, feature) that begin at like steps, no image twice in one; ``first [image, feature]``.
+    """Batches of (image, turn) that begin at like steps, no image twice in one; ``first [image, turn]``.
 
     Pairs that never fire are left out.
     """
@@ -295,18 +297,20 @@ def paired_effects(before: Predictions, after: Predictions) -> np.ndarray:
 def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path) -> Dissection:
     """Collect what ``dissect`` measured, all that ``folder`` holds."""
     classes = {a.name: a.classes for a in lens.classifier.attributes}
-    done = tuple(sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors")))
+    done = sorted(_turn(path) for path in folder.glob("[0-9]*.safetensors"))
     if not done:
         raise LensError(f"No feature has been dissected in {folder} yet.")
-    rows = [load_tensors(_file(folder, feature)) for feature in done]
+    rows = [load_tensors(_file(folder, turn)) for turn in done]
+    betas = sorted({beta for _, beta in done}, reverse=True)
 
     def table(part: str) -> dict[str, np.ndarray]:
         return {name: np.stack([row[f"{part}.{name}"] for row in rows]) for name in classes}
 
     prompt = "" if config.prompt is None else f' of "{config.prompt}"'
-    p_values = table("p_values")
+    p_values, told = table("p_values"), " and ".join(f"{beta:g}" for beta in betas)
     return Dissection(
-        features=done,
+        features=tuple(feature for feature, _ in done),
+        betas=tuple(beta for _, beta in done),
         classes=classes,
         effects=table("effects"),
         low=table("low"),
@@ -315,7 +319,7 @@ def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path) -> Di
         q_values=q_values(p_values),
         flips={name: column[:, 0] for name, column in table("flips").items()},
         sae_id=lens.sae.sae_id,
-        source=f"turned alone ({config.mode}, β = {config.beta:g}) on {config.n} images{prompt}",
+        source=f"turned alone ({config.mode}, β = {told}, {config.sampler}) on {config.n} images{prompt}",
         alpha=config.alpha,
         n=config.n,
     )
@@ -341,7 +345,10 @@ def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
     effects: dict[str, np.ndarray] = {}
     for name, measured in found.effects.items():
         effects[name] = np.full((len(atlas.density), measured.shape[1]), np.nan, np.float32)
-        effects[name][list(found.features)] = measured
+        order = np.argsort(
+            np.abs(np.nan_to_num(measured)).max(axis=1), kind="stable"
+        )  # the turn that moved most is told
+        effects[name][np.array(found.features)[order]] = measured[order]
     labels = list(atlas.labels)
     for own in groups(found).values():
         for effect in own:
@@ -363,7 +370,8 @@ def store_in_lens(found: Dissection, lens_folder: Path) -> Path:
 
 def _check_turn(lens: JudgedLens, config: DissectConfig, feature: int) -> None:
     alone = FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id)
-    compile([Intervention(alone, config.mode, config.beta, sampler=config.sampler)], lens.sae)
+    for beta in config.betas:
+        compile([Intervention(alone, config.mode, beta, sampler=config.sampler)], lens.sae)
 
 
 def _claim(folder: Path, identity: list[object]) -> None:
@@ -373,5 +381,10 @@ def _claim(folder: Path, identity: list[object]) -> None:
     write_json(path, identity)
 
 
-def _file(folder: Path, feature: int) -> Path:
-    return folder / f"{feature:06d}.safetensors"
+def _file(folder: Path, turn: Turn) -> Path:
+    return folder / f"{turn[0]:06d}_{turn[1]!r}.safetensors"
+
+
+def _turn(path: Path) -> Turn:
+    feature, beta = path.stem.split("_")
+    return int(feature), float(beta)

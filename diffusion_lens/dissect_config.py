@@ -16,7 +16,8 @@ class DissectConfig(StrictConfig):
 
     Attributes:
         prompt: the prompt drawn (``None``: unconditional). n, first_seed: paired seeds, the same for every feature.
-        mode, beta, sampler: the turn, as in ``Intervention``.
+        mode, betas, sampler: the turns, as in ``Intervention``; every feature is turned to each of ``betas``, for a
+            feature at rest where its subject is drawn can only be seen by turning it down, and the reverse.
         features: ids; ``None`` takes those that fire on at least ``min_density`` of the atlas's samples.
         by, top: the ``top`` of these, strongest first in turn by ``density`` or by attribute (``dissect_choose``).
         choice_images: images, of seeds after the measured ones, that a choice by attribute may draw.
@@ -27,8 +28,8 @@ class DissectConfig(StrictConfig):
     n: int = Field(default=48, ge=stats.MIN_PAIRS)
     first_seed: int = 10_000_000
     mode: Mode = "scale"
-    beta: float = 5.0
-    sampler: Sampler = "symmetric"
+    betas: tuple[float, ...] = Field(default=(10.0, -4.0), min_length=1)
+    sampler: Sampler = "asymmetric"
     features: tuple[int, ...] | None = None
     min_density: float = Field(default=1e-3, ge=0, le=1)
     by: tuple[str, ...] = (DENSITY,)

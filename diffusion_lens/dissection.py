@@ -18,7 +18,7 @@ from diffusion_lens.types import LensError
 
 STORED = "dissection.safetensors"
 PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")
-TEXTS = ("features", "classes", "sae_id", "source", "alpha", "n")
+TEXTS = ("features", "betas", "classes", "sae_id", "source", "alpha", "n")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class FeatureEffect:
     """What one feature, turned alone, does to one class.
 
     Attributes:
+        beta: how far it was turned.
         difference: change of the class's share among images decided both times; ``interval`` paired, 95 %.
         q_value: McNemar's p after Benjamini–Hochberg over every feature and class; NaN where nothing was tested,
             because the feature never fires on these images.
@@ -34,6 +35,7 @@ class FeatureEffect:
     """
 
     feature: int
+    beta: float
     attribute: str
     label: str
     difference: float
@@ -48,14 +50,16 @@ class Dissection:
     """Causal effects of single features.
 
     Attributes:
-        features: ids measured. classes: attribute → its classes.
-        effects, low, high, p_values, q_values: attribute → ``[feature, class]`` in the order of ``features``;
+        features, betas: the turns measured, one feature to one β each; a feature may be there with several.
+        classes: attribute → its classes.
+        effects, low, high, p_values, q_values: attribute → ``[turn, class]`` in the order of ``features``;
             p and q are NaN for features that never fire on these images, which so cannot change.
-        flips: attribute → ``[feature]``.
-        n: paired images per feature. source: what was done, in one line. alpha: false discovery rate.
+        flips: attribute → ``[turn]``.
+        n: paired images per turn. source: what was done, in one line. alpha: false discovery rate.
     """
 
     features: tuple[int, ...]
+    betas: tuple[float, ...]
     classes: dict[str, tuple[str, ...]]
     effects: dict[str, np.ndarray]
     low: dict[str, np.ndarray]
@@ -70,8 +74,12 @@ class Dissection:
 
     @property
     def tested(self) -> np.ndarray:
-        """Features that fire on these images and were so put to the test, bool ``[feature]``."""
+        """Turns of features that fire on these images and were so put to the test, bool ``[turn]``."""
         return np.isfinite(next(iter(self.p_values.values()))).any(axis=1)
+
+    def ids(self, *, tested: bool = False) -> tuple[int, ...]:
+        """The features, each once; ``tested``: only those put to the test."""
+        return tuple(dict.fromkeys(f for f, sure in zip(self.features, self.tested, strict=True) if sure or not tested))
 
 
 def save_dissection(path: Path, found: Dissection) -> None:
@@ -85,7 +93,7 @@ def load_dissection(path: Path) -> Dissection:
     arrays, metadata = load_tensors(path), load_metadata(path)
     try:
         texts = json.loads(metadata["dissection"])
-        texts["features"] = tuple(texts["features"])
+        texts |= {name: tuple(texts[name]) for name in ("features", "betas")}
         texts["classes"] = {name: tuple(own) for name, own in texts["classes"].items()}
         parts: dict[str, Any] = {part: {name: arrays[f"{part}.{name}"] for name in texts["classes"]} for part in PARTS}
         return Dissection(**texts, **parts)
@@ -106,22 +114,24 @@ def stored_dissection(lens_folder: Path, sae_id: str) -> Dissection | None:
 def groups(found: Dissection) -> dict[str, tuple[FeatureEffect, ...]]:
     """Attribute → the features that control it above all else, largest effect first; empty for those without any.
 
-    A feature belongs where its largest sure effect lies; one without a sure effect belongs nowhere.
+    A feature belongs where its largest sure effect lies, over all its turns; one without a sure effect belongs nowhere.
     """
-    grouped: dict[str, list[FeatureEffect]] = {name: [] for name in found.classes}
-    for row in range(len(found.features)):
+    largest: dict[int, FeatureEffect] = {}
+    for row, feature in enumerate(found.features):
         best = _best(found, row)
-        if best is not None:
-            grouped[best.attribute].append(best)
+        if best and (feature not in largest or abs(best.difference) > abs(largest[feature].difference)):
+            largest[feature] = best
+    grouped: dict[str, list[FeatureEffect]] = {name: [] for name in found.classes}
+    for best in largest.values():
+        grouped[best.attribute].append(best)
     return {name: tuple(sorted(own, key=lambda e: -abs(e.difference))) for name, own in grouped.items()}
 
 
 def effects_of(found: Dissection, feature: int) -> tuple[FeatureEffect, ...]:
-    """Every class of every attribute for one feature; empty where it was not measured."""
-    if feature not in found.features:
-        return ()
-    row = found.features.index(feature)
-    return tuple(_effect(found, row, name, column) for name, own in found.classes.items() for column in range(len(own)))
+    """Every class of every attribute for every turn of one feature; empty where it was not measured."""
+    rows = [row for row, own in enumerate(found.features) if own == feature]
+    cells = [(name, column) for name, own in found.classes.items() for column in range(len(own))]
+    return tuple(_effect(found, row, *cell) for row in rows for cell in cells)
 
 
 def is_sure(found: Dissection, effect: FeatureEffect) -> bool:
@@ -130,8 +140,8 @@ def is_sure(found: Dissection, effect: FeatureEffect) -> bool:
 
 
 def name_of(effect: FeatureEffect) -> str:
-    """Short text for a card: ``glasses: glasses +12 points``."""
-    return f"{effect.attribute}: {effect.label} {effect.difference * 100:+.0f} points"
+    """Short text for a card: ``glasses: glasses +12 points at β = 10``."""
+    return f"{effect.attribute}: {effect.label} {effect.difference * 100:+.0f} points at β = {effect.beta:g}"
 
 
 def least_images(found: Dissection) -> int:
@@ -147,11 +157,11 @@ def least_images(found: Dissection) -> int:
 
 def evidence(found: Dissection, attribute: str) -> str:
     """What the dissection says of one attribute: its features, or that none is sure and what could have been seen."""
-    tested = int(found.tested.sum())
+    tested = len(found.ids(tested=True))
     own = groups(found)[attribute]
     test = (
-        f"{tested} features tested on {found.n} paired images each, false discovery rate {found.alpha:.0%}; an effect "
-        f"counts from about {least_images(found)} images that all move one way."
+        f"{tested} features tested on {found.n} paired images a turn, false discovery rate {found.alpha:.0%}; an "
+        f"effect counts from about {least_images(found)} images that all move one way."
     )
     if own:
         first = own[0]
@@ -159,7 +169,8 @@ def evidence(found: Dissection, attribute: str) -> str:
         many = f"{len(own)} features move" if len(own) > 1 else "One feature moves"
         return (
             f"{many} {attribute} above all else; the strongest is feature #{first.feature}: {first.label} "
-            f"{100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}). {test}"
+            f"{100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}) at β = {first.beta:g}. "
+            f"{test}"
         )
     moved = _also_moved(found, attribute)
     if moved:
@@ -172,13 +183,14 @@ def summary(found: Dissection) -> str:
     counts = {name: len(own) for name, own in groups(found).items()}
     some = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
     none = ", ".join(name for name, n in counts.items() if not n)
-    told = f"{int(found.tested.sum())} features tested, each alone on {found.n} paired images. "
+    told = f"{len(found.ids(tested=True))} features tested, each alone on {found.n} paired images a turn. "
     told += f"Features by what each moves above all else: {some}. " if some else "No feature moves anything for sure. "
     return told + (f"None for {none}." if none and some else "")
 
 
 def _also_moved(found: Dissection, attribute: str) -> int:
-    return int((np.nan_to_num(found.q_values[attribute], nan=1.0) <= found.alpha).any(axis=1).sum())
+    sure = (np.nan_to_num(found.q_values[attribute], nan=1.0) <= found.alpha).any(axis=1)
+    return len({feature for feature, moved in zip(found.features, sure, strict=True) if moved})
 
 
 def _largest(found: Dissection, attribute: str) -> str:
@@ -206,7 +218,8 @@ def _effect(found: Dissection, row: int, name: str, column: int) -> FeatureEffec
     sizes = {n: float(np.abs(np.nan_to_num(effect[row])).max()) for n, effect in found.effects.items()}
     everything = sum(sizes.values())
     return FeatureEffect(
-        found.features[row], name, found.classes[name][column], float(found.effects[name][row, column]),
+        found.features[row], found.betas[row], name, found.classes[name][column],
+        float(found.effects[name][row, column]),
         (float(found.low[name][row, column]), float(found.high[name][row, column])),
         float(found.q_values[name][row, column]), sizes[name] / everything if everything else 0.0,
         float(found.flips[name][row]),

@@ -27,7 +27,7 @@ def dissection(sae_id: str, **changes: Any) -> Dissection:
     for p in p_values.values():
         p[4] = np.nan
     values: dict[str, Any] = {
-        "features": (1, 2, 3, 4, 5), "classes": classes, "effects": effects,
+        "features": (1, 2, 3, 4, 5), "betas": (5.0,) * 5, "classes": classes, "effects": effects,
         "low": {k: v - 0.1 for k, v in effects.items()}, "high": {k: v + 0.1 for k, v in effects.items()},
         "p_values": p_values, "q_values": {k: 10 * v for k, v in p_values.items()},
         "flips": {k: np.abs(v[:, 0]) for k, v in effects.items()}, "sae_id": sae_id,

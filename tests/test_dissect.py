@@ -50,7 +50,14 @@ GLASSES = Attribute("glasses", ("none", "glasses"))
 
 def config(**changes: Any) -> DissectConfig:
     """A dissection of seconds."""
-    values: dict[str, Any] = {"prompt": PROMPTS[0], "n": 20, "beta": 8.0, "batch_size": 20, **changes}
+    values: dict[str, Any] = {
+        "prompt": PROMPTS[0],
+        "n": 20,
+        "betas": (8.0,),
+        "sampler": "symmetric",
+        "batch_size": 20,
+        **changes,
+    }
     return DissectConfig(**values)
 
 
@@ -59,7 +66,8 @@ def made(effects: dict[str, np.ndarray], p_values: dict[str, np.ndarray], **chan
     n = len(next(iter(effects.values())))
     classes = {"glasses": ("none", "glasses"), "beard": ("no beard", "beard")}
     values: dict[str, Any] = {
-        "features": tuple(range(n)), "classes": {name: classes[name] for name in effects}, "effects": effects,
+        "features": tuple(range(n)), "betas": (10.0,) * n, "effects": effects,
+        "classes": {name: classes[name] for name in effects},
         "low": {k: v - 0.1 for k, v in effects.items()}, "high": {k: v + 0.1 for k, v in effects.items()},
         "p_values": p_values, "flips": {k: np.abs(v[:, 0]) for k, v in effects.items()}, "sae_id": "s",
         "q_values": q_values(p_values), "source": "test", "alpha": 0.05, "n": 32, **changes,
@@ -99,15 +107,42 @@ def test_features_are_turned_alone_on_the_same_seeds(
             assert found.flips[name][row] == pytest.approx((p.labels != after[name].labels)[both].mean())
 
 
+def test_a_feature_is_turned_to_every_beta(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    features = some_features(tiny_lens)[:2]
+    both = dissect(tiny_lens, config(features=features, betas=(8.0, -4.0)), tmp_path / "both")
+    assert sorted(zip(both.features, both.betas, strict=True)) == sorted((f, b) for f in features for b in (8.0, -4.0))
+    assert both.ids() == tuple(sorted(features)) and "β = 8 and -4, symmetric" in both.source
+    for beta in (8.0, -4.0):
+        one = dissect(tiny_lens, config(features=features, betas=(beta,)), tmp_path / str(beta))
+        rows = [both.betas[row] == beta for row in range(4)]
+        for name in one.classes:
+            np.testing.assert_array_equal(both.effects[name][rows], one.effects[name])
+    added = dissect(tiny_lens, config(features=features, betas=(-4.0,)), tmp_path / "8.0")
+    assert (added.features, added.betas) == (both.features, both.betas), "another β adds to a folder"
+
+
+def test_a_feature_belongs_where_the_furthest_of_its_turns_moved(tiny_lens: DiffusionLens) -> None:
+    effects = {"glasses": np.array([[-0.2, 0.2], [0.1, -0.1]]), "beard": np.array([[0.1, -0.1], [0.5, -0.5]])}
+    sure = {name: np.full((2, 2), 1e-6) for name in effects}
+    found = made(effects, sure, features=(3, 3), betas=(10.0, -4.0), sae_id=tiny_lens.atlas.sae_id)
+    grouped = groups(found)
+    assert not grouped["glasses"] and [(e.feature, e.beta, e.label) for e in grouped["beard"]] == [
+        (3, -4.0, "no beard")
+    ]
+    assert [(e.beta, e.difference) for e in effects_of(found, 3) if e.label == "glasses"] == [(10.0, 0.2), (-4.0, -0.1)]
+    assert "1 features tested" in evidence(found, "beard") and "at β = -4" in evidence(found, "beard")
+    assert to_atlas(found, tiny_lens.atlas).effects["beard"][3] == pytest.approx([0.5, -0.5])
+
+
 def test_restarted_images_are_those_of_a_whole_run(tiny_lens: DiffusionLens) -> None:
     settings = config(n=20, batch_size=20)
-    plan = make_plan(tiny_lens, settings, some_features(tiny_lens))
+    plan = make_plan(tiny_lens, settings, [(feature, 8.0) for feature in some_features(tiny_lens)])
     late = [(i, f) for i, f in np.argwhere((plan.first > 0) & (plan.first < plan.request.n_steps))]
     assert late, "some feature must begin to fire late for this test to say anything"
     image, feature = (int(v) for v in late[0])
     seed, begin = plan.request.seeds[image], int(plan.first[image, feature])
     part = tiny_lens.request(PROMPTS[0], [seed])
-    turns = FeatureTurns(tiny_lens.sae, {seed: feature}, "scale", 8.0, "symmetric", (begin, plan.request.n_steps))
+    turns = FeatureTurns(tiny_lens.sae, {seed: (feature, 8.0)}, "scale", "symmetric", (begin, plan.request.n_steps))
     start = record_trajectory(tiny_lens.model, part)
     restarted = generate(tiny_lens.model, part, edit=turns, start=start).images
     whole = tiny_lens.generate(part, alone(tiny_lens, feature)).images
@@ -134,16 +169,16 @@ def test_first_firing_is_the_slow_search(tiny_lens: DiffusionLens) -> None:
 @pytest.mark.parametrize("mode", ["scale", "add", "suppress"])
 def test_a_batch_of_features_turns_each_image_by_its_own(tiny_lens: DiffusionLens, mode: Any) -> None:
     seeds, features = (3, 5, 9), some_features(tiny_lens)[:2]
-    own = {3: features[0], 5: features[1], 9: features[0]}
+    own = {3: (features[0], 3.0), 5: (features[1], 3.0), 9: (features[0], -2.0)}
     drawn = tiny_lens.generate(PROMPTS[0], seeds=seeds, capture=True)
     h = torch.from_numpy(drawn.activations.h[:, 1].astype(np.float32))
 
     def context(rows: tuple[int, ...]) -> StepContext:
         return StepContext(1, 4, 500, rows, None, 0.5, torch.zeros(len(rows), 4, 8, 8))
 
-    together = FeatureTurns(tiny_lens.sae, own, mode, 3.0, "symmetric", (0, 4)).apply(h, context(seeds))
+    together = FeatureTurns(tiny_lens.sae, own, mode, "symmetric", (0, 4)).apply(h, context(seeds))
     for row, seed in enumerate(seeds):
-        edit = compile([alone(tiny_lens, own[seed], mode, 3.0)], tiny_lens.sae)
+        edit = compile([alone(tiny_lens, own[seed][0], mode, own[seed][1])], tiny_lens.sae)
         expected = edit.apply(h[row : row + 1], context((seed,)))
         torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(together, h)
@@ -187,7 +222,7 @@ def test_groups_hold_each_feature_where_its_largest_sure_effect_lies() -> None:
     assert [(e.feature, e.label) for e in grouped["beard"]] == [(1, "beard")]
     first = grouped["glasses"][1]
     assert first.difference == pytest.approx(0.4) and first.interval == pytest.approx((0.3, 0.5))
-    assert first.specificity == pytest.approx(0.4 / 0.5) and name_of(first) == "glasses: glasses +40 points"
+    assert first.specificity == pytest.approx(0.4 / 0.5) and name_of(first) == "glasses: glasses +40 points at β = 10"
 
 
 def test_false_discoveries_are_held_down() -> None:
@@ -214,10 +249,10 @@ def test_evidence_says_what_was_found_and_what_could_have_been() -> None:
     effects = {"glasses": np.array([[-0.5, 0.5], [0.1, -0.1]]), "beard": np.array([[0.2, -0.2], [0.0, 0.0]])}
     p_values = {"glasses": np.array([[1e-6, 1e-6], [0.9, 0.9]]), "beard": np.array([[0.2, 0.2], [1.0, 1.0]])}
     found = made(effects, p_values)
-    assert "feature #0: glasses +50 points (95 % +40 to +60)" in evidence(found, "glasses")
+    assert "feature #0: glasses +50 points (95 % +40 to +60) at β = 10." in evidence(found, "glasses")
     none = evidence(found, "beard")
     assert "No feature tested moves beard for sure (the largest: #0, no beard +20 points" in none
-    assert "2 features tested on 32 paired images" in none
+    assert "2 features tested on 32 paired images a turn" in none
     # two of eight tests count: an effect passes at p <= 0.05 * 2 / 8 = 0.0125, eight images moved one way (2^-7)
     assert least_images(found) == 8 and binomtest(8, 8).pvalue <= 0.0125 < binomtest(7, 7).pvalue
     p_values["beard"][0] = 1e-6
@@ -242,6 +277,7 @@ def test_a_dissection_reads_back_and_belongs_to_one_sae(tmp_path: Path) -> None:
     for part in ("effects", "low", "high", "p_values", "q_values", "flips"):
         np.testing.assert_array_equal(getattr(again, part)["glasses"], getattr(found, part)["glasses"])
     assert (again.features, again.classes, again.n, again.source) == (found.features, found.classes, 32, "test")
+    assert again.betas == found.betas
     (tmp_path / "dissection.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(LensError, match="damaged"):
         stored_dissection(tmp_path, "s")
@@ -254,7 +290,7 @@ def test_the_atlas_takes_effects_and_names(tiny_lens: DiffusionLens) -> None:
         features=(5, 7), sae_id=atlas.sae_id,
     )  # fmt: skip
     new = to_atlas(found, atlas)
-    assert new.labels[5] == "glasses: glasses +40 points" and new.labels[7] == atlas.labels[7]
+    assert new.labels[5] == "glasses: glasses +40 points at β = 10" and new.labels[7] == atlas.labels[7]
     assert new.effects["glasses"][5] == pytest.approx([-0.4, 0.4]) and np.isnan(new.effects["glasses"][6]).all()
     assert "turning it alone" in new.label_source
     with pytest.raises(LensError, match="another SAE"):
@@ -269,11 +305,11 @@ def test_a_stopped_dissection_goes_on_and_another_is_refused(
     measured: list[int] = []
     real = module.measure_block
 
-    def count(lens: Any, settings: Any, plan: Any, features: Any, *rest: Any) -> Any:
-        if len(measured) == 2 and plan.features == live:
+    def count(lens: Any, settings: Any, plan: Any, turns: Any, *rest: Any) -> Any:
+        if len(measured) == 2 and len(plan.turns) == len(live):
             raise Cancelled
-        measured.extend(features)
-        return real(lens, settings, plan, features, *rest)
+        measured.extend(feature for feature, _ in turns)
+        return real(lens, settings, plan, turns, *rest)
 
     monkeypatch.setattr(module, "measure_block", count)
     seen: list[tuple[int, int]] = []
@@ -283,11 +319,11 @@ def test_a_stopped_dissection_goes_on_and_another_is_refused(
     told: list[str] = []
     found = dissect(tiny_lens, config(features=live), tmp_path, on_plan=lambda plan: told.append(plan.describe()))
     assert measured == list(live) and found.features == tuple(sorted(live))
-    assert told[0].startswith("1 features on 20 images each")
+    assert told[0].startswith("1 turns of features on 20 images each")
     other = some_features(tiny_lens)[3]
     assert set(dissect(tiny_lens, config(features=(other,)), tmp_path).features) == {*live, other}, "they add up"
     with pytest.raises(LensError, match="another dissection"):
-        dissect(tiny_lens, config(features=live, beta=3.0), tmp_path)
+        dissect(tiny_lens, config(features=live, n=21), tmp_path)
 
 
 def test_numbers_of_half_precision_are_kept_apart(
@@ -308,7 +344,7 @@ def test_an_effect_that_came_too_far_is_refused_before_anything_is_drawn(
     tiny_lens: DiffusionLens, tmp_path: Path
 ) -> None:
     with pytest.raises(LensError, match="beta"):
-        dissect(tiny_lens, config(beta=1e9), tmp_path)
+        dissect(tiny_lens, config(betas=(8.0, 1e9)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -101,7 +101,7 @@ class TestCards:
     def test_a_card_tells_every_attribute_with_interval_and_test(self, studio: Studio) -> None:
         card = cards.large_card(studio.lens, 1)
         sure, rest = card.split("<details", 1)
-        assert "glasses: glasses</th><td>+50 (+40 to +60)</td><td>&lt; 0.001</td>" in sure
+        assert "glasses: glasses</th><td>5</td><td>+50 (+40 to +60)</td><td>&lt; 0.001</td>" in sure
         assert "Nothing sure on gender, age." in sure and "age: adult" in rest and "All 7 classes measured" in rest
         assert "age: adult" not in sure.split("Effect when it alone")[1]
         assert "false discovery rate 5%" in card

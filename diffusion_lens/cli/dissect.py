@@ -43,9 +43,14 @@ def register(app: typer.Typer) -> None:
 @with_flags
 def dissect(
     prompt: PromptOption = None,
-    n: Annotated[int, typer.Option("--images", "-n", help="Images per feature, on paired seeds.")] = 48,
-    beta: Annotated[float, typer.Option(help="How far every feature is turned; 1 changes nothing.")] = 5.0,
-    sampler: Annotated[str, typer.Option(help="symmetric, or asymmetric (Asyrp; slower).")] = "symmetric",
+    n: Annotated[int, typer.Option("--images", "-n", help="Images per turn of a feature, on paired seeds.")] = 48,
+    beta: Annotated[
+        list[float] | None,
+        typer.Option(help="How far every feature is turned; 1 changes nothing. May be repeated; 10 and -4 by default."),
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="asymmetric (Asyrp), or symmetric: faster, and moves less.")
+    ] = "asymmetric",
     feature: Annotated[
         list[int] | None, typer.Option(help="A feature; may be repeated. All that fire by default.")
     ] = None,
@@ -65,7 +70,7 @@ def dissect(
 ) -> None:
     """Turn every SAE feature alone and group them by what that changes: hair, glasses, beard, smile, …
 
-    A second run with other features in the same --work adds them.
+    A second run with other features or another β in the same --work adds them.
 
     python -m diffusion_lens dissect --store
 
@@ -82,7 +87,8 @@ def dissect(
         raise LensError("Say with --top how many features to choose.")
     opened = opening.open()
     values: dict[str, Any] = {
-        "prompt": _prompt(opened, prompt), "n": n, "beta": beta, "sampler": sampler, "top": top,
+        "prompt": _prompt(opened, prompt), "n": n, "sampler": sampler, "top": top,
+        **({"betas": tuple(beta)} if beta else {}),
         "features": tuple(feature) if feature else None, **({"by": tuple(by)} if by else {}),
         "first_seed": first_seed, "batch_size": batch_of(opened, batch_size),
     }  # fmt: skip
@@ -102,13 +108,21 @@ def _show_groups(found: Dissection) -> None:
 
     grouped = groups(found)
     rows = [
-        (name, str(e.feature), e.label, _points(e.difference, e.interval), f"{e.q_value:.2g}", f"{e.specificity:.0%}")
+        (
+            name,
+            str(e.feature),
+            f"{e.beta:g}",
+            e.label,
+            _points(e.difference, e.interval),
+            f"{e.q_value:.2g}",
+            f"{e.specificity:.0%}",
+        )
         for name, effects in grouped.items()
         for e in effects[:5]
     ]
-    show_table("what single features control", ("attribute", "feature", "class", "points", "q", "specific"), rows)
+    show_table("what single features control", ("attribute", "feature", "β", "class", "points", "q", "specific"), rows)
     sure = sum(len(effects) for effects in grouped.values())
-    say(f"{sure} of {len(found.features)} features have a sure effect, {found.source}.")
+    say(f"{sure} of {len(found.ids())} features have a sure effect, {found.source}.")
     for name, effects in grouped.items():
         if not effects:
             say(f"{name}: {evidence(found, name)}")

@@ -58,7 +58,7 @@ def members(studio: Studio, show: str) -> list[int] | None:
     grouped = groups(found)
     if show == NOTHING:
         sure = {e.feature for own in grouped.values() for e in own}
-        return [i for i, tested in zip(found.features, found.tested, strict=True) if tested and i not in sure]
+        return [i for i in found.ids(tested=True) if i not in sure]
     return [effect.feature for effect in grouped.get(show, ())]
 
 

@@ -153,7 +153,7 @@ def effects_html(lens: DiffusionLens, card: FeatureCard) -> str:
     rest = [e for e in own if e not in sure and np.isfinite(e.difference)]
     return (
         f"{title}{_effect_table(sure, 'moved for sure') if sure else ''}<p>{escape(said)}</p>"
-        f"<details class='dl-table'><summary>All {len(own)} classes measured</summary>"
+        f"<details class='dl-table'><summary>Everything measured</summary>"
         f"{_effect_table([*sure, *rest], 'points, 95 % interval')}</details>"
         f'<p class="dl-quiet">{escape(_how(found))}</p>'
     )
@@ -163,7 +163,7 @@ def _untested(lens: DiffusionLens, card: FeatureCard) -> str:
     """Effects that the fit measured without a test, or how to measure them."""
     if not card.effects:
         found = lens.dissection
-        many = "" if found is None else f" {len(found.features)} other features were: see “Show” above the map."
+        many = "" if found is None else f" {len(found.ids())} other features were: see “Show” above the map."
         return f'<p class="dl-quiet">Not measured for this feature; turn it in Explore.{many}</p>'
     known = [
         f"<tr><th scope='row'>{escape(attribute)}: {escape(label)}</th><td>{100 * change:+.0f} points</td></tr>"
@@ -178,12 +178,13 @@ def _untested(lens: DiffusionLens, card: FeatureCard) -> str:
 
 def _effect_table(effects: Sequence[FeatureEffect], title: str) -> str:
     rows = [
-        f"<tr><th scope='row'>{escape(e.attribute)}: {escape(e.label)}</th><td>{_points(e)}</td><td>{_q(e)}</td></tr>"
+        f"<tr><th scope='row'>{escape(e.attribute)}: {escape(e.label)}</th><td>{e.beta:g}</td><td>{_points(e)}</td>"
+        f"<td>{_q(e)}</td></tr>"
         for e in sorted(effects, key=lambda e: -abs(np.nan_to_num(e.difference)))
     ]
     return (
         f"<div class='dl-scroll' tabindex='0'><table><thead><tr><th scope='col'>{escape(title)}</th>"
-        "<th scope='col'>points (95 %)</th><th scope='col'>q</th></tr></thead>"
+        "<th scope='col'>β</th><th scope='col'>points (95 %)</th><th scope='col'>q</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
