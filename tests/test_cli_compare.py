@@ -47,7 +47,7 @@ def test_dissect_prints_groups(run: Any, tiny_lens: DiffusionLens) -> None:
     result = run("dissect", "-p", PROMPTS[0], "--feature", feature, "-n", 12)
     assert result.exit_code == 0, result.output
     assert "of 1 features" in result.stderr
-    assert "1 features on 12 images each" in result.stderr and "evidence" not in result.stderr
+    assert "2 turns of features on 12 images each" in result.stderr and "evidence" not in result.stderr
     grouped = json.loads(run("dissect", "-p", PROMPTS[0], "--feature", feature, "-n", 12, "--json").stdout)
     assert set(grouped) == {"gender", "age", "glasses"}
 

@@ -14,6 +14,7 @@ from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_
 from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import (
     DenoiserTrainConfig,
+    denoising_loss,
     draw_timesteps,
     load_average,
     make_denoiser,
@@ -194,6 +195,19 @@ def test_timesteps_are_uniform_but_for_those_around_the_middle() -> None:
     assert torch.histc(even.float(), 10).sub(2000).abs().max() < 200
     assert middle.float().median() == pytest.approx(1000 / (1 + np.exp(-0.2)), abs=10)
     assert ((middle < 100) | (middle >= 900)).float().mean() < 0.1
+
+
+def test_the_error_of_areas_counts_beside_that_of_pixels() -> None:
+    error = torch.zeros(2, 1, 4, 8)
+    error[0, 0, 1, 2] = 4.0  # alone in its area: an average of a quarter
+    error[1, 0, :, 4:] = 2.0  # a whole area
+    ratio = torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
+    fine = (16 + 16 * 4) / 64
+    areas = (0.25**2 / 1 + 2.0**2 / 4) / 4  # four areas, the second image's divided by 1 + 3
+    assert denoising_loss(error, ratio, 0.0) == pytest.approx(fine)
+    assert denoising_loss(error, ratio, 5.0).item() == pytest.approx(fine + 5 * 16 * areas)
+    white = torch.randn(200, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert denoising_loss(white, torch.zeros(200, 1, 1, 1), 3.0).item() == pytest.approx(4.0, rel=0.02)
 
 
 def test_training_learns_and_is_seeded_and_resumes(tmp_path: Path) -> None:

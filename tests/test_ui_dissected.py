@@ -102,7 +102,7 @@ class TestCards:
         card = cards.large_card(studio.lens, 1)
         sure, rest = card.split("<details", 1)
         assert "glasses: glasses</th><td>5</td><td>+50 (+40 to +60)</td><td>&lt; 0.001</td>" in sure
-        assert "Nothing sure on gender, age." in sure and "age: adult" in rest and "All 7 classes measured" in rest
+        assert "Nothing sure on gender, age." in sure and "age: adult" in rest and "All 7 effects measured" in rest
         assert "age: adult" not in sure.split("Effect when it alone")[1]
         assert "false discovery rate 5%" in card
 

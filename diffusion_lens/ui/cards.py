@@ -153,7 +153,7 @@ def effects_html(lens: DiffusionLens, card: FeatureCard) -> str:
     rest = [e for e in own if e not in sure and np.isfinite(e.difference)]
     return (
         f"{title}{_effect_table(sure, 'moved for sure') if sure else ''}<p>{escape(said)}</p>"
-        f"<details class='dl-table'><summary>Everything measured</summary>"
+        f"<details class='dl-table'><summary>All {len(own)} effects measured</summary>"
         f"{_effect_table([*sure, *rest], 'points, 95 % interval')}</details>"
         f'<p class="dl-quiet">{escape(_how(found))}</p>'
     )
