@@ -33,6 +33,7 @@ from diffusion_lens.report_rows import (
     discrepancies,
     image_quality,
     joined,
+    measure_rows,
     watch,
 )
 from diffusion_lens.stats import Estimate
@@ -40,7 +41,7 @@ from diffusion_lens.sweep import Reading, read_images
 from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
 from diffusion_lens.weights import weights_digest
 
-FILES = ("audit.html", "audit.json", "audit.csv")
+FILES = ("audit.html", "audit.json", "audit.csv", "measures.csv")
 EXAMPLES = 16
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "statsmodels")
 LIMITS = (
@@ -289,14 +290,15 @@ def _crossings(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> 
 
 
 def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
-    """Write ``audit.html``, ``audit.json`` and ``audit.csv`` into ``folder``; returns their paths."""
-    page, values, rows = (Path(folder) / name for name in FILES)
+    """Write the page, every number as JSON, and the tables of shares and of measures; returns their paths."""
+    page, values, *tables = paths = tuple(Path(folder) / name for name in FILES)
     with atomic_path(page) as partial:
         partial.write_text(render(found), encoding="utf-8")
     write_json(values, to_plain(found, without="examples"))
-    with atomic_path(rows) as partial:
-        partial.write_text(table_text(found), encoding="utf-8")
-    return page, values, rows
+    for path, text in zip(tables, (table_text(found), measures_text(found)), strict=True):
+        with atomic_path(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return paths
 
 
 COLUMNS = (
@@ -319,6 +321,24 @@ def table_text(found: Audit) -> str:
                     _cell(finding.prompt or ""), _cell(finding.edit or ""), name, s.label, s.count, s.n, s.n_uncertain,
                     *(f"{x:.6g}" for x in numbers), planted,
                 ])  # fmt: skip
+    return out.getvalue()
+
+
+MEASURE_COLUMNS = ("prompt", "edit", "pooled", "measure", "value", "low", "high", "floor", "n", "with")
+
+
+def measures_text(found: Audit) -> str:
+    """One CSV line per prompt, edit and measure: FD, and image quality where it was asked for.
+
+    ``low``, ``high``: a 95 % interval; ``floor``: what 95 % of balanced models stay below. Empty: not measured.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(MEASURE_COLUMNS)
+    for row in measure_rows(found.discrepancies, found.quality):
+        numbers = ("" if x is None else f"{x:.6g}" for x in (row.value, row.low, row.high, row.floor))
+        run = (_cell(row.prompt or ""), _cell(row.edit or ""), "yes" if row.pooled else "no")
+        writer.writerow([*run, row.measure, *numbers, row.n, _cell(row.source)])
     return out.getvalue()
 
 

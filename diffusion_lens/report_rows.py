@@ -278,3 +278,42 @@ def _discrepancy(prompt: str | None, edit: str | None, name: str, parts: Sequenc
         floor_soft=metrics.fd_null_floor(len(probs), k),
         n_soft=len(probs),
     )
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """One number of one run, as a table takes it; ``source`` says with what it was measured."""
+
+    prompt: str | None
+    edit: str | None
+    pooled: bool
+    measure: str
+    value: float
+    n: int
+    source: str
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+
+
+def measure_rows(found: Sequence[Discrepancy], quality: ImageQuality | None) -> list[MeasureRow]:
+    """Every discrepancy and every measured quality, one number a row."""
+    rows = []
+    for d in found:
+        run = (d.prompt, d.edit, d.pooled)
+        rows.append(MeasureRow(*run, f"FD {d.attribute}, hard", d.hard, d.n_hard, "decided images", floor=d.floor_hard))
+        rows.append(MeasureRow(*run, f"FD {d.attribute}, soft", d.soft, d.n_soft, "all images", floor=d.floor_soft))
+    for q in quality.rows if quality is not None else ():
+        assert quality is not None
+        run = (q.prompt, q.edit, q.pooled)
+        if q.fid is not None:
+            rows.append(MeasureRow(*run, q.fid.label, q.fid.value, q.fid.n, f"from {quality.reference}"))
+        if q.inception_score is not None:
+            mean, spread = q.inception_score
+            told = f"{quality.inception_score}, standard deviation {spread:.6g}"
+            rows.append(MeasureRow(*run, "Inception score", mean, q.n, told))
+        for name, score in (("CLIP-I", q.clip_i), ("CLIP-T", q.clip_t)):
+            if score is not None:
+                low, high = score.interval
+                rows.append(MeasureRow(*run, name, score.value, score.n, quality.clip, low, high))
+    return rows

@@ -136,12 +136,12 @@ def test_check_exits_by_its_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert bad.stderr.strip().splitlines()[-1].startswith("quick check not passed")
 
 
-def test_audit_writes_three_files_and_the_command_that_makes_them_again(run: Run, tiny_lens_folder: Path) -> None:
+def test_audit_writes_its_files_and_the_command_that_makes_them_again(run: Run, tiny_lens_folder: Path) -> None:
     Path("notes.txt").write_text("Seen.", encoding="utf-8")
     words = ("audit", "-p", DOCTOR, "-n", 12, "--first-seed", 7, "--notes", "@notes.txt", "--out", "report")
     result = run(*words)
     assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in Path("report").iterdir()) == ["audit.csv", "audit.html", "audit.json"]
+    assert sorted(p.name for p in Path("report").iterdir()) == ["audit.csv", "audit.html", "audit.json", "measures.csv"]
     stored = json.loads(Path("report/audit.json").read_text(encoding="utf-8"))
     assert stored["notes"] == "Seen."
     again = shlex.split(stored["command"])

@@ -102,7 +102,7 @@ def test_an_assumed_error_is_called_so(found: Audit) -> None:
 
 
 def test_files_hold_the_same_shares(found: Audit, tmp_path: Path) -> None:
-    page, values, rows = write_report(found, tmp_path / "new")
+    page, values, rows, measures = write_report(found, tmp_path / "new")
     assert page.read_text(encoding="utf-8") == render(found)
     stored = json.loads(values.read_text(encoding="utf-8"))
     lines = list(csv.DictReader(io.StringIO(rows.read_text(encoding="utf-8"))))
@@ -113,7 +113,15 @@ def test_files_hold_the_same_shares(found: Audit, tmp_path: Path) -> None:
         assert (int(line["count"]), int(line["decided"])) == (share.count, share.n)
         assert float(line["corrected"]) == pytest.approx(share.corrected, abs=1e-6)
     assert stored["findings"][0]["evaluations"]["gender"]["shares"][1]["label"] == "male"
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["audit.csv", "audit.html", "audit.json"]
+    table = list(csv.DictReader(io.StringIO(measures.read_text(encoding="utf-8"))))
+    assert len(table) == 2 * len(found.discrepancies)
+    for d, hard, soft in zip(found.discrepancies, table[::2], table[1::2], strict=True):
+        assert (hard["measure"], soft["measure"]) == (f"FD {d.attribute}, hard", f"FD {d.attribute}, soft")
+        assert (hard["prompt"], hard["pooled"]) == (d.prompt or "", "yes" if d.pooled else "no")
+        assert float(hard["value"]) == pytest.approx(d.hard, rel=1e-5) and int(hard["n"]) == d.n_hard
+        assert float(soft["floor"]) == pytest.approx(d.floor_soft, rel=1e-5) and hard["low"] == ""
+    names = ["audit.csv", "audit.html", "audit.json", "measures.csv"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names
 
 
 def test_table_defuses_formulas(found: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import sys
@@ -237,6 +238,9 @@ def test_the_command_with_the_classifiers_features(run: Run, tiny_lens: Diffusio
     name = f"classifier {tiny_lens.classifier.classifier_id} features"
     assert row["fid"]["label"] == f"FID, {name}" and name in Path("audit/audit.html").read_text(encoding="utf-8")
     assert "Image quality" in done.stdout and f"{row['fid']['value']:.4g}" in done.stdout
+    with Path("audit/measures.csv").open(encoding="utf-8") as lines:
+        (line,) = [line for line in csv.DictReader(lines) if line["measure"] == row["fid"]["label"]]
+    assert float(line["value"]) == pytest.approx(row["fid"]["value"], rel=1e-5) and line["with"].startswith("from ")
 
 
 MISTAKES = [
