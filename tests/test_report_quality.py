@@ -207,8 +207,10 @@ def test_the_command_measures_from_a_folder_and_from_its_statistics(
     images = drawn[DOCTOR, False]
     expected = frechet(images, drawn[PROMPTS[1], False], source).value
     words = ("audit", "-p", DOCTOR, "-n", 100, "--first-seed", 300, "--batch-size", 50, "--inception", fidelity)
-    for reference, n in ((folder, 100), ("celeba.npz", None)):
-        more = ("--fid", reference, "--inception-score", "--clip", clip_folder, "--offline")
+    keep = ("--keep-statistics", "kept.safetensors")
+    for reference, n in ((folder, 100), ("celeba.npz", None), ("kept.safetensors", 100)):
+        kept = keep if reference == folder else ()
+        more = ("--fid", reference, *kept, "--inception-score", "--clip", clip_folder, "--offline")
         done = run(*words, *more, "--json")
         assert done.exit_code == 0, done.output
         stored = json.loads(Path("audit/audit.json").read_text(encoding="utf-8"))
@@ -221,8 +223,8 @@ def test_the_command_measures_from_a_folder_and_from_its_statistics(
         assert row["clip_i"] is None and 0 < row["clip_t"]["value"] < 1
         again = shlex.split(stored["command"])
         assert again[again.index("--fid") :] == [
-            "--fid", str(reference), "--inception", str(fidelity), "--inception-score", "--clip", str(clip_folder),
-            "--offline",
+            "--fid", str(reference), *kept, "--inception", str(fidelity), "--inception-score",
+            "--clip", str(clip_folder), "--offline",
         ]  # fmt: skip
 
 
@@ -256,6 +258,8 @@ MISTAKES = [
     (("--fid", "few", "--fid-features", "eyes"), "'eyes' is none of them"),
     (("--fid", "few", "--fid-features", "clip"), "name one with --clip"),
     (("--fid-features", "classifier"), "add --fid"),
+    (("--fid", "wide.npz", "--keep-statistics", "kept.safetensors"), "name a folder of images"),
+    (("--fid", "few", "--keep-statistics", "kept.npz"), "'kept.npz' is another kind of file"),
     (("--inception", "x.pth"), "add one of them"),
     (("--inception-score", "--inception", "x.pth"), "get it from torch-fidelity's release v0.2.0 and save it as x.pth"),
     (("--inception-score", "-n", 99), "needs >= 100 images per prompt; 99 were asked for"),

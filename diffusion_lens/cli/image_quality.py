@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ class QualityFlags:
 
     fid: str = ""
     fid_features: str = FEATURES[0]
+    keep_statistics: str = ""
     inception: str = ""
     inception_score: bool = False
     clip: str = ""
@@ -37,6 +39,10 @@ class QualityFlags:
             raise LensError(f"--fid-features is {', '.join(FEATURES)}; '{self.fid_features}' is none of them.")
         if self.fid_features != FEATURES[0] and not self.fid:
             raise LensError("--fid-features says whose features --fid is of; add --fid.")
+        if self.keep_statistics and not (self.fid and Path(self.fid).is_dir()):
+            raise LensError("--keep-statistics keeps those of the folder that --fid names; name a folder of images.")
+        if self.keep_statistics and Path(self.keep_statistics).suffix != ".safetensors":
+            raise LensError(f"Statistics are kept as .safetensors; '{self.keep_statistics}' is another kind of file.")
         if self.inception and not self.wants_inception:
             raise LensError("--inception gives the weights for --fid or --inception-score; add one of them.")
         if self.fid_features == "clip" and not self.clip:
@@ -71,6 +77,8 @@ class QualityFlags:
         known = None
         if fid is not None and self.fid != UNEDITED:
             known = load_reference(self.fid, fid, on_step=on_step)
+            if self.keep_statistics:
+                known.save(Path(self.keep_statistics))
         return Measures(
             fid=fid,
             reference=known,
@@ -111,6 +119,13 @@ QUALITY_FLAGS: dict[str, tuple[Any, Any]] = {
     "fid_features": (
         Annotated[str, typer.Option(help=f"Whose features --fid compares, always named: {', '.join(FEATURES)}.")],
         FEATURES[0],
+    ),
+    "keep_statistics": (
+        Annotated[
+            str,
+            typer.Option(help="Also keep what was read of --fid's folder, for --fid next time.", metavar="FILE"),
+        ],
+        "",
     ),
     "inception": (
         Annotated[
