@@ -172,9 +172,16 @@ def evidence(found: Dissection, attribute: str) -> str:
             f"{100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}) at β = {first.beta:g}. "
             f"{test}"
         )
-    moved = _also_moved(found, attribute)
-    if moved:
-        return f"No feature moves {attribute} above all else; {moved} move it for sure beside something else. {test}"
+    beside = moved_beside(found, attribute)
+    if beside:
+        first = beside[0]
+        low, high = first.interval
+        many = f"{len(beside)} features move" if len(beside) > 1 else "one feature moves"
+        return (
+            f"No feature moves {attribute} above all else; {many} it for sure beside something that moves further, the "
+            f"furthest #{first.feature}: {first.label} {100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to "
+            f"{100 * high:+.0f}) at β = {first.beta:g}. {test}"
+        )
     return f"No feature tested moves {attribute} for sure{_largest(found, attribute)}. {test}"
 
 
@@ -188,9 +195,16 @@ def summary(found: Dissection) -> str:
     return told + (f"None for {none}." if none and some else "")
 
 
-def _also_moved(found: Dissection, attribute: str) -> int:
-    sure = (np.nan_to_num(found.q_values[attribute], nan=1.0) <= found.alpha).any(axis=1)
-    return len({feature for feature, moved in zip(found.features, sure, strict=True) if moved})
+@lru_cache(maxsize=64)
+def moved_beside(found: Dissection, attribute: str) -> tuple[FeatureEffect, ...]:
+    """Features that move an attribute for sure and something else further, largest effect on the attribute first."""
+    above = {effect.feature for effect in groups(found)[attribute]}
+    largest: dict[int, FeatureEffect] = {}
+    for row, feature in enumerate(found.features):
+        own = None if feature in above else _most(found, row, attribute)
+        if own and (feature not in largest or abs(own.difference) > abs(largest[feature].difference)):
+            largest[feature] = own
+    return tuple(sorted(largest.values(), key=lambda e: -abs(e.difference)))
 
 
 def _largest(found: Dissection, attribute: str) -> str:
@@ -203,15 +217,16 @@ def _largest(found: Dissection, attribute: str) -> str:
 
 
 def _best(found: Dissection, row: int) -> FeatureEffect | None:
-    sizes = {name: np.abs(np.nan_to_num(effect[row])) for name, effect in found.effects.items()}
-    sure = {
-        name: np.where(np.nan_to_num(found.q_values[name][row], nan=1.0) <= found.alpha, size, 0.0)
-        for name, size in sizes.items()
-    }
-    name = max(sure, key=lambda n: float(sure[n].max()))
-    if sure[name].max() == 0:
-        return None
-    return _effect(found, row, name, _told_class(sure[name], found.effects[name][row]))
+    sure = [own for own in (_most(found, row, name) for name in found.effects) if own is not None]
+    return max(sure, key=lambda own: abs(own.difference), default=None)
+
+
+def _most(found: Dissection, row: int, name: str) -> FeatureEffect | None:
+    """A turn's largest sure effect on one attribute."""
+    effect = found.effects[name][row]
+    known = np.nan_to_num(found.q_values[name][row], nan=1.0) <= found.alpha
+    sure = np.where(known, np.abs(np.nan_to_num(effect)), 0.0)
+    return _effect(found, row, name, _told_class(sure, effect)) if sure.max() > 0 else None
 
 
 def _effect(found: Dissection, row: int, name: str, column: int) -> FeatureEffect:

@@ -36,6 +36,7 @@ from diffusion_lens.dissection import (
     groups,
     is_sure,
     least_images,
+    moved_beside,
     name_of,
     save_dissection,
     stored_dissection,
@@ -256,7 +257,10 @@ def test_evidence_says_what_was_found_and_what_could_have_been() -> None:
     # two of eight tests count: an effect passes at p <= 0.05 * 2 / 8 = 0.0125, eight images moved one way (2^-7)
     assert least_images(found) == 8 and binomtest(8, 8).pvalue <= 0.0125 < binomtest(7, 7).pvalue
     p_values["beard"][0] = 1e-6
-    assert "1 move it for sure beside something else" in evidence(made(effects, p_values), "beard")
+    beside = made(effects, p_values)
+    assert "one feature moves it for sure beside something that moves further" in evidence(beside, "beard")
+    assert "the furthest #0: no beard +20 points (95 % +10 to +30) at β = 10" in evidence(beside, "beard")
+    assert [e.feature for e in moved_beside(beside, "beard")] == [0] and not moved_beside(beside, "glasses")
     still = {name: np.zeros_like(e) for name, e in effects.items()}
     assert "never moved" in evidence(made(still, {k: np.ones_like(v) for k, v in p_values.items()}), "beard")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
-from dissected import NURSE, depth_result, keep_depth, keep_in
+from dissected import NURSE, depth_result, dissection, keep_depth, keep_in
 
-from diffusion_lens.artifacts import verify
+from diffusion_lens.artifacts import read_manifest, verify, write_manifest
+from diffusion_lens.dissection import STORED, save_dissection
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import atlas_tab, cards, depth_tab
@@ -60,6 +61,21 @@ class TestAtlas:
         _, plot, rows, said = atlas_tab.refilter(studio, "age", "gender: male", None)
         assert rows == [] and "none for sure" in plot["alt"]
         assert "No feature tested moves age for sure (the largest: #4" in said and "32 paired images" in said
+
+    def test_features_that_move_it_beside_something_else_stand_in(self, copied_lens: Callable[[], Path]) -> None:
+        folder = copied_lens()
+        manifest = read_manifest(folder)
+        found = dissection(manifest.sae_id)
+        found.effects["age"][:2] = [[0.2, 0.0, -0.2], [-0.1, 0.0, 0.1]]
+        found.q_values["age"][:2] = 1e-5
+        save_dissection(folder / STORED, found)
+        write_manifest(folder, manifest)
+        studio = Studio(DiffusionLens.from_pretrained(folder))
+        told = dict((value, text) for text, value in atlas_tab.filters(studio))
+        assert told["age"] == "moves age beside others (2)" and told["glasses"] == "controls glasses (2)"
+        _, plot, rows, said = atlas_tab.refilter(studio, "age", "gender: male", None)
+        assert ids(rows) == [1, 2] and "age: 2 (first #1)" in plot["alt"]
+        assert "2 features move it for sure beside something that moves further, the furthest #1: young +20" in said
 
     def test_colours_tell_groups_apart(self, studio: Studio) -> None:
         assert atlas_tab.CONTROLS in atlas_tab.colourings(studio)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from diffusion_lens.dissection import Dissection, evidence, groups, summary
+from diffusion_lens.dissection import Dissection, evidence, groups, moved_beside, summary
 from diffusion_lens.plots import (
     atlas_figure,
     atlas_groups_figure,
@@ -45,7 +45,7 @@ def filters(studio: Studio) -> list[tuple[str, str]]:
     found = studio.lens.dissection
     if found is None:
         return [("all features", EVERY)]
-    controlled = [(f"controls {name} ({len(own)})", name) for name, own in groups(found).items()]
+    controlled = [(_filter_name(found, name), name) for name in found.classes]
     idle = len(members(studio, NOTHING) or ())
     return [("all features", EVERY), *controlled, (f"tested, nothing sure ({idle})", NOTHING)]
 
@@ -59,7 +59,15 @@ def members(studio: Studio, show: str) -> list[int] | None:
     if show == NOTHING:
         sure = {e.feature for own in grouped.values() for e in own}
         return [i for i in found.ids(tested=True) if i not in sure]
-    return [effect.feature for effect in grouped.get(show, ())]
+    if show not in grouped:
+        return []
+    own = grouped[show] or moved_beside(found, show)
+    return [effect.feature for effect in own]
+
+
+def _filter_name(found: Dissection, name: str) -> str:
+    own, beside = groups(found)[name], moved_beside(found, name)
+    return f"moves {name} beside others ({len(beside)})" if beside and not own else f"controls {name} ({len(own)})"
 
 
 def said(studio: Studio, show: str) -> str:
@@ -123,7 +131,7 @@ def drawn(studio: Studio, colour: str, feature: int | None, show: str = EVERY) -
         if show == NOTHING:
             own = {"nothing sure": members(studio, show) or []}
         elif show != EVERY:
-            own = {show: own.get(show, [])}
+            own = {show: members(studio, show) or []}
         made = atlas_groups_figure(atlas, own, chosen=chosen)
         return figure_value(made, describe_groups(atlas, own, chosen=chosen))
     values, name = scores(studio, colour)
