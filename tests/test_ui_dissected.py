@@ -74,7 +74,10 @@ class TestAtlas:
         told = dict((value, text) for text, value in atlas_tab.filters(studio))
         assert told["age"] == "moves age beside others (2)" and told["glasses"] == "controls glasses (2)"
         _, plot, rows, said = atlas_tab.refilter(studio, "age", "gender: male", None)
-        assert ids(rows) == [1, 2] and "age: 2 (first #1)" in plot["alt"]
+        assert [row[:3] for row in rows] == [
+            [1, "age: young +20 points at β = 5", 20.0], [2, "age: old +10 points at β = 5", 10.0]
+        ]  # fmt: skip
+        assert "age: 2 (first #1)" in plot["alt"]
         assert "2 features move it for sure beside something that moves further, the furthest #1: young +20" in said
 
     def test_colours_tell_groups_apart(self, studio: Studio) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from diffusion_lens.dissection import Dissection, evidence, groups, moved_beside, summary
+from diffusion_lens.dissection import Dissection, FeatureEffect, evidence, groups, moved_beside, name_of, summary
 from diffusion_lens.plots import (
     atlas_figure,
     atlas_groups_figure,
@@ -55,14 +55,17 @@ def members(studio: Studio, show: str) -> list[int] | None:
     found = studio.lens.dissection
     if found is None or show == EVERY:
         return None
-    grouped = groups(found)
     if show == NOTHING:
-        sure = {e.feature for own in grouped.values() for e in own}
+        sure = {e.feature for own in groups(found).values() for e in own}
         return [i for i in found.ids(tested=True) if i not in sure]
-    if show not in grouped:
-        return []
-    own = grouped[show] or moved_beside(found, show)
-    return [effect.feature for effect in own]
+    return [effect.feature for effect in _shown(found, show)]
+
+
+def _shown(found: Dissection, show: str) -> tuple[FeatureEffect, ...]:
+    """The effects behind a filter by attribute: of the features that control it, else of those that move it at all."""
+    if show not in found.classes:
+        return ()
+    return groups(found)[show] or moved_beside(found, show)
 
 
 def _filter_name(found: Dissection, name: str) -> str:
@@ -111,8 +114,18 @@ def _moved(found: Dissection, d_sae: int) -> np.ndarray:
 
 def table(studio: Studio, colour: str, show: str = EVERY) -> list[list[Any]]:
     """The strongest features in the chosen colouring, strongest first, among those that the filter lets through."""
+    atlas, only, found = studio.lens.atlas, members(studio, show), studio.lens.dissection
+    if colour == CONTROLS and found is not None and (own := _shown(found, show)):
+        return [
+            [
+                e.feature,
+                name_of(e),
+                float(f"{100 * abs(e.difference):.3g}"),
+                f"{100 * float(atlas.density[e.feature]):.1f} %",
+            ]
+            for e in own[:ROWS]
+        ]
     values, _ = scores(studio, colour)
-    atlas, only = studio.lens.atlas, members(studio, show)
     order = np.argsort(-values, kind="stable")
     if only is not None:
         order = order[np.isin(order, only)]
