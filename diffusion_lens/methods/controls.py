@@ -16,7 +16,7 @@ from diffusion_lens.intervene import draw_classes
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.methods.sae_features import Change, SaeOptions, feature_edit, turn_setting
+from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, turn_setting
 from diffusion_lens.settings import control_turn, opposite_set
 from diffusion_lens.types import Attribute, GenerationRequest, Intervention, LensError, Sampler
 
@@ -32,7 +32,7 @@ class _SaeControl(Method):
 
     kind = "control"
     options: ClassVar[type[MethodOptions]] = ControlOptions
-    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strengths = STRENGTHS
     strength_name = "β − 1"
     is_control = True
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from diffusion_lens.attribute import integrated_gradients
 from diffusion_lens.denoise import Edit
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
-from diffusion_lens.methods.sae_features import SaeOptions, attribute_draws, feature_edit, rebuild
+from diffusion_lens.methods.sae_features import STRENGTHS, SaeOptions, attribute_draws, feature_edit, rebuild
 from diffusion_lens.types import Attribution
 
 
@@ -45,7 +45,7 @@ class DiffLens(Method):
         "draws one class per batch (Shi et al., CVPR 2025, arXiv 2503.20483)."
     )
     options = DiffLensOptions
-    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strengths = STRENGTHS
     strength_name = "β − 1"
 
     def learn(self, task: Task) -> Learned:

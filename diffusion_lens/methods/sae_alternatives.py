@@ -12,7 +12,7 @@ from diffusion_lens.denoise import Edit
 from diffusion_lens.methods.lrp import Rule
 from diffusion_lens.methods.lrp_sae import lrp_attribution
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
-from diffusion_lens.methods.sae_features import SaeOptions, attribute_draws, feature_edit, rebuild
+from diffusion_lens.methods.sae_features import STRENGTHS, SaeOptions, attribute_draws, feature_edit, rebuild
 
 
 class SaeLrpOptions(SaeOptions):
@@ -35,7 +35,7 @@ class SaeLrp(Method):
         "Montavon et al. 2017; putting them in this place is our working form."
     )
     options = SaeLrpOptions
-    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strengths = STRENGTHS
     strength_name = "β − 1"
 
     def learn(self, task: Task) -> Learned:
@@ -61,7 +61,7 @@ class SaeGradient(Method):
         "that of Shrikumar et al. 2016; putting it in this place is our working form."
     )
     options = SaeOptions
-    strengths = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+    strengths = STRENGTHS
     strength_name = "β − 1"
 
     def learn(self, task: Task) -> Learned:

@@ -21,6 +21,9 @@ from diffusion_lens.types import Attribution, Intervention, LensError, Mode, Sam
 
 Change = Callable[[Intervention], Intervention]
 
+STRENGTHS = (0.5, 0.75, 1.0, 2.0, 4.0, 8.0)
+"""β − 1 of every method and control that turns SAE features: close where few features' turns cross even shares."""
+
 
 class SaeOptions(MethodOptions):
     """How features are turned; ``None`` takes the lens's shipped setting."""
