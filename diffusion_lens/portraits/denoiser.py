@@ -185,9 +185,10 @@ def denoising_loss(error: Tensor, noise_ratio: Tensor, coarse_weight: float) -> 
     """Mean squared error of v ``[n, c, y, x]``, and again of its averages over ``AREA`` × ``AREA`` blocks.
 
     The colour of a large area is a small part of the squared error, and most of what is seen. Short trials left fewer
-    skins between two tones with the second term, longer ones not for sure (model card). ``noise_ratio [n, 1, 1, 1]`` is σ / α: the second term is divided by
-    1 + σ / α, for at much noise nothing can be known of an area's colour. White errors count ``coarse_weight`` times
-    more at no noise. Both terms are least at the posterior mean, so what is learnt stays the same (our working form).
+    skins between two tones with the second term, longer ones not for sure (model card). ``noise_ratio [n, 1, 1, 1]``
+    is σ / α: the second term is divided by 1 + σ / α, for at much noise nothing can be known of an area's colour.
+    White errors count ``coarse_weight`` times more at no noise. Both terms are least at the posterior mean, so what is
+    learnt stays the same (our working form).
     """
     fine = error.square().mean()
     if not coarse_weight:
