@@ -164,25 +164,22 @@ def evidence(found: Dissection, attribute: str) -> str:
         f"effect counts from about {least_images(found)} images that all move one way."
     )
     if own:
-        first = own[0]
-        low, high = first.interval
         many = f"{len(own)} features move" if len(own) > 1 else "One feature moves"
-        return (
-            f"{many} {attribute} above all else; the strongest is feature #{first.feature}: {first.label} "
-            f"{100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f}) at β = {first.beta:g}. "
-            f"{test}"
-        )
+        return f"{many} {attribute} above all else; the strongest is feature {_told(own[0])}. {test}"
     beside = moved_beside(found, attribute)
     if beside:
-        first = beside[0]
-        low, high = first.interval
         many = f"{len(beside)} features move" if len(beside) > 1 else "one feature moves"
         return (
             f"No feature moves {attribute} above all else; {many} it for sure beside something that moves further, the "
-            f"furthest #{first.feature}: {first.label} {100 * first.difference:+.0f} points (95 % {100 * low:+.0f} to "
-            f"{100 * high:+.0f}) at β = {first.beta:g}. {test}"
+            f"furthest {_told(beside[0])}. {test}"
         )
     return f"No feature tested moves {attribute} for sure{_largest(found, attribute)}. {test}"
+
+
+def _told(effect: FeatureEffect) -> str:
+    low, high = effect.interval
+    points = f"{100 * effect.difference:+.0f} points (95 % {100 * low:+.0f} to {100 * high:+.0f})"
+    return f"#{effect.feature}: {effect.label} {points} at β = {effect.beta:g}"
 
 
 def summary(found: Dissection) -> str:
