@@ -84,8 +84,8 @@ class Bench:
         points: list[SweepPoint] = []
         goal = dict(zip(self.attribute.classes, self.target, strict=True))
         label = self.attribute.classes[int(np.argmax(fitted.record.target))]
-        for number, strength in enumerate((0.0, *method.strengths)):
-            stem = f"{number:03d}"
+        for strength in (0.0, *method.strengths):
+            stem = f"{strength:g}"
             if not (folder / f"{stem}.json").is_file():
                 (point,) = sweep_points(
                     self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s, seeds) if s else None,
@@ -101,12 +101,22 @@ class Bench:
             provenance={"method": method.key, "fitted": fitted.digest, "strength": method.strength_name},
         )  # fmt: skip
 
+    def finished(self, method: Method) -> tuple[MethodRow, SweepResult | None] | None:
+        """The method's stored row and curve; None where there is none, or it was measured at other strengths."""
+        own = self.folder / method.key
+        if not (own / "row.json").is_file():
+            return None
+        row = TypeAdapter(MethodRow).validate_python(read_json(own / "row.json"))
+        if row.note:
+            return row, None
+        curve = load_sweep(own, "sweep")
+        return (row, curve) if set(curve.betas) == {0.0, *method.strengths} else None
+
     def row(self, method: Method) -> tuple[MethodRow, SweepResult | None]:
         """Fit, tune and measure one method; a method that this lens cannot run gives a row that says why."""
         path, own = self.folder / method.key / "row.json", self.folder / method.key
-        if path.is_file():
-            row = TypeAdapter(MethodRow).validate_python(read_json(path))
-            return row, None if row.note else load_sweep(own, "sweep")
+        if finished := self.finished(method):
+            return finished
         told: dict[str, Any] = {
             "method": method.key, "name": method.name, "kind": method.kind, "is_control": method.is_control,
             "strength_name": method.strength_name, "n_tune": self.config.n_tune,

@@ -81,14 +81,14 @@ def plan(
         pieces += [
             _piece(bench, method, seconds_per_image, stored or {})
             for method in find_methods(config.methods)
-            if not (bench.folder / method.key / "row.json").is_file()
+            if not bench.finished(method)
         ]
     return Plan(tuple(pieces))
 
 
 def _piece(bench: Bench, method: Method, seconds_per_image: float, stored: Mapping[str, Comparison]) -> Piece:
     own, config = bench.folder / method.key, bench.config
-    measured = sum((own / "curve" / f"{i + 1:03d}.json").is_file() for i in range(len(method.strengths)))
+    measured = sum((own / "curve" / f"{strength:g}.json").is_file() for strength in method.strengths)
     images = config.n + config.n_tune * (len(method.strengths) - measured)
     ratio, fit = costs(method.key, stored)
     fit = 0.0 if (own / "fitted" / "method.json").is_file() else fit

@@ -142,11 +142,37 @@ def test_a_stopped_run_goes_on(tiny_lens: DiffusionLens, tmp_path: Path) -> None
     with pytest.raises(Cancelled):
         run_compare(tiny_lens, config, tmp_path, on_stage=stop)
     kept_points = sorted(path.name for path in tmp_path.glob("*/bypass/curve/*.json") if "examples" not in path.name)
-    assert kept_points == ["000.json", "001.json", "002.json"]
+    assert kept_points == ["0.1.json", "0.2.json", "0.json"]
     stages.clear()
     with pytest.raises(Cancelled):
         run_compare(tiny_lens, config, tmp_path, on_stage=stop)
     assert not [s for s in stages if "λ max 0.1" in s]
+
+
+def test_changed_strengths_are_noticed_and_only_the_new_ones_drawn(
+    tiny_lens: DiffusionLens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion_lens.methods.registry import METHODS as ALL
+
+    config = small(methods=("bypass",))
+    first = run_compare(tiny_lens, config, tmp_path)
+    strengths = (*ALL["bypass"].strengths[:-1], 0.9)
+    monkeypatch.setattr(type(ALL["bypass"]), "strengths", strengths)
+    assert plan(tiny_lens, [config], tmp_path, 1.0).pieces[1].method == "bypass"
+    drawn: list[float] = []
+    real = compare.sweep_points
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        drawn.extend(args[3])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(compare, "sweep_points", counted)
+    again = run_compare(tiny_lens, config, tmp_path)
+    assert drawn == [0.9]
+    assert set(again.curves["bypass"].betas) == {0.0, *strengths}
+    kept = {p.beta: p for p in first.curves["bypass"].points}
+    for point in again.curves["bypass"].points[:-1]:
+        assert np.array_equal(point.examples, kept[point.beta].examples)
 
 
 def test_goals_follow_the_approach(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
