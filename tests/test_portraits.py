@@ -14,6 +14,7 @@ from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_
 from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import (
     DenoiserTrainConfig,
+    bottleneck_loss,
     denoising_loss,
     draw_timesteps,
     load_average,
@@ -22,7 +23,7 @@ from diffusion_lens.portraits.denoiser import (
     train_denoiser,
     without_text,
 )
-from diffusion_lens.portraits.draw import SKIN, draw, sheet
+from diffusion_lens.portraits.draw import SKIN, VARIATION, WIDE, draw, sheet
 from diffusion_lens.portraits.networks import SHIFT, DenoiserConfig, make_scheduler, make_tokenizer, make_unet
 from diffusion_lens.portraits.recipe import open_parts, save_pipeline
 from diffusion_lens.types import LensError
@@ -123,6 +124,15 @@ def test_skin_tones_are_drawn_from_light_to_dark() -> None:
     assert brightness == sorted(brightness, reverse=True)
 
 
+def test_colours_vary_within_a_class_as_far_as_said() -> None:
+    bare = {world.TONE: "light", world.AGE: "adult", world.GLASSES: "no glasses", world.BEARD: "no beard"}
+    light = [r for r in map(world.sample_record, range(200)) if all(r.label(a) == c for a, c in bare.items())]
+    for variation in (VARIATION, WIDE):  # the commonest red of the face's middle is plain skin's
+        skins = [np.bincount(draw(r, variation)[30:42, 22:42, 0].ravel()).argmax() for r in light]
+        furthest = np.abs(np.array(skins) / max(SKIN["light"]) - 1).max()
+        assert 0.6 * variation.skin[1] < furthest < variation.skin[1] + 0.005
+
+
 def test_drawing_in_bulk_does_not_depend_on_the_workers() -> None:
     alone = draw_many(1_100, first_seed=40, workers=1)
     shared = draw_many(1_100, first_seed=40, workers=2)
@@ -201,13 +211,40 @@ def test_the_error_of_areas_counts_beside_that_of_pixels() -> None:
     error = torch.zeros(2, 1, 4, 8)
     error[0, 0, 1, 2] = 4.0  # alone in its area: an average of a quarter
     error[1, 0, :, 4:] = 2.0  # a whole area
-    ratio = torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
+    ratio = torch.tensor([0.0, 5.0]).view(2, 1, 1, 1)
     fine = (16 + 16 * 4) / 64
-    areas = (0.25**2 / 1 + 2.0**2 / 4) / 4  # four areas, the second image's divided by 1 + 3
+    areas = (0.25**2 / 1 + 2.0**2 / 17) / 4  # four areas, the second image's divided by 1 + (5 / 2.5)⁴
     assert denoising_loss(error, ratio, 0.0) == pytest.approx(fine)
     assert denoising_loss(error, ratio, 5.0).item() == pytest.approx(fine + 5 * 16 * areas)
     white = torch.randn(200, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     assert denoising_loss(white, torch.zeros(200, 1, 1, 1), 3.0).item() == pytest.approx(4.0, rel=0.02)
+
+
+def test_the_bottleneck_is_asked_for_the_averages_of_its_blocks() -> None:
+    clean = torch.zeros(2, 1, 4, 4)
+    clean[0, 0, :2, :2] = torch.tensor([[1.0, 3.0], [5.0, 7.0]])  # one block of average 4
+    clean[1, 0, 2:, 2:] = 2.0
+    told = torch.zeros(2, 1, 2, 2)
+    told[1, 0, 1, 1] = 0.5
+    ratio = torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
+    expected = 4 * (4.0**2 / 1 + 1.5**2 / 2) / 8  # 4 latent pixels a block, eight blocks, the second's by 1 + (3 / 3)²
+    assert bottleneck_loss(told, clean, ratio).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_PLAIN], ids=["text", "unconditional"])
+def test_reading_the_bottleneck_trains_it_and_leaves_no_trace(shape: DenoiserConfig) -> None:
+    config = DenoiserTrainConfig(shape=shape, n_steps=2, batch_size=4, bottleneck_weight=0.0)
+    captions = ["a portrait of a nurse"] * 24
+    plain, read = (
+        train_denoiser(
+            _latents(), captions, config.model_copy(update={"bottleneck_weight": w}), device=torch.device("cpu")
+        )
+        for w in (0.0, 2.0)
+    )
+    assert len(plain.parameters()) == len(read.parameters())
+    assert not read.unet.mid_block._forward_hooks
+    weights = [dict(nets.unet.mid_block.named_parameters()) for nets in (plain, read)]
+    assert any(not torch.equal(p, weights[1][name]) for name, p in weights[0].items())
 
 
 def test_training_learns_and_is_seeded_and_resumes(tmp_path: Path) -> None:

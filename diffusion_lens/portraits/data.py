@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from diffusion_lens.portraits import world
-from diffusion_lens.portraits.draw import SIZE, draw
+from diffusion_lens.portraits.draw import SIZE, VARIATION, Variation, draw
 
 CHUNK = 500
 
@@ -32,9 +32,9 @@ class Drawings:
     captions: tuple[str, ...]
 
 
-def _draw_chunk(seeds: range, *, balanced: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _draw_chunk(seeds: range, *, balanced: bool, variation: Variation) -> tuple[np.ndarray, np.ndarray, list[str]]:
     records = [world.sample_record(seed, balanced=balanced) for seed in seeds]
-    images = np.stack([draw(record) for record in records])
+    images = np.stack([draw(record, variation) for record in records])
     labels = np.array([record.classes for record in records], dtype=np.int64)
     return images, labels, [world.sample_caption(record) for record in records]
 
@@ -44,18 +44,20 @@ def draw_many(
     *,
     first_seed: int,
     balanced: bool = False,
+    variation: Variation = VARIATION,
     workers: int | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Drawings:
     """Draw ``n`` portraits with seeds ``first_seed, first_seed + 1, …``.
 
-    The result does not depend on ``workers`` (default: every core). ``balanced`` draws every attribute evenly.
+    The result does not depend on ``workers`` (default: every core). ``balanced`` draws every attribute evenly;
+    ``variation`` is how far colours vary within a class.
     """
     chunks = [range(s, min(s + CHUNK, first_seed + n)) for s in range(first_seed, first_seed + n, CHUNK)]
     images = np.empty((n, SIZE, SIZE, 3), dtype=np.uint8)
     labels = np.empty((n, len(world.ATTRIBUTES)), dtype=np.int64)
     captions: list[str] = []
-    task = partial(_draw_chunk, balanced=balanced)
+    task = partial(_draw_chunk, balanced=balanced, variation=variation)
     workers = workers or os.cpu_count() or 1
     if workers == 1 or len(chunks) == 1:
         _collect(map(task, chunks), images, labels, captions, on_step)

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.portraits.networks import (
+    LATENT_CHANNELS,
     MAX_TOKENS,
     DenoiserConfig,
     keep_silent,
@@ -42,6 +43,8 @@ class DenoiserTrainConfig(StrictConfig):
             form: a logit-normal of deviation 1). focus: that place as a logit: -1.2, at a quarter, is where shapes
             are decided; higher, where large areas get their colour.
         coarse_weight: how often the error of areas counts beside that of latent pixels (``denoising_loss``).
+        bottleneck_weight: how often it counts that the bottleneck tells the colour of areas (``bottleneck_loss``);
+            0 leaves that out.
     """
 
     shape: DenoiserConfig = DenoiserConfig()
@@ -53,6 +56,7 @@ class DenoiserTrainConfig(StrictConfig):
     focus_share: float = 0.5
     focus: float = -1.0
     coarse_weight: float = 6.0
+    bottleneck_weight: float = 2.0
     seed: int = 0
 
 
@@ -127,10 +131,13 @@ def train_denoiser(
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     nets.unet.to(memory_format=layout)
     silenced = keep_silent(nets.unet)
-    parameters = nets.parameters()
+    reading = BottleneckReading(nets.unet, config.seed, device) if config.bottleneck_weight else None
+    parameters = [*nets.parameters(), *(reading.head.parameters() if reading else ())]
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(device)
-    groups = [{"params": parameters, "initial_lr": config.lr}]
+    groups = [{"params": nets.parameters(), "lr": config.lr, "initial_lr": config.lr}]
+    if reading:  # it starts from nothing, and what it has not learnt yet misleads the rest
+        groups.append({"params": list(reading.head.parameters()), "lr": 10 * config.lr, "initial_lr": 10 * config.lr})
     optimiser = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
     first = 0
     if resume:
@@ -161,6 +168,8 @@ def train_denoiser(
             predicted = nets.unet(signal * clean + spread * noise, t, **inputs).sample
         error = predicted.float() - (signal * noise - spread * clean)
         loss = denoising_loss(error, spread / signal, config.coarse_weight)
+        if reading:
+            loss = loss + config.bottleneck_weight * bottleneck_loss(reading(), clean, spread / signal)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -172,7 +181,7 @@ def train_denoiser(
             _save_state(checkpoint, parameters, ema, optimiser, done)
         if on_step and (done % 50 == 0 or done == config.n_steps):
             on_step(done, config.n_steps, float(loss.detach()))
-    for handle in silenced:
+    for handle in (*silenced, *([reading.handle] if reading else ())):
         handle.remove()
     ema.copy_to(parameters)
     nets.unet.eval().to(memory_format=torch.contiguous_format)
@@ -181,20 +190,51 @@ def train_denoiser(
     return nets
 
 
+class BottleneckReading:
+    """A linear head that reads ``d_in`` channels of ``mid_block``'s output as latent channels, while training."""
+
+    def __init__(self, unet: UNet2DConditionModel | UNet2DModel, seed: int, device: torch.device) -> None:
+        d_in = unet.config["block_out_channels"][-1]
+        torch.manual_seed(seed)
+        self.head = nn.Sequential(nn.GroupNorm(16, d_in), nn.Conv2d(d_in, LATENT_CHANNELS, 1)).to(device)
+        self.handle = unet.mid_block.register_forward_hook(self._keep)
+        self.h: Tensor | None = None
+
+    def _keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self.h = output
+
+    def __call__(self) -> Tensor:
+        """What the last pass tells of the clean latents: their averages, ``[n, 8, y, x]`` at the bottleneck's size."""
+        assert self.h is not None
+        return self.head(self.h.float())
+
+
 def denoising_loss(error: Tensor, noise_ratio: Tensor, coarse_weight: float) -> Tensor:
     """Mean squared error of v ``[n, c, y, x]``, and again of its averages over ``AREA`` × ``AREA`` blocks.
 
-    The colour of a large area is a small part of the squared error, and most of what is seen. Short trials left fewer
-    skins between two tones with the second term, longer ones not for sure (model card). ``noise_ratio [n, 1, 1, 1]``
-    is σ / α: the second term is divided by 1 + σ / α, for at much noise nothing can be known of an area's colour.
-    White errors count ``coarse_weight`` times more at no noise. Both terms are least at the posterior mean, so what is
-    learnt stays the same (our working form).
+    The colour of a large area is a small part of the squared error, and most of what is seen. ``noise_ratio
+    [n, 1, 1, 1]`` is σ / α: the second term is divided by 1 + (σ / 2.5 α)⁴, for at more noise the colour of an area
+    cannot be known, and its error only hides the rest. White errors count ``coarse_weight`` times more at no noise.
+    Both terms are least at the posterior mean, so what is learnt stays the same (our working form).
     """
     fine = error.square().mean()
     if not coarse_weight:
         return fine
-    areas = F.avg_pool2d(error, AREA).square() / (1 + noise_ratio)
+    areas = F.avg_pool2d(error, AREA).square() / (1 + (noise_ratio / 2.5) ** 4)
     return fine + coarse_weight * AREA**2 * areas.mean()
+
+
+def bottleneck_loss(told: Tensor, clean: Tensor, noise_ratio: Tensor) -> Tensor:
+    """Mean squared error of ``told [n, c, y, x]`` against the clean latents' averages over its blocks.
+
+    Without it the colour of areas goes around the bottleneck, in the skip connections, and is never weighed as a
+    whole: a skin between two tones stays there. No label enters. Divided by 1 + (σ / 3 α)² where ``noise_ratio`` is
+    σ / α; as in ``denoising_loss``, blocks count as many times as they have latent pixels (our working form, after
+    deep supervision: Lee et al., 1409.5185).
+    """
+    block = clean.shape[-1] // told.shape[-1]
+    error = told - F.avg_pool2d(clean, block)
+    return block**2 * (error.square() / (1 + (noise_ratio / 3) ** 2)).mean()
 
 
 def draw_timesteps(n: int, n_train: int, focus_share: float, focus: float, generator: torch.Generator) -> Tensor:

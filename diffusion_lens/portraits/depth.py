@@ -58,7 +58,9 @@ class DepthConfig(StrictConfig):
             ),
         }
     )
-    train: DenoiserTrainConfig = DenoiserTrainConfig(n_steps=1100, batch_size=64, coarse_weight=0.0)
+    train: DenoiserTrainConfig = DenoiserTrainConfig(
+        n_steps=1100, batch_size=64, coarse_weight=0.0, bottleneck_weight=0.0
+    )
     n_drawings: int = Field(default=12_000, ge=1)
     prompts: tuple[str, ...] = ("", "a portrait of a firefighter", "a portrait of a nurse")
     guidance_scales: tuple[float, ...] = (1.0, 3.0)

@@ -7,6 +7,7 @@ lashes, lips and shoulders; age in proportions, eyes and lines; each leaves the 
 from __future__ import annotations
 
 import colorsys
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,6 +44,21 @@ SHIRTS: tuple[Colour, ...] = ((196, 214, 236), (150, 190, 170), (236, 200, 190),
 TIES: tuple[Colour, ...] = ((160, 40, 48), (44, 78, 140), (60, 110, 70))
 
 
+@dataclass(frozen=True)
+class Variation:
+    """How far colours vary within a class, each way: (share of the hue circle, share of the brightness)."""
+
+    skin: tuple[float, float]
+    hair: tuple[float, float]
+    back: tuple[float, float]
+
+
+VARIATION = Variation(skin=(0.004, 0.015), hair=(0.005, 0.04), back=(0.008, 0.04))
+"""The world's: classes stay well apart, so that a generated colour between two of them is seen to be one."""
+WIDE = Variation(skin=(0.008, 0.05), hair=(0.01, 0.10), back=(0.015, 0.08))
+"""For the classifier's training: it should read more colours than the world has."""
+
+
 def _shade(colour: Colour, factor: float) -> Colour:
     return tuple(int(np.clip(c * factor, 0, 255)) for c in colour)  # type: ignore[return-value]
 
@@ -67,14 +83,14 @@ def _ellipse(d: ImageDraw.ImageDraw, cx: float, cy: float, rx: float, ry: float,
     d.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill)
 
 
-def draw(record: Record) -> np.ndarray:
-    """Draw ``record``: ``uint8[64, 64, 3]``. The same record gives the same picture, bit for bit."""
+def draw(record: Record, variation: Variation = VARIATION) -> np.ndarray:
+    """Draw ``record``: ``uint8[64, 64, 3]``. The same record and variation give the same picture, bit for bit."""
     rng = np.random.default_rng([record.seed, 3])
     male = record.label(world.GENDER) == "male"
     age = record.label(world.AGE)
-    skin = _jitter(rng, SKIN[record.label(world.TONE)], 0.008, 0.05)
-    hair = _jitter(rng, HAIR[record.label(world.HAIR_COLOUR)], 0.01, 0.10)
-    back = _jitter(rng, BACK[record.label(world.BACKGROUND)], 0.015, 0.08)
+    skin = _jitter(rng, SKIN[record.label(world.TONE)], *variation.skin)
+    hair = _jitter(rng, HAIR[record.label(world.HAIR_COLOUR)], *variation.hair)
+    back = _jitter(rng, BACK[record.label(world.BACKGROUND)], *variation.back)
 
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), back)
     d = ImageDraw.Draw(image)

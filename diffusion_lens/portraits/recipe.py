@@ -33,6 +33,7 @@ from diffusion_lens.portraits.denoiser import (
     train_denoiser,
     without_text,
 )
+from diffusion_lens.portraits.draw import WIDE
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 from diffusion_lens.types import LensError
 
@@ -157,7 +158,10 @@ def export_stage(config: RecipeConfig, paths: Paths, *, unconditional: bool = Fa
 
 
 def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> HeadsClassifier:
-    """Train the judge on fresh balanced drawings, half of them seen through the autoencoder as samples are."""
+    """Train the judge on fresh balanced drawings, half of them seen through the autoencoder as samples are.
+
+    Their colours vary more than the world's; its error is measured on the world's own.
+    """
     if (paths.classifier / "config.json").exists():
         return HeadsClassifier.load(paths.classifier)
     vae = autoencoder_stage(config, paths, device, report)
@@ -165,6 +169,7 @@ def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, r
         config.n_classifier,
         first_seed=CLASSIFIER_SEED,
         balanced=True,
+        variation=WIDE,
         on_step=lambda i, m: report("balanced drawings", i, m),
     )
     images = train.images.copy()
