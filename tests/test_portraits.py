@@ -211,9 +211,9 @@ def test_the_error_of_areas_counts_beside_that_of_pixels() -> None:
     error = torch.zeros(2, 1, 4, 8)
     error[0, 0, 1, 2] = 4.0  # alone in its area: an average of a quarter
     error[1, 0, :, 4:] = 2.0  # a whole area
-    ratio = torch.tensor([0.0, 5.0]).view(2, 1, 1, 1)
+    ratio = torch.tensor([0.0, 10.0]).view(2, 1, 1, 1)
     fine = (16 + 16 * 4) / 64
-    areas = (0.25**2 / 1 + 2.0**2 / 17) / 4  # four areas, the second image's divided by 1 + (5 / 2.5)⁴
+    areas = (0.25**2 / 1 + 2.0**2 / 17) / 4  # four areas, the second image's divided by 1 + (10 / 5)⁴
     assert denoising_loss(error, ratio, 0.0) == pytest.approx(fine)
     assert denoising_loss(error, ratio, 5.0).item() == pytest.approx(fine + 5 * 16 * areas)
     white = torch.randn(200, 8, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -226,8 +226,8 @@ def test_the_bottleneck_is_asked_for_the_averages_of_its_blocks() -> None:
     clean[1, 0, 2:, 2:] = 2.0
     told = torch.zeros(2, 1, 2, 2)
     told[1, 0, 1, 1] = 0.5
-    ratio = torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
-    expected = 4 * (4.0**2 / 1 + 1.5**2 / 2) / 8  # 4 latent pixels a block, eight blocks, the second's by 1 + (3 / 3)²
+    ratio = torch.tensor([0.0, 5.0]).view(2, 1, 1, 1)
+    expected = 4 * (4.0**2 / 1 + 1.5**2 / 2) / 8  # 4 latent pixels a block, eight blocks, the second's by 1 + (5 / 5)²
     assert bottleneck_loss(told, clean, ratio).item() == pytest.approx(expected)
 
 

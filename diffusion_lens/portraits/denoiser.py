@@ -32,6 +32,9 @@ from diffusion_lens.types import LensError
 AREA = 4
 """Latent pixels a side that ``denoising_loss`` averages over: a quarter of the image each way."""
 
+KNOWN = 5.0
+"""Noise over signal up to which the colour of a large area can be told: two skin tones are two deviations apart."""
+
 
 class DenoiserTrainConfig(StrictConfig):
     """How the denoiser is trained.
@@ -213,14 +216,14 @@ def denoising_loss(error: Tensor, noise_ratio: Tensor, coarse_weight: float) -> 
     """Mean squared error of v ``[n, c, y, x]``, and again of its averages over ``AREA`` × ``AREA`` blocks.
 
     The colour of a large area is a small part of the squared error, and most of what is seen. ``noise_ratio
-    [n, 1, 1, 1]`` is σ / α: the second term is divided by 1 + (σ / 2.5 α)⁴, for at more noise the colour of an area
+    [n, 1, 1, 1]`` is σ / α: the second term is divided by 1 + (σ / 5 α)⁴, for at more noise the colour of an area
     cannot be known, and its error only hides the rest. White errors count ``coarse_weight`` times more at no noise.
     Both terms are least at the posterior mean, so what is learnt stays the same (our working form).
     """
     fine = error.square().mean()
     if not coarse_weight:
         return fine
-    areas = F.avg_pool2d(error, AREA).square() / (1 + (noise_ratio / 2.5) ** 4)
+    areas = F.avg_pool2d(error, AREA).square() / (1 + (noise_ratio / KNOWN) ** 4)
     return fine + coarse_weight * AREA**2 * areas.mean()
 
 
@@ -228,13 +231,13 @@ def bottleneck_loss(told: Tensor, clean: Tensor, noise_ratio: Tensor) -> Tensor:
     """Mean squared error of ``told [n, c, y, x]`` against the clean latents' averages over its blocks.
 
     Without it the colour of areas goes around the bottleneck, in the skip connections, and is never weighed as a
-    whole: a skin between two tones stays there. No label enters. Divided by 1 + (σ / 3 α)² where ``noise_ratio`` is
+    whole: a skin between two tones stays there. No label enters. Divided by 1 + (σ / 5 α)² where ``noise_ratio`` is
     σ / α; as in ``denoising_loss``, blocks count as many times as they have latent pixels (our working form, after
     deep supervision: Lee et al., 1409.5185).
     """
     block = clean.shape[-1] // told.shape[-1]
     error = told - F.avg_pool2d(clean, block)
-    return block**2 * (error.square() / (1 + (noise_ratio / 3) ** 2)).mean()
+    return block**2 * (error.square() / (1 + (noise_ratio / KNOWN) ** 2)).mean()
 
 
 def draw_timesteps(n: int, n_train: int, focus_share: float, focus: float, generator: torch.Generator) -> Tensor:
