@@ -18,7 +18,7 @@ from diffusion_lens import ui
 from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
-from diffusion_lens.ui import about, atlas_tab, cards, explore_handlers, grid, jobs, state, sweep_handlers, texts
+from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
 from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.pictures import spotlight
@@ -206,6 +206,13 @@ class TestDrawing:
         for i, wanted in enumerate(views):
             assert pictures[i].view == wanted
             assert np.array_equal(pictures[i].after.images, Studio(studio.lens).draw(wanted).after.images)
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_words_in_the_small_curve_keep_out_of_its_way(rises: bool) -> None:
+    above, below = curve._Frame((-2, 3), (-5, 5), (600, 180)).words("more male", "more <b>", rises=rises).split("><")
+    assert "more male" in above and "more &lt;b&gt;" in below
+    assert ('text-anchor="end"' in below) is rises and ('text-anchor="end"' in above) is not rises
 
 
 class TestHandlers:

@@ -62,13 +62,14 @@ def curve_html(studio: Studio, view: View, beta: float) -> str:
     )
     key = "" if control is None else ", <span class='dl-key'>┄</span> random features"
     words = (f"more {second}", f"more {first}") if two else ("", "")
+    rises = bool(own.value[-1] >= own.value[0])
     drawings = []
     for kind, size in SIZES.items():
         frame = _Frame.around(own, level, two, size)
         grey = "" if control is None else frame.line(series(control), "dl-control")
         drawings.append(
             f'<svg class="{kind}" viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(alt)}">'
-            f"{frame.axes(level)}{frame.band(own)}{grey}{frame.line(own, 'dl-main')}{frame.words(*words)}"
+            f"{frame.axes(level)}{frame.band(own)}{grey}{frame.line(own, 'dl-main')}{frame.words(*words, rises=rises)}"
             f"{frame.mark(beta, at)}</svg>"
         )
     return (
@@ -124,12 +125,15 @@ class _Frame:
             parts.append(f'<text x="{x:.1f}" y="{self.size[1] - BOTTOM + 14}" text-anchor="{anchor}">{number}</text>')
         return "".join(parts)
 
-    def words(self, above: str, below: str) -> str:
+    def words(self, above: str, below: str, *, rises: bool) -> str:
+        """What up and down mean, in the two corners that the line does not run through."""
         if not above:
             return ""
+        left, right = f'x="{LEFT + 6}"', f'x="{self.size[0] - RIGHT - 6}" text-anchor="end"'
+        high, low = (left, right) if rises else (right, left)
         return (
-            f'<text x="{LEFT + 6}" y="{TOP + 10}">{escape(above)} ↑</text>'
-            f'<text x="{LEFT + 6}" y="{self.size[1] - BOTTOM - 5}">{escape(below)} ↓</text>'
+            f'<text {high} y="{TOP + 10}">{escape(above)} ↑</text>'
+            f'<text {low} y="{self.size[1] - BOTTOM - 5}">{escape(below)} ↓</text>'
         )
 
     def mark(self, beta: float, value: float) -> str:
