@@ -230,10 +230,10 @@ def denoising_loss(error: Tensor, noise_ratio: Tensor, coarse_weight: float) -> 
 def bottleneck_loss(told: Tensor, clean: Tensor, noise_ratio: Tensor) -> Tensor:
     """Mean squared error of ``told [n, c, y, x]`` against the clean latents' averages over its blocks.
 
-    The colour of areas can go around the bottleneck, in the skip connections, and then nothing weighs it as a whole:
-    models without this term left more skins between two tones (model card). No label enters. Divided by 1 + (σ / 5 α)² where ``noise_ratio`` is
-    σ / α; as in ``denoising_loss``, blocks count as many times as they have latent pixels (our working form, after
-    deep supervision: Lee et al., 1409.5185).
+    The colour of areas can go around the bottleneck, in the skip connections, where nothing weighs it as a whole;
+    models without this term left more skins between two tones (model card). No label enters. Divided by
+    1 + (σ / 5 α)² where ``noise_ratio`` is σ / α; as in ``denoising_loss``, blocks count as many times as they have
+    latent pixels (our working form, after deep supervision: Lee et al., 1409.5185).
     """
     block = clean.shape[-1] // told.shape[-1]
     error = told - F.avg_pool2d(clean, block)
