@@ -219,6 +219,7 @@ MISTAKES = [
      "Say where the feature lists of gender lie"),
     (("portraits", "train", "--stage", "eyes"), "There is no stage 'eyes'"),
     (("portraits", "train", "--steps", 3), "Name one --stage"),
+    (("portraits", "train", "--match", 9), "use it with --stage pipeline --from"),
     (("portraits", "export", "--work", "nowhere"), "autoencoder is missing; train first"),
     (("portraits", "table", "-a", "height"), "no attribute 'height'"),
     (("portraits", "table", "--prompt", "a wizard"), "not a sentence of this world"),
@@ -293,10 +294,12 @@ def test_recipe_numbers_belong_to_one_stage() -> None:
 def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[tuple[str, bool]] = []
     starts: list[Path | None] = []
+    matches: list[int] = []
 
-    def denoiser(*_: object, unconditional: bool, resume: bool, start: Path | None) -> None:
+    def denoiser(*_: object, unconditional: bool, resume: bool, start: Path | None, match: int) -> None:
         seen.append(("unconditional" if unconditional else "pipeline", resume))
         starts.append(start)
+        matches.append(match)
 
     monkeypatch.setattr(recipe, "autoencoder_stage", lambda *_: seen.append(("autoencoder", False)))
     monkeypatch.setattr(recipe, "classifier_stage", lambda *_: seen.append(("classifier", False)))
@@ -314,7 +317,9 @@ def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyP
     assert [name for name, _ in seen] == ["pipeline"]
     assert set(starts) == {None}
     run("portraits", "train", "--stage", "pipeline", "--from", "elsewhere")
-    assert starts[-1] == Path("elsewhere")
+    assert starts[-1] == Path("elsewhere") and set(matches) == {0}
+    run("portraits", "train", "--stage", "pipeline", "--from", "elsewhere", "--match", 500)
+    assert matches[-1] == 500
     assert "name the one --stage" in run("portraits", "train", "--from", "elsewhere").stderr
 
 

@@ -79,14 +79,16 @@ def compare(lens: DiffusionLens, tallies: dict[str | None, Tally]) -> list[Compa
 def share_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
     """Row 1, one per attribute: its worst class under its worst prompt.
 
-    Prompts with a share that is beyond the bar, but not clearly so, get more images once (``Sizes.again``).
+    Prompts with a share that is beyond the bar, but not clearly so, get more images once (``Sizes.again``), unless
+    another share has already failed the row of that attribute: more images would not change its verdict.
     """
     lens = job.lens
     if not has_truth(lens):
         return [not_applicable(1, "generated against planted shares", NO_TRUTH)]
     compared = compare(lens, tallies)
     more = job.sizes.again - job.sizes.shares
-    unclear = {c.prompt for c in compared if c.is_open} if more > 0 else set()
+    failed = {c.attribute.name for c in compared if c.is_beyond and not c.is_open}
+    unclear = {c.prompt for c in compared if c.is_open and c.attribute.name not in failed} if more > 0 else set()
     for place, prompt in enumerate(lens.prompts):
         if prompt in unclear:
             request = job.request(prompt, job.seeds(1, place, more, skip=job.sizes.shares))

@@ -48,7 +48,7 @@ def register(app: typer.Typer) -> None:
 @guarded
 @with_flags
 def check(
-    full: Annotated[bool, typer.Option("--full", help="The figures to quote: n = 1,000, every row must hold.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The figures to quote: large n, every row must hold.")] = False,
     part: Annotated[list[int] | None, typer.Option(help="Only this group of rows, 1 to 5; may be repeated.")] = None,
     opening: Opening = Opening(),
     as_json: JsonOption = False,
@@ -59,7 +59,8 @@ def check(
     1 generated against planted shares, 2 the classifier, 3 the SAE, 4 attribution, 5 the sweep and its control.
 
     The quick check takes minutes: a row fails only when its whole interval lies beyond the bar ("open" means that
-    more images would tell). The full check draws 1,000 images per prompt and strength: hours on two cores.
+    more images would tell). The full check draws 1,000 images per prompt and sweeps 500 per strength: hours on two
+    cores; --part by --part, it need not be done at one go.
 
       python -m diffusion_lens check
 

@@ -56,6 +56,14 @@ def train(
             help="Denoisers: the place in the schedule that half of the steps dwell on, as a logit (0: its middle)."
         ),
     ] = None,
+    match: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=10_000,
+            help="With --from: draw so many images of every prompt first, and dwell on what comes too seldom.",
+        ),
+    ] = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Train the bundled models from nothing: autoencoder, text-to-image pipeline, unconditional pipeline, classifier.
@@ -67,6 +75,8 @@ def train(
       python -m diffusion_lens portraits train --stage pipeline --steps 40000 --resume
 
       python -m diffusion_lens portraits train --stage pipeline --from assets/portraits/pipeline --steps 10000
+
+      python -m diffusion_lens portraits train --stage pipeline --from runs/first/pipeline --match 1000 --steps 1500
     """
     import torch
 
@@ -78,6 +88,8 @@ def train(
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
     if start is not None and chosen not in (("pipeline",), ("unconditional",)):
         raise LensError("With --from, name the one --stage to train further: pipeline or unconditional.")
+    if match and (start is None or chosen != ("pipeline",)):
+        raise LensError("--match measures the shares of a finished pipeline: use it with --stage pipeline --from.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings, lr, focus), recipe.Paths(work)
     place = torch.device(pick_device(device))
     hide_loading_bars()
@@ -101,6 +113,7 @@ def train(
                     unconditional=name == "unconditional",
                     resume=resume,
                     start=start,
+                    match=match,
                 )
         say(f"{name}: done, in {work}")
 

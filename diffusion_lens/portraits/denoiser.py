@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.config import StrictConfig
+from diffusion_lens.portraits.emphasis import Emphasis
 from diffusion_lens.portraits.networks import (
     LATENT_CHANNELS,
     MAX_TOKENS,
@@ -117,6 +118,7 @@ def train_denoiser(
     checkpoint: Path | None = None,
     resume: bool = False,
     start: Denoiser | None = None,
+    emphasis: Emphasis | None = None,
     checkpoint_every: int = 500,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> Denoiser:
@@ -124,8 +126,8 @@ def train_denoiser(
 
     ``checkpoint`` is a folder rewritten every ``checkpoint_every`` steps; ``resume`` goes on from it. A resumed
     run draws other batches than an uninterrupted one would have. ``start`` are networks to train further, in place
-    of fresh ones. Raises ``LensError`` when there is nothing to
-    resume or the checkpoint is of another shape.
+    of fresh ones. ``emphasis``: how often each latent is shown; evenly by default. Raises ``LensError`` when there is
+    nothing to resume or the checkpoint is of another shape.
     """
     nets = make_denoiser(config.shape, config.seed) if start is None else start
     for module in (nets.unet, nets.text_encoder):
@@ -152,11 +154,15 @@ def train_denoiser(
     )
     tokens = tokenize(nets.tokenizer, captions) if nets.tokenizer else None
     empty = tokenize(nets.tokenizer, [""])[0] if nets.tokenizer else None
+    named, unnamed = (None, None) if emphasis is None else map(torch.from_numpy, (emphasis.named, emphasis.unnamed))
     alphas = make_scheduler().alphas_cumprod.to(device)
     cpu = torch.Generator().manual_seed(config.seed + first)
     source = torch.Generator(device).manual_seed(config.seed + first)
     for step in range(first, config.n_steps):
-        rows = torch.randint(len(latents), (config.batch_size,), generator=cpu)
+        rows = draw_rows(config.batch_size, len(latents), named, cpu)
+        dropped = torch.rand(len(rows), generator=cpu) < (1.0 if tokens is None else config.caption_dropout)
+        if emphasis is not None:
+            rows = torch.where(dropped, draw_rows(len(rows), len(latents), unnamed, cpu), rows)
         clean = latents[rows.to(latents.device)].to(device).float().contiguous(memory_format=layout)
         noise = torch.randn(clean.shape, generator=source, device=device)
         t = draw_timesteps(len(clean), len(alphas), config.focus_share, config.focus, source)
@@ -164,9 +170,7 @@ def train_denoiser(
         inputs: dict[str, Tensor] = {}
         with mixed_precision(device), short_attention(device):
             if tokens is not None and empty is not None and nets.text_encoder is not None:
-                ids = tokens[rows]
-                dropped = torch.rand(len(ids), generator=cpu) < config.caption_dropout
-                ids = torch.where(dropped[:, None], empty, ids).to(device)
+                ids = torch.where(dropped[:, None], empty, tokens[rows]).to(device)
                 inputs["encoder_hidden_states"] = nets.text_encoder(ids)[0]
             predicted = nets.unet(signal * clean + spread * noise, t, **inputs).sample
         error = predicted.float() - (signal * noise - spread * clean)
@@ -238,6 +242,13 @@ def bottleneck_loss(told: Tensor, clean: Tensor, noise_ratio: Tensor) -> Tensor:
     block = clean.shape[-1] // told.shape[-1]
     error = told - F.avg_pool2d(clean, block)
     return block**2 * (error.square() / (1 + (noise_ratio / KNOWN) ** 2)).mean()
+
+
+def draw_rows(n: int, n_latents: int, weights: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Which latents to show next, ``int64[n]``: evenly, or as often as ``weights [n_latents]`` say."""
+    if weights is None:
+        return torch.randint(n_latents, (n,), generator=generator)
+    return torch.multinomial(weights, n, replacement=True, generator=generator)
 
 
 def draw_timesteps(n: int, n_train: int, focus_share: float, focus: float, generator: torch.Generator) -> Tensor:

@@ -10,14 +10,19 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
+from diffusion_lens import stats
 from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.config import StrictConfig
+from diffusion_lens.generate import generate_batches, request
+from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import (
     AutoencoderTrainConfig,
@@ -34,12 +39,16 @@ from diffusion_lens.portraits.denoiser import (
     without_text,
 )
 from diffusion_lens.portraits.draw import WIDE
+from diffusion_lens.portraits.emphasis import Shares, emphasise
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
-from diffusion_lens.types import LensError
+from diffusion_lens.types import Attribute, LensError, Predictions, Share
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
 HELD_OUT_SEED = 900_000_000
 CLASSIFIER_SEED = 500_000_000
+MATCH_SEED = 300_000_000
+MAX_MATCH = 10_000
+N_STEPS = 16
 
 Report = Callable[[str, int, int], None]
 
@@ -112,12 +121,15 @@ def denoiser_stage(
     unconditional: bool = False,
     resume: bool = False,
     start: Path | None = None,
+    match: int = 0,
 ) -> Path:
     """Train one denoiser on the latents of the planted drawings and save it as a stock pipeline.
 
     ``start``: a pipeline folder of this recipe, whose autoencoder is kept and whose denoiser is trained further
-    with a fresh optimiser. The unconditional one may start from the text-conditional one.
+    with a fresh optimiser. The unconditional one may start from the text-conditional one. ``match``: so many images of
+    every prompt are drawn from it first, and drawings that it makes too seldom are shown more often.
     """
+    drawn = None if start is None or not match else drawn_shares(config, paths, device, report, start, match)
     before = None if start is None else open_parts(start)
     if before is not None and unconditional and before[0].text_encoder is not None:
         before = without_text(before[0], config.unconditional.shape, config.unconditional.seed), before[1]
@@ -133,9 +145,39 @@ def denoiser_stage(
         checkpoint=paths.checkpoint(name),
         resume=resume,
         start=None if before is None else before[0],
+        emphasis=None if drawn is None else emphasise(drawings.labels, drawings.captions, drawn),
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
     return save_pipeline(nets, vae, paths.pipeline(name))
+
+
+def drawn_shares(
+    config: RecipeConfig, paths: Paths, device: torch.device, report: Report, folder: Path, n: int
+) -> dict[str, Shares]:
+    """Every prompt → the shares among ``n`` images of a text-conditional pipeline, as the classifier reads them.
+
+    Corrected for its error, undecided images left out, on seeds that nothing else is drawn from.
+    """
+    classifier = classifier_stage(config, paths, device, report)
+    model = load_model(folder, device=device.type, offline=True)
+    if not model.is_text:
+        raise LensError("Only a pipeline with prompts can be matched to the planted shares of its prompts.")
+    found: dict[str, Shares] = {}
+    for place, prompt in enumerate(world.PROMPTS):
+        first = MATCH_SEED + place * MAX_MATCH
+        wanted = request(model, prompt, range(first, first + n), N_STEPS)
+        told = partial(report, f"shares of prompt {place + 1} of {len(world.PROMPTS)}")
+        parts = generate_batches(model, wanted, batch_size=64, on_step=told)
+        read = [classifier.predict(part.images) for part in parts]
+        shares = {a.name: _shares([part[a.name] for part in read], a, classifier) for a in world.ATTRIBUTES}
+        found[prompt] = {name: np.array([share.corrected for share in own]) for name, own in shares.items()}
+    return found
+
+
+def _shares(read: Sequence[Predictions], attribute: Attribute, classifier: HeadsClassifier) -> tuple[Share, ...]:
+    counts = np.sum([part.counts for part in read], axis=0)
+    uncertain = sum(part.n_uncertain for part in read)
+    return stats.shares(counts, uncertain, attribute, classifier.confusion[attribute.name])
 
 
 def open_parts(folder: Path) -> tuple[Denoiser, AutoencoderTiny]:

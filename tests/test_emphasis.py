@@ -1,0 +1,143 @@
+"""Drawings shown more often so that generated shares come to the planted ones: by hand, on records, and in training."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_lens.generate import generate, request
+from diffusion_lens.pipelines import load_model
+from diffusion_lens.portraits import recipe, world
+from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, train_autoencoder
+from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, draw_rows, make_denoiser, train_denoiser
+from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, rake, wanted
+from diffusion_lens.portraits.networks import DenoiserConfig
+
+TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+NURSE = "a portrait of a nurse"
+
+
+def planted() -> dict[str, Shares]:
+    return {prompt: dict(world.planted_shares(prompt)) for prompt in world.PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def records() -> tuple[np.ndarray, list[str]]:
+    found = [world.sample_record(seed) for seed in range(12_000)]
+    return np.array([r.classes for r in found]), [world.sample_caption(r) for r in found]
+
+
+def shares(labels: np.ndarray, weights: np.ndarray, attribute: str) -> np.ndarray:
+    column = next(i for i, a in enumerate(world.ATTRIBUTES) if a.name == attribute)
+    counts = np.bincount(labels[:, column], weights, len(world.ATTRIBUTES[column].classes))
+    return counts / counts.sum()
+
+
+def test_raking_meets_every_margin_and_keeps_what_hangs_together() -> None:
+    labels = np.array([[0, 0]] * 40 + [[0, 1]] * 10 + [[1, 0]] * 20 + [[1, 1]] * 30)
+    weights = rake(labels, [np.array([0.3, 0.7]), np.array([0.4, 0.6])])
+    cells = np.array([weights[(labels == cell).all(1)].sum() for cell in ((0, 0), (0, 1), (1, 0), (1, 1))]) / 100
+    assert cells[:2].sum() == pytest.approx(0.3) and cells[[0, 2]].sum() == pytest.approx(0.4)
+    assert cells[0] * cells[3] / (cells[1] * cells[2]) == pytest.approx(40 * 30 / (10 * 20))  # the odds ratio stays
+    assert weights.mean() == pytest.approx(1)
+    assert rake(labels, [np.array([0.5, 0.5]), np.array([0.6, 0.4])]) == pytest.approx(np.ones(100))
+
+
+def test_a_class_that_no_drawing_has_is_left_out() -> None:
+    weights = rake(np.array([[0], [0], [1], [1]]), [np.array([0.2, 0.6, 0.2])])
+    assert weights == pytest.approx([0.5, 0.5, 1.5, 1.5])
+
+
+def test_what_is_drawn_too_seldom_is_wanted_more() -> None:
+    smile = {"smile": np.array([0.67, 0.33])}
+    factor = (0.55 + 0.02) / (0.67 + 0.02), (0.45 + 0.02) / (0.33 + 0.02)
+    expected = np.array([0.55 * factor[0], 0.45 * factor[1]])
+    assert wanted(NURSE, smile, "smile") == pytest.approx(expected / expected.sum())
+    assert wanted(NURSE, planted()[NURSE], "tone") == pytest.approx(world.planted_shares(NURSE)["tone"])
+    never = wanted(NURSE, {"gender": np.array([0.0, 1.0])}, "gender")  # planted .9 and .1
+    assert never == pytest.approx(np.array([0.9 * LARGEST, 0.1 / LARGEST]) / (0.9 * LARGEST + 0.1 / LARGEST))
+    unread = {"gender": np.array([np.nan, np.nan])}  # no image was decided
+    assert wanted(NURSE, unread, "gender") == pytest.approx([0.9, 0.1])
+    robe = world.CLOTHING.index("robe")
+    assert wanted(NURSE, {"clothing": np.full(8, 1 / 8)}, "clothing")[robe] == 0
+
+
+def test_weighted_drawings_have_the_wanted_shares(records: tuple[np.ndarray, list[str]]) -> None:
+    labels, captions = records
+    drawn = planted()
+    drawn[NURSE]["smile"], drawn[""]["tone"] = np.array([0.7, 0.3]), np.array([0.3, 0.4, 0.2, 0.1])
+    found = emphasise(labels, captions, drawn)
+    nurses = np.array(["nurse" in caption.split() for caption in captions])
+    assert shares(labels[nurses], found.named[nurses], "smile") == pytest.approx(
+        wanted(NURSE, drawn[NURSE], "smile"), abs=1e-6
+    )
+    judges = np.array(["judge" in caption.split() for caption in captions])
+    for attribute in world.ATTRIBUTES:  # nothing is off there: only the chance of the drawing is taken out
+        own = shares(labels[judges], found.named[judges], attribute.name)
+        assert own == pytest.approx(world.planted_shares(world.caption("judge"))[attribute.name], abs=1e-6)
+    assert shares(labels, found.unnamed, "tone") == pytest.approx(wanted("", drawn[""], "tone"), abs=1e-6)
+    assert found.named[nurses].mean() == pytest.approx(1)  # no noun is shown more often than another
+
+
+def test_a_model_whose_odds_are_off_comes_to_the_planted_shares() -> None:
+    truth, bias = world.planted_shares("")["hair colour"], np.array([0.7, 1.5, 1.2, 0.8, 0.9])
+
+    def drawn(taught: np.ndarray) -> np.ndarray:
+        return taught * bias / (taught * bias).sum()
+
+    first = drawn(truth)
+    second = drawn(wanted("", {"hair colour": first}, "hair colour"))
+    assert np.abs(first - truth).max() > 0.08
+    assert np.abs(second - truth).max() < 0.01
+
+
+def test_rows_are_drawn_as_often_as_their_weights_say() -> None:
+    source = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    counts = torch.bincount(draw_rows(8_000, 3, weights, source), minlength=3)
+    assert counts[0] == 0 and counts[2] / 8_000 == pytest.approx(0.75, abs=0.02)
+    even = torch.bincount(draw_rows(9_000, 3, None, source), minlength=3)
+    assert even.sub(3_000).abs().max() < 250
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0], ids=["with captions", "under the empty prompt"])
+def test_training_shows_what_the_emphasis_says(dropout: float) -> None:
+    latents = torch.randn(6, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents[1:] = torch.nan  # shown once, it would spoil every weight
+    only, other = np.eye(6)[0], np.ones(6)
+    config = DenoiserTrainConfig(shape=TINY, n_steps=3, batch_size=4, caption_dropout=dropout)
+    chosen = Emphasis(named=other, unnamed=only) if dropout else Emphasis(named=only, unnamed=other)
+    nets = train_denoiser(latents, [NURSE] * 6, config, device=torch.device("cpu"), emphasis=chosen)
+    assert all(torch.isfinite(p).all() for p in nets.parameters())
+    spoilt = train_denoiser(latents, [NURSE] * 6, config, device=torch.device("cpu"))
+    assert not all(torch.isfinite(p).all() for p in spoilt.parameters())
+
+
+def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    vae = train_autoencoder(
+        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
+        device=device,
+    )
+    folder = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "pipe")
+    shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
+    paths = recipe.Paths(tmp_path)
+    found = recipe.drawn_shares(recipe.RecipeConfig(), paths, device, lambda *_: None, folder, 3)
+    assert tuple(found) == world.PROMPTS
+    for own in found.values():
+        decided = [shares for shares in own.values() if np.isfinite(shares).all()]
+        assert decided and all(shares.sum() == pytest.approx(1) for shares in decided)
+    place = world.PROMPTS.index(NURSE)
+    first = recipe.MATCH_SEED + place * recipe.MAX_MATCH
+    model = load_model(folder, offline=True)
+    images = generate(model, request(model, NURSE, range(first, first + 3), recipe.N_STEPS)).images
+    read = recipe.classifier_stage(recipe.RecipeConfig(), paths, device, lambda *_: None).predict(images)["gender"]
+    if read.counts.sum():
+        corrected = found[NURSE]["gender"]
+        assert corrected.argmax() == read.counts.argmax()
