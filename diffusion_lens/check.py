@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_lens.checks.result import CheckReport, Row, Unit, show
 from diffusion_lens.checks.runs import FIRST_SEED, FULL, QUICK, Job, OnStage, Sizes, refuse_shared_seeds
+from diffusion_lens.counted import CountedShares
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError, SweepResult
@@ -47,7 +48,7 @@ def run_check(
     refuse_shared_seeds(lens, first_seed)
     begun = time.monotonic()
     job = Job(lens, sizes or (FULL if full else QUICK), on_stage or (lambda *_: None), first_seed, full)
-    rows, sweeps = _measure(job, parts)
+    rows, sweeps, counted = _measure(job, parts)
     return CheckReport(
         rows=tuple(rows),
         full=full,
@@ -58,17 +59,20 @@ def run_check(
         device=lens.device,
         seconds=time.monotonic() - begun,
         sweeps=tuple(sweeps),
+        counted=counted,
     )
 
 
-def _measure(job: Job, parts: Sequence[int]) -> tuple[list[Row], list[SweepResult]]:
+def _measure(job: Job, parts: Sequence[int]) -> tuple[list[Row], list[SweepResult], CountedShares | None]:
     from diffusion_lens.checks import inside, steering, world
 
     rows: list[Row] = []
+    counted = None
     if 1 in parts or 2 in parts:
         tallies = world.draw_shares(job)
         rows += world.share_rows(job, tallies) if 1 in parts else []
         rows += world.classifier_rows(job, tallies) if 2 in parts else []
+        counted = world.counted(job, tallies)
     if 3 in parts or 4 in parts:
         plain, rebuilt = inside.draw_inside(job)
         rows += inside.sae_rows(job, plain, rebuilt) if 3 in parts else []
@@ -77,11 +81,11 @@ def _measure(job: Job, parts: Sequence[int]) -> tuple[list[Row], list[SweepResul
     if 5 in parts:
         found, sweeps = steering.steering_rows(job)
         rows += found
-    return rows, sweeps
+    return rows, sweeps, counted
 
 
 def plain_report(report: CheckReport) -> dict[str, Any]:
-    """The report as JSON values, its sweeps left out."""
+    """The report as JSON values, its sweeps and counted shares left out."""
     fields = ("full", "lens", "lens_id", "classifier_id", "first_seed", "device", "seconds")
     plain: dict[str, Any] = {name: to_plain(getattr(report, name)) for name in fields}
     return {**plain, "holds": report.holds, "summary": report.summary, "rows": to_plain(report.rows)}

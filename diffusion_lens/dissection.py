@@ -140,8 +140,12 @@ def is_sure(found: Dissection, effect: FeatureEffect) -> bool:
 
 
 def name_of(effect: FeatureEffect) -> str:
-    """Short text for a card: ``glasses: glasses +12 points at β = 10``."""
-    return f"{effect.attribute}: {effect.label} {effect.difference * 100:+.0f} points at β = {effect.beta:g}"
+    """Short text for a card: ``glasses: glasses +12 points at β = 10``.
+
+    A negative β takes away what the feature stands for, and a card may cut the end of the text: it says so in front.
+    """
+    down = " turned down" if effect.beta < 0 else ""
+    return f"{effect.attribute}{down}: {effect.label} {effect.difference * 100:+.0f} points at β = {effect.beta:g}"
 
 
 def least_images(found: Dissection) -> int:

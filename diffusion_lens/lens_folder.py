@@ -21,6 +21,7 @@ from diffusion_lens.artifacts import MANIFEST, Manifest, read_json, verify
 from diffusion_lens.compare_store import stored_comparisons
 from diffusion_lens.compare_types import Comparison
 from diffusion_lens.config import Setting
+from diffusion_lens.counted import CountedShares, stored_shares
 from diffusion_lens.dissection import Dissection, stored_dissection
 from diffusion_lens.records import load_atlas, load_attributions, load_probes, load_sweeps
 from diffusion_lens.sheets import load_sheets
@@ -217,6 +218,11 @@ class LensFolder:
     def dissection(self) -> Dissection | None:
         """What single features control, where ``dissect --store`` measured it on this SAE."""
         return self._parts.get("dissection", partial(stored_dissection, self.folder, self.manifest.sae_id))
+
+    @property
+    def counted(self) -> CountedShares | None:
+        """What the model draws unedited under every prompt, where ``check --store`` counted it."""
+        return self._parts.get("counted", partial(stored_shares, self.folder, self.manifest.classifier_id))
 
     def _load_model(self) -> DiffusionModel:
         import torch

@@ -224,6 +224,22 @@ def test_a_whole_check_measures_every_part(whole: tuple[CheckReport, list[str]])
     assert found.first_seed == FIRST_SEED
 
 
+def test_the_shares_measured_on_the_way_are_kept(
+    whole: tuple[CheckReport, list[str]], tiny_lens: DiffusionLens
+) -> None:
+    counted = whole[0].counted
+    assert counted is not None and tuple(counted.shares) == tuple(p or "" for p in tiny_lens.prompts)
+    job = Job(tiny_lens, TINY, lambda *_: None)
+    prompt = tiny_lens.prompts[1]
+    images = tiny_lens.generate(prompt, seeds=job.seeds(1, 1, TINY.shares)).images
+    read = tiny_lens.classify(images)["gender"]
+    shares = counted.shares[prompt or ""]["gender"]
+    assert [share.count for share in shares] == read.counts.tolist()
+    assert shares[0].n + shares[0].n_uncertain == TINY.shares
+    assert counted.first_seed == job.seeds(1, 1, 1).start - 50_000
+    assert run_check(tiny_lens, parts=(4,), sizes=TINY).counted is None
+
+
 def test_undecided_images_are_counted(whole: tuple[CheckReport, list[str]], tiny_lens: DiffusionLens) -> None:
     row = next(row for row in whole[0].rows if row.name.startswith("gender: undecided"))
     n = TINY.shares * len(tiny_lens.prompts)

@@ -209,6 +209,7 @@ MISTAKES = [
     (("sweep", DOCTOR, "--control", "noise"), "A control is random or flip"),
     (("balance", DOCTOR, "--share", 1.5), "A target share lies between 0 and 1"),
     (("balance", DOCTOR, "-n", 4, "--betas", "1,2"), "decided images each"),
+    (("check", "--part", 5, "--store"), "ask for one of them"),
     (("check", "--part", 9), "A check has the parts 1, 2, 3, 4, 5"),
     (("audit", "--notes", "@nowhere.txt"), "cannot be read as text"),
     (("fit", "nowhere.json", "--out", "x"), "nowhere.json is missing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,7 @@ def test_groups_hold_each_feature_where_its_largest_sure_effect_lies() -> None:
     first = grouped["glasses"][1]
     assert first.difference == pytest.approx(0.4) and first.interval == pytest.approx((0.3, 0.5))
     assert first.specificity == pytest.approx(0.4 / 0.5) and name_of(first) == "glasses: glasses +40 points at β = 10"
+    assert name_of(replace(first, beta=-4.0)) == "glasses turned down: glasses +40 points at β = -4"
 
 
 def test_false_discoveries_are_held_down() -> None:

@@ -14,7 +14,7 @@ from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, train_autoencoder
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, draw_rows, make_denoiser, train_denoiser
-from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, rake, wanted
+from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, rake, wanted
 from diffusion_lens.portraits.networks import DenoiserConfig
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
@@ -55,23 +55,38 @@ def test_a_class_that_no_drawing_has_is_left_out() -> None:
 
 def test_what_is_drawn_too_seldom_is_wanted_more() -> None:
     smile = {"smile": np.array([0.67, 0.33])}
-    factor = (0.55 + 0.02) / (0.67 + 0.02), (0.45 + 0.02) / (0.33 + 0.02)
+    factor = (0.55 + 0.01) / (0.67 + 0.01), (0.45 + 0.01) / (0.33 + 0.01)
     expected = np.array([0.55 * factor[0], 0.45 * factor[1]])
     assert wanted(NURSE, smile, "smile") == pytest.approx(expected / expected.sum())
     assert wanted(NURSE, planted()[NURSE], "tone") == pytest.approx(world.planted_shares(NURSE)["tone"])
     never = wanted(NURSE, {"gender": np.array([0.0, 1.0])}, "gender")  # planted .9 and .1
     assert never == pytest.approx(np.array([0.9 * LARGEST, 0.1 / LARGEST]) / (0.9 * LARGEST + 0.1 / LARGEST))
-    unread = {"gender": np.array([np.nan, np.nan])}  # no image was decided
-    assert wanted(NURSE, unread, "gender") == pytest.approx([0.9, 0.1])
     robe = world.CLOTHING.index("robe")
     assert wanted(NURSE, {"clothing": np.full(8, 1 / 8)}, "clothing")[robe] == 0
 
 
-def test_weighted_drawings_have_the_wanted_shares(records: tuple[np.ndarray, list[str]]) -> None:
+def test_what_is_off_everywhere_is_believed_before_what_is_off_once() -> None:
+    drawn = planted()
+    for own in drawn.values():
+        own["smile"] = np.array([0.65, 0.35])
+    assert all(own["smile"] == pytest.approx([0.65, 0.35]) for own in pooled(drawn, 200).values())
+    drawn[NURSE]["smile"] = np.array([0.55, 0.45])
+    smiles = (12 * 0.35 + 0.45) / (13 * 0.45), (12 * 0.65 + 0.55) / (13 * 0.55)
+    shared = 0.45 * smiles[0] / (0.45 * smiles[0] + 0.55 * smiles[1])
+    assert pooled(drawn, 1000)[NURSE]["smile"][1] == pytest.approx((0.45 + shared) / 2)
+    drawn[NURSE]["smile"] = np.array([np.nan, np.nan])  # no image was decided
+    assert pooled(drawn, 1000)[NURSE]["smile"] == pytest.approx([0.65, 0.35])
+    assert all(np.isfinite(shares).all() for own in pooled(drawn, 9).values() for shares in own.values())
+
+
+def test_weighted_drawings_have_the_wanted_shares(
+    records: tuple[np.ndarray, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     labels, captions = records
     drawn = planted()
     drawn[NURSE]["smile"], drawn[""]["tone"] = np.array([0.7, 0.3]), np.array([0.3, 0.4, 0.2, 0.1])
-    found = emphasise(labels, captions, drawn)
+    monkeypatch.setattr("diffusion_lens.portraits.emphasis.SHARED", 0)
+    found = emphasise(labels, captions, drawn, 1000)
     nurses = np.array(["nurse" in caption.split() for caption in captions])
     assert shares(labels[nurses], found.named[nurses], "smile") == pytest.approx(
         wanted(NURSE, drawn[NURSE], "smile"), abs=1e-6

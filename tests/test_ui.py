@@ -16,6 +16,7 @@ from lens_fixtures import PROMPTS
 
 from diffusion_lens import ui
 from diffusion_lens.bundled import lenses_to_open
+from diffusion_lens.counted import CountedShares, store_in_lens, stored_shares
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
@@ -438,7 +439,31 @@ class TestAbout:
         figure, said = about.comparison(tiny_lens, PROMPTS[0], "gender")
         assert figure is not None and "decided images" in said
         figure, said = about.comparison(tiny_lens, PROMPTS[1], "gender")
-        assert figure is None and "No sweep" in said and "Sweep tab" in said
+        assert figure is None and "No images" in said and "Sweep tab" in said
+
+    def test_what_was_counted_most_is_shown(self, tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+        lens_copy = tmp_path / "lens"
+        tiny_lens.save_pretrained(lens_copy)
+        lens = DiffusionLens.from_pretrained(lens_copy)
+        names = list(about.attributes_known(lens))
+        few = about.measured(lens)[PROMPTS[0], "gender"]
+        assert names == [a.name for a in lens.attributes]
+        many = tuple(replace(share, n=5_000, corrected=0.25) for share in few)
+        blind = (replace(few[0], label="no", n=900), replace(few[1], label="yes", n=900))
+        other = lens.manifest.nuisances[0].name
+        shares = {PROMPTS[0]: {"gender": many, other: blind}, PROMPTS[1]: {"gender": many}}
+        counted = CountedShares(shares, 16, 1.0, 0, lens.manifest.classifier_id)
+        store_in_lens(counted, lens_copy)
+        again = DiffusionLens.from_pretrained(lens_copy)  # sealed anew
+        assert again.counted == counted
+        assert about.planted_html(again, "gender").count("5,000 images</td>") == 2
+        assert list(about.attributes_known(again)) == [*names, other]
+        assert "900 images</td>" in about.planted_html(again, other)
+        assert "5,000 images were counted" in about.comparison(again, PROMPTS[1], "gender")[1]
+        assert stored_shares(lens_copy, "another classifier") is None
+        (lens_copy / "shares.json").write_text('{"shares": {}}')
+        with pytest.raises(LensError, match="check --full --part 1 --store"):
+            stored_shares(lens_copy, lens.manifest.classifier_id)
 
     def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
         job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])

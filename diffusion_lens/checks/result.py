@@ -8,6 +8,7 @@ from typing import Literal
 
 from scipy.stats import norm
 
+from diffusion_lens.counted import CountedShares
 from diffusion_lens.types import SweepResult
 
 Interval = tuple[float, float]
@@ -94,6 +95,7 @@ class CheckReport:
     Attributes:
         full: every row must hold; otherwise (quick) none may fail.
         sweeps: the sweeps measured on the way, controls included.
+        counted: the shares measured on the way; ``None`` where neither part 1 nor part 2 was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -105,6 +107,7 @@ class CheckReport:
     device: str
     seconds: float
     sweeps: tuple[SweepResult, ...] = field(default=(), repr=False)
+    counted: CountedShares | None = field(default=None, repr=False)
 
     @property
     def holds(self) -> bool:

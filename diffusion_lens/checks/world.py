@@ -8,6 +8,7 @@ from scipy.stats import norm
 from diffusion_lens import stats
 from diffusion_lens.checks.result import Row, at_least, at_most, distance, not_applicable, stretch
 from diffusion_lens.checks.runs import DRAWN_SEED, Job, Tally, tally
+from diffusion_lens.counted import CountedShares
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world
 from diffusion_lens.types import Attribute, Share
@@ -32,6 +33,25 @@ def draw_shares(job: Job) -> dict[str | None, Tally]:
         request = job.request(prompt, job.seeds(1, place, job.sizes.shares))
         found[prompt] = tally(job, request, f"1 shares: prompt {place + 1} of {len(prompts)}")
     return found
+
+
+def counted(job: Job, tallies: dict[str | None, Tally]) -> CountedShares:
+    """Every prompt's shares, corrected for the classifier's error, to be kept with the lens."""
+    lens, manifest = job.lens, job.lens.manifest
+    attributes, confusion = lens.classifier.attributes, lens.classifier.confusion
+    return CountedShares(
+        shares={
+            prompt or "": {
+                a.name: stats.shares(tally.counts[a.name], tally.uncertain[a.name], a, confusion[a.name])
+                for a in attributes
+            }
+            for prompt, tally in tallies.items()
+        },
+        n_steps=manifest.n_steps,
+        guidance_scale=manifest.guidance_scale,
+        first_seed=job.seeds(1, 0, 1).start,
+        classifier_id=manifest.classifier_id,
+    )
 
 
 class Comparison:

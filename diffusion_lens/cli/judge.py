@@ -51,6 +51,9 @@ def check(
     full: Annotated[bool, typer.Option("--full", help="The figures to quote: large n, every row must hold.")] = False,
     part: Annotated[list[int] | None, typer.Option(help="Only this group of rows, 1 to 5; may be repeated.")] = None,
     opening: Opening = Opening(),
+    store: Annotated[
+        bool, typer.Option("--store", help="Keep the shares of part 1 in the lens, for the app's About tab.")
+    ] = False,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -66,13 +69,19 @@ def check(
 
       python -m diffusion_lens check --full --json > check.json
 
+      python -m diffusion_lens check --full --part 1 --part 2 --store
+
       python -m diffusion_lens check --part 5 --html sweeps.html
     """
     from diffusion_lens.check import PARTS, TITLES, plain_report, row_texts, run_check
+    from diffusion_lens.counted import store_in_lens
 
+    parts = tuple(part or PARTS)
+    if store and not {1, 2} & set(parts):
+        raise LensError("--store keeps the shares that parts 1 and 2 count: ask for one of them.")
     opened = opening.open()
     with progress("checking") as bar:
-        report = run_check(opened, full=full, parts=tuple(part or PARTS), on_stage=bar.stage)
+        report = run_check(opened, full=full, parts=parts, on_stage=bar.stage)
     if html is not None and report.sweeps:
         from diffusion_lens.plots import describe_sweep, sweep_figure
 
@@ -89,6 +98,8 @@ def check(
             for row in rows:
                 if row.note:
                     typer.echo(f"   {row.name}: {row.note}")
+    if store and report.counted is not None:
+        say(f"Wrote {store_in_lens(report.counted, opened.folder)}")
     if as_json:
         say(report.summary)
     else:

@@ -16,8 +16,11 @@ from diffusion_lens.portraits import world
 Shares = Mapping[str, np.ndarray]
 """Attribute name → class shares ``[class]``."""
 
-SMOOTHING = 0.02
+SMOOTHING = 0.01
 """Added to both shares before one is divided by the other, so that chance among rare classes weighs little."""
+
+SHARED = 1000
+"""As many images' worth of evidence on each prompt is what is off under all prompts together."""
 
 LARGEST = 2.5
 """No class is shown more than this many times as often as it was planted, nor less than one time in as many."""
@@ -37,12 +40,13 @@ class Emphasis:
     unnamed: np.ndarray
 
 
-def emphasise(labels: np.ndarray, captions: Sequence[str], drawn: Mapping[str, Shares]) -> Emphasis:
+def emphasise(labels: np.ndarray, captions: Sequence[str], drawn: Mapping[str, Shares], n_images: int) -> Emphasis:
     """Weights of drawings (``labels [n, attribute]`` in ``world.ATTRIBUTES`` order) for a model's measured shares.
 
-    ``drawn``: every prompt of ``world.PROMPTS`` → the shares that the model draws. Under each prompt the weighted
-    drawings have the shares ``wanted`` of every attribute at once.
+    ``drawn``: every prompt of ``world.PROMPTS`` → the shares that the model draws, among ``n_images`` each. Under each
+    prompt the weighted drawings have the shares ``wanted`` of every attribute at once.
     """
+    own = pooled(drawn, n_images)
     nouns = np.array([world.parse_prompt(caption)[0] for caption in captions])
     named = np.ones(len(labels))
     for noun in world.PROFILES:
@@ -50,18 +54,35 @@ def emphasise(labels: np.ndarray, captions: Sequence[str], drawn: Mapping[str, S
         if not len(rows):
             continue
         prompt = world.caption(noun)
-        weights = rake(labels[rows], [wanted(prompt, drawn[prompt], a.name) for a in world.ATTRIBUTES])
+        weights = rake(labels[rows], [wanted(prompt, own[prompt], a.name) for a in world.ATTRIBUTES])
         named[rows] = weights / weights.mean()
-    return Emphasis(named, rake(labels, [wanted("", drawn[""], a.name) for a in world.ATTRIBUTES]))
+    return Emphasis(named, rake(labels, [wanted("", own[""], a.name) for a in world.ATTRIBUTES]))
+
+
+def pooled(drawn: Mapping[str, Shares], n_images: int) -> dict[str, dict[str, np.ndarray]]:
+    """The same shares, each drawn towards the planted ones times what is off in their class under all prompts.
+
+    What a model draws too seldom it mostly draws too seldom everywhere, and that is known better than one prompt's
+    share. An attribute without a measured share (NaN) has nothing but that.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {prompt: {} for prompt in drawn}
+    for attribute in (a.name for a in world.ATTRIBUTES):
+        planted = np.array([world.planted_shares(prompt)[attribute] for prompt in drawn])
+        measured = np.array([own[attribute] for own in drawn.values()], float)
+        known = np.isfinite(measured).all(axis=1)
+        totals = planted[known].sum(axis=0)
+        off = np.divide(measured[known].sum(axis=0), totals, out=np.ones_like(totals), where=totals > 0)
+        expected = planted * off / (planted * off).sum(axis=1, keepdims=True)
+        both = (n_images * measured + SHARED * expected) / (n_images + SHARED)
+        for prompt, row in zip(drawn, np.where(known[:, None], both, expected), strict=True):
+            found[prompt][attribute] = row
+    return found
 
 
 def wanted(prompt: str, drawn: Shares, attribute: str) -> np.ndarray:
-    """The shares to train on, ``[class]``: the planted ones, each times how much too small its drawn one is.
-
-    Where none could be measured (NaN), the planted ones.
-    """
-    planted, measured = world.planted_shares(prompt)[attribute], np.asarray(drawn[attribute], float)
-    factor = (planted + SMOOTHING) / (np.where(np.isfinite(measured), measured, planted) + SMOOTHING)
+    """The shares to train on, ``[class]``: the planted ones, each times how much too small its drawn one is."""
+    planted = world.planted_shares(prompt)[attribute]
+    factor = (planted + SMOOTHING) / (drawn[attribute] + SMOOTHING)
     target = planted * factor.clip(1 / LARGEST, LARGEST)
     return target / target.sum()
 

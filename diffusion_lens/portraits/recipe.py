@@ -145,7 +145,7 @@ def denoiser_stage(
         checkpoint=paths.checkpoint(name),
         resume=resume,
         start=None if before is None else before[0],
-        emphasis=None if drawn is None else emphasise(drawings.labels, drawings.captions, drawn),
+        emphasis=None if drawn is None else emphasise(drawings.labels, drawings.captions, drawn, match),
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
     return save_pipeline(nets, vae, paths.pipeline(name))

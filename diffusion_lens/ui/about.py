@@ -75,7 +75,7 @@ def planted(lens: DiffusionLens) -> dict[str, dict[str, list[float]]]:
 
 
 def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
-    """(prompt, attribute) → shares of the unedited images that the stored sweeps counted; no prompt counts as ""."""
+    """(prompt, attribute) → shares of unedited images, from whatever counted most; no prompt counts as ""."""
     found: dict[tuple[str, str], tuple[Share, ...]] = {}
     for result in lens.sweeps:
         setting = lens.settings.get(result.attribute.name)
@@ -83,7 +83,20 @@ def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
         for point in result.points:
             if point.beta == identity:
                 found.setdefault((result.request.prompt or "", result.attribute.name), point.shares)
+    for prompt, own in lens.counted.shares.items() if lens.counted else ():
+        for name, shares in own.items():
+            before = found.get((prompt, name))
+            if before is None or before[0].n < shares[0].n:
+                found[prompt, name] = shares
     return found
+
+
+def attributes_known(lens: DiffusionLens) -> dict[str, tuple[str, ...]]:
+    """Attribute → classes: those that the lens steers, then the others that were counted."""
+    read = {a.name: a.classes for a in (*lens.manifest.attributes, *lens.manifest.nuisances)}
+    counted = {name for _, name in measured(lens)}
+    steered = [a.name for a in lens.attributes]
+    return {name: own for name, own in read.items() if name in steered or name in counted}
 
 
 def prompts_known(lens: DiffusionLens) -> list[str]:
@@ -98,16 +111,16 @@ def comparison(lens: DiffusionLens, prompt: str, attribute: str) -> tuple[dict[s
     if shares is None:
         known = "the planted share alone is known" if table else "nothing is known of it"
         return None, (
-            f'<p class="dl-says">No sweep {_of(lens, prompt)} is stored that counts {escape(attribute)}: {known}. '
-            "Measure one in the Sweep tab.</p>"
+            f'<p class="dl-says">No images {_of(lens, prompt)} were counted by {escape(attribute)}: {known}. '
+            "Measure a sweep in the Sweep tab.</p>"
         )
     truth = dict(zip((s.label for s in shares), table, strict=True)) if table and len(table) == len(shares) else None
     groups = {"generated": shares}
     alt = describe_shares(groups, planted=truth)
     widest = max(high - low for low, high in (s.corrected_interval for s in shares))
     limits = (
-        f"{shares[0].n} images were counted, so a difference below about {100 * widest / 2:.0f} points cannot be told "
-        "from chance. The shares are corrected for the classifier's error; they say nothing of other prompts."
+        f"{shares[0].n:,} images were counted, so a difference below about {100 * widest / 2:.0f} points cannot be "
+        "told from chance. The shares are corrected for the classifier's error; they say nothing of other prompts."
     )
     return figure_value(share_figure(groups, planted=truth), alt), f'<p class="dl-says">{escape(alt)} {limits}</p>'
 
@@ -119,30 +132,30 @@ def _of(lens: DiffusionLens, prompt: str) -> str:
 
 
 def planted_html(lens: DiffusionLens, attribute: str) -> str:
-    """One attribute: what was planted, and what the stored sweeps counted, prompt by prompt."""
+    """One attribute: what was planted, and what was counted, prompt by prompt."""
     table, found = planted(lens), measured(lens)
-    classes = lens.attribute_named(attribute).classes
+    classes = attributes_known(lens)[attribute]
     rows = []
     for prompt in prompts_known(lens):
         truth, seen = table.get(prompt, {}).get(attribute), found.get((prompt, attribute))
         if not truth and not seen:
             continue
         cells = "".join(f"<td>{_cell(truth, seen, i)}</td>" for i in range(len(classes)))
-        counted = f"{seen[0].n} images" if seen else "not counted"
+        counted = f"{seen[0].n:,} images" if seen else "–"
         name = escape(prompt) or ("every image" if lens.prompts == (None,) else "no words")
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}<td>{counted}</td></tr>")
     if not rows:
         return (
-            "<p>This model comes without a planted table, and no sweep of this attribute is stored: nobody knows its "
+            "<p>This model comes without a planted table, and none of its images were counted: nobody knows its "
             "true shares.</p>"
         )
     head = "".join(f"<th scope='col'>{escape(c)}</th>" for c in classes)
-    caption = "Planted share → what the stored sweep counted in the unedited images (95 % interval)"
+    caption = "Planted share → what was counted in unedited images (95 % interval)"
     if not table:
-        caption = "What the stored sweep counted in the unedited images (95 % interval); no true share is known"
+        caption = "What was counted in unedited images (95 % interval); no true share is known"
     return (
         f"<div class='dl-scroll' tabindex='0'><table><caption>{caption}</caption><thead><tr><th scope='col'>prompt</th>"
-        f"{head}<th scope='col'>stored</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{head}<th scope='col'>counted</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -208,7 +221,7 @@ def first_steps_html(studio: Studio) -> str:
 def layout(studio: Studio, tab: gr.Tab) -> None:
     """Build the tab inside an open ``gr.Blocks``; what is measured is filled in when it is looked at."""
     lens = studio.lens
-    names = [a.name for a in lens.attributes]
+    names = list(attributes_known(lens))
     prompts = prompts_known(lens)
     with gr.Column(elem_classes="dl-prose"):
         gr.Markdown(WHAT)

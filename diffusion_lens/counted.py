@@ -1,0 +1,65 @@
+"""What a model draws unedited, prompt by prompt, as counted once and kept in its lens; reads without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
+from diffusion_lens.records import to_plain
+from diffusion_lens.types import LensError, Share
+
+STORED = "shares.json"
+
+
+@dataclass(frozen=True)
+class CountedShares:
+    """Shares of unedited images.
+
+    Attributes:
+        shares: prompt (``""`` for none) → attribute → every class's share, corrected for the classifier's error.
+        n_steps, guidance_scale: how the images were drawn; ``first_seed``: from which seed on.
+        classifier_id: who read them.
+    """
+
+    shares: Mapping[str, Mapping[str, tuple[Share, ...]]]
+    n_steps: int
+    guidance_scale: float
+    first_seed: int
+    classifier_id: str
+
+
+_READER = TypeAdapter(CountedShares)
+
+
+def save_shares(path: Path, counted: CountedShares) -> None:
+    """Write them as JSON."""
+    write_json(path, to_plain(counted))
+
+
+def load_shares(path: Path) -> CountedShares:
+    """Read what ``save_shares`` wrote; raises ``LensError`` that names a file of another kind."""
+    try:
+        return _READER.validate_python(read_json(path))
+    except ValidationError:
+        raise LensError(f"{path} holds no counted shares; run check --full --part 1 --store again.") from None
+
+
+def stored_shares(lens_folder: Path, classifier_id: str) -> CountedShares | None:
+    """The shares kept in a lens folder; ``None`` where there are none, or another classifier counted them."""
+    path = lens_folder / STORED
+    if not path.is_file():
+        return None
+    found = load_shares(path)
+    return found if found.classifier_id == classifier_id else None
+
+
+def store_in_lens(counted: CountedShares, lens_folder: Path) -> Path:
+    """Keep them in a lens folder, and seal the lens anew; returns the file's path."""
+    manifest, path = read_manifest(lens_folder), lens_folder / STORED
+    save_shares(path, counted)
+    write_manifest(lens_folder, manifest)
+    return path
