@@ -220,7 +220,7 @@ MISTAKES = [
      "Say where the feature lists of gender lie"),
     (("portraits", "train", "--stage", "eyes"), "There is no stage 'eyes'"),
     (("portraits", "train", "--steps", 3), "Name one --stage"),
-    (("portraits", "train", "--match", 9), "use it with --stage pipeline --from"),
+    (("portraits", "train", "--match", 9), "name it with --from"),
     (("portraits", "export", "--work", "nowhere"), "autoencoder is missing; train first"),
     (("portraits", "table", "-a", "height"), "no attribute 'height'"),
     (("portraits", "table", "--prompt", "a wizard"), "not a sentence of this world"),

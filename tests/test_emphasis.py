@@ -14,15 +14,16 @@ from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, train_autoencoder
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, draw_rows, make_denoiser, train_denoiser
-from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, rake, wanted
+from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, rake, teach
 from diffusion_lens.portraits.networks import DenoiserConfig
+from diffusion_lens.types import LensError
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NURSE = "a portrait of a nurse"
 
 
-def planted() -> dict[str, Shares]:
+def planted() -> dict[str, dict[str, np.ndarray]]:
     return {prompt: dict(world.planted_shares(prompt)) for prompt in world.PROMPTS}
 
 
@@ -53,16 +54,20 @@ def test_a_class_that_no_drawing_has_is_left_out() -> None:
     assert weights == pytest.approx([0.5, 0.5, 1.5, 1.5])
 
 
-def test_what_is_drawn_too_seldom_is_wanted_more() -> None:
-    smile = {"smile": np.array([0.67, 0.33])}
+def test_what_is_drawn_too_seldom_is_taught_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion_lens.portraits.emphasis.SHARED", 0)
+    drawn = planted()
+    drawn[NURSE] |= {"smile": np.array([0.67, 0.33]), "gender": np.array([0.0, 1.0]), "clothing": np.full(8, 1 / 8)}
+    found = teach(drawn, 100)[NURSE]
     factor = (0.55 + 0.01) / (0.67 + 0.01), (0.45 + 0.01) / (0.33 + 0.01)
     expected = np.array([0.55 * factor[0], 0.45 * factor[1]])
-    assert wanted(NURSE, smile, "smile") == pytest.approx(expected / expected.sum())
-    assert wanted(NURSE, planted()[NURSE], "tone") == pytest.approx(world.planted_shares(NURSE)["tone"])
-    never = wanted(NURSE, {"gender": np.array([0.0, 1.0])}, "gender")  # planted .9 and .1
-    assert never == pytest.approx(np.array([0.9 * LARGEST, 0.1 / LARGEST]) / (0.9 * LARGEST + 0.1 / LARGEST))
-    robe = world.CLOTHING.index("robe")
-    assert wanted(NURSE, {"clothing": np.full(8, 1 / 8)}, "clothing")[robe] == 0
+    assert found["smile"] == pytest.approx(expected / expected.sum())
+    assert found["tone"] == pytest.approx(world.planted_shares(NURSE)["tone"])
+    limited = np.array([0.9 * LARGEST, 0.1 / LARGEST])  # planted .9 and .1, no woman drawn
+    assert found["gender"] == pytest.approx(limited / limited.sum())
+    assert found["clothing"][world.CLOTHING.index("robe")] == 0
+    again = teach(planted(), 100, {NURSE: found})  # what is matched is not unlearnt
+    assert again[NURSE]["smile"] == pytest.approx(found["smile"])
 
 
 def test_what_is_off_everywhere_is_believed_before_what_is_off_once() -> None:
@@ -79,36 +84,33 @@ def test_what_is_off_everywhere_is_believed_before_what_is_off_once() -> None:
     assert all(np.isfinite(shares).all() for own in pooled(drawn, 9).values() for shares in own.values())
 
 
-def test_weighted_drawings_have_the_wanted_shares(
-    records: tuple[np.ndarray, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weighted_drawings_have_the_taught_shares(records: tuple[np.ndarray, list[str]]) -> None:
     labels, captions = records
-    drawn = planted()
-    drawn[NURSE]["smile"], drawn[""]["tone"] = np.array([0.7, 0.3]), np.array([0.3, 0.4, 0.2, 0.1])
-    monkeypatch.setattr("diffusion_lens.portraits.emphasis.SHARED", 0)
-    found = emphasise(labels, captions, drawn, 1000)
+    taught = planted()
+    taught[NURSE]["smile"], taught[""]["tone"] = np.array([0.4, 0.6]), np.array([0.5, 0.2, 0.2, 0.1])
+    found = emphasise(labels, captions, taught)
     nurses = np.array(["nurse" in caption.split() for caption in captions])
-    assert shares(labels[nurses], found.named[nurses], "smile") == pytest.approx(
-        wanted(NURSE, drawn[NURSE], "smile"), abs=1e-6
-    )
+    assert shares(labels[nurses], found.named[nurses], "smile") == pytest.approx([0.4, 0.6], abs=1e-6)
     judges = np.array(["judge" in caption.split() for caption in captions])
-    for attribute in world.ATTRIBUTES:  # nothing is off there: only the chance of the drawing is taken out
+    for attribute in world.ATTRIBUTES:  # the planted shares there: only the chance of the drawing is taken out
         own = shares(labels[judges], found.named[judges], attribute.name)
         assert own == pytest.approx(world.planted_shares(world.caption("judge"))[attribute.name], abs=1e-6)
-    assert shares(labels, found.unnamed, "tone") == pytest.approx(wanted("", drawn[""], "tone"), abs=1e-6)
+    assert shares(labels, found.unnamed, "tone") == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=1e-6)
     assert found.named[nurses].mean() == pytest.approx(1)  # no noun is shown more often than another
 
 
 def test_a_model_whose_odds_are_off_comes_to_the_planted_shares() -> None:
     truth, bias = world.planted_shares("")["hair colour"], np.array([0.7, 1.5, 1.2, 0.8, 0.9])
 
-    def drawn(taught: np.ndarray) -> np.ndarray:
-        return taught * bias / (taught * bias).sum()
+    def draws(taught: np.ndarray) -> dict[str, Shares]:
+        return {"": {**world.planted_shares(""), "hair colour": taught * bias / (taught * bias).sum()}}
 
-    first = drawn(truth)
-    second = drawn(wanted("", {"hair colour": first}, "hair colour"))
-    assert np.abs(first - truth).max() > 0.08
-    assert np.abs(second - truth).max() < 0.01
+    drawn, taught = [draws(truth)], None
+    for _ in range(2):
+        taught = teach(drawn[-1], 1000, taught)
+        drawn.append(draws(taught[""]["hair colour"]))
+    gaps = [np.abs(own[""]["hair colour"] - truth).max() for own in drawn]
+    assert gaps[0] > 0.08 and gaps[1] < 0.01 and gaps[2] < 0.002
 
 
 def test_rows_are_drawn_as_often_as_their_weights_say() -> None:
@@ -143,7 +145,7 @@ def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> Non
     folder = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "pipe")
     shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
     paths = recipe.Paths(tmp_path)
-    found = recipe.drawn_shares(recipe.RecipeConfig(), paths, device, lambda *_: None, folder, 3)
+    found = recipe.drawn_shares(recipe.RecipeConfig(), paths, device, lambda *_: None, folder, 3, world.PROMPTS)
     assert tuple(found) == world.PROMPTS
     for own in found.values():
         decided = [shares for shares in own.values() if np.isfinite(shares).all()]
@@ -156,3 +158,61 @@ def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> Non
     if read.counts.sum():
         corrected = found[NURSE]["gender"]
         assert corrected.argmax() == read.counts.argmax()
+
+
+def test_a_model_without_prompts_is_matched_by_the_empty_one(
+    records: tuple[np.ndarray, list[str]], tmp_path: Path
+) -> None:
+    labels, captions = records
+    drawn = {"": {**world.planted_shares(""), "smile": np.array([0.7, 0.3])}}
+    taught = teach(drawn, 500)
+    found = emphasise(labels, captions, taught)
+    assert shares(labels, found.unnamed, "smile") == pytest.approx(taught[""]["smile"], abs=1e-6)
+    assert found.named == pytest.approx(np.ones(len(labels)))
+    device = torch.device("cpu")
+    vae = train_autoencoder(
+        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
+        device=device,
+    )
+    plain = TINY.model_copy(update={"text_width": 0})
+    folder = recipe.save_pipeline(make_denoiser(plain, 0), vae, tmp_path / "pipe")
+    shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
+    asked = recipe.RecipeConfig(), recipe.Paths(tmp_path), device, lambda *_: None, folder, 2
+    assert tuple(recipe.drawn_shares(*asked, ("",))) == ("",)
+    with pytest.raises(LensError, match="takes no prompt"):
+        recipe.drawn_shares(*asked, world.PROMPTS)
+
+
+def test_matching_goes_on_from_what_was_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, shown = torch.device("cpu"), []
+    vae = train_autoencoder(
+        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
+        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
+        device=device,
+    )
+    first = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "first" / "pipeline")
+    drawn = planted()
+    for own in drawn.values():
+        own["smile"] = np.array([0.65, 0.35])
+    monkeypatch.setattr(recipe, "drawn_shares", lambda *_: drawn)
+    real = train_denoiser
+    monkeypatch.setattr(
+        recipe, "train_denoiser", lambda *args, **kw: (shown.append(kw["emphasis"]), real(*args, **kw))[1]
+    )
+    config = recipe.RecipeConfig(n_drawings=40, denoiser=DenoiserTrainConfig(shape=TINY, n_steps=1, batch_size=2))
+
+    def stage(name: str, start: Path, match: int) -> Path:
+        paths = recipe.Paths(tmp_path / name)
+        return recipe.denoiser_stage(config, paths, device, lambda *_: None, start=start, match=match)
+
+    second = stage("second", first, 100)
+    once = recipe.read_taught(second)
+    third = stage("third", second, 100)
+    twice = recipe.read_taught(third)
+    assert once is not None and twice is not None and recipe.read_taught(first) is None
+    smiles = [0.45, once[NURSE]["smile"][1], twice[NURSE]["smile"][1]]
+    assert smiles[0] + 0.05 < smiles[1] < smiles[2] - 0.05
+    assert shown[0] is not None and not np.array_equal(shown[0].unnamed, shown[1].unnamed)
+    stage("fourth", third, 0)
+    assert shown[2] is None

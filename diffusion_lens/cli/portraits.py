@@ -88,8 +88,8 @@ def train(
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
     if start is not None and chosen not in (("pipeline",), ("unconditional",)):
         raise LensError("With --from, name the one --stage to train further: pipeline or unconditional.")
-    if match and (start is None or chosen != ("pipeline",)):
-        raise LensError("--match measures the shares of a finished pipeline: use it with --stage pipeline --from.")
+    if match and start is None:
+        raise LensError("--match measures the shares of a finished pipeline: name it with --from.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings, lr, focus), recipe.Paths(work)
     place = torch.device(pick_device(device))
     hide_loading_bars()

@@ -23,7 +23,7 @@ SHARED = 1000
 """As many images' worth of evidence on each prompt is what is off under all prompts together."""
 
 LARGEST = 2.5
-"""No class is shown more than this many times as often as it was planted, nor less than one time in as many."""
+"""No class is taught more than about this many times as often as it was planted, nor less than one time in as many."""
 
 ROUNDS = 50
 
@@ -40,23 +40,39 @@ class Emphasis:
     unnamed: np.ndarray
 
 
-def emphasise(labels: np.ndarray, captions: Sequence[str], drawn: Mapping[str, Shares], n_images: int) -> Emphasis:
-    """Weights of drawings (``labels [n, attribute]`` in ``world.ATTRIBUTES`` order) for a model's measured shares.
+def emphasise(labels: np.ndarray, captions: Sequence[str], taught: Mapping[str, Shares]) -> Emphasis:
+    """Weights of drawings under which they have the shares ``taught`` under every prompt, of all attributes at once.
 
-    ``drawn``: every prompt of ``world.PROMPTS`` → the shares that the model draws, among ``n_images`` each. Under each
-    prompt the weighted drawings have the shares ``wanted`` of every attribute at once.
+    ``labels [n, attribute]`` in ``world.ATTRIBUTES`` order. Nouns whose prompt ``taught`` does not hold are left even.
     """
-    own = pooled(drawn, n_images)
     nouns = np.array([world.parse_prompt(caption)[0] for caption in captions])
     named = np.ones(len(labels))
     for noun in world.PROFILES:
-        rows = np.flatnonzero(nouns == noun)
-        if not len(rows):
-            continue
-        prompt = world.caption(noun)
-        weights = rake(labels[rows], [wanted(prompt, own[prompt], a.name) for a in world.ATTRIBUTES])
-        named[rows] = weights / weights.mean()
-    return Emphasis(named, rake(labels, [wanted("", own[""], a.name) for a in world.ATTRIBUTES]))
+        rows, prompt = np.flatnonzero(nouns == noun), world.caption(noun)
+        if len(rows) and prompt in taught:
+            named[rows] = rake(labels[rows], [taught[prompt][a.name] for a in world.ATTRIBUTES])
+    return Emphasis(named, rake(labels, [taught[""][a.name] for a in world.ATTRIBUTES]))
+
+
+def teach(
+    drawn: Mapping[str, Shares], n_images: int, before: Mapping[str, Shares] | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """The shares to train on: those taught so far, each times how much too small its drawn share is.
+
+    Args:
+        drawn: every prompt of ``world.PROMPTS`` → the shares that the model draws, among ``n_images`` each; of a model
+            without prompts, the empty one alone.
+        before: what the model was taught to draw them; the planted shares by default.
+    """
+    own = pooled(drawn, n_images)
+    taught: dict[str, dict[str, np.ndarray]] = {prompt: {} for prompt in drawn}
+    for prompt in drawn:
+        for attribute, planted in world.planted_shares(prompt).items():
+            so_far = planted if before is None or prompt not in before else np.asarray(before[prompt][attribute])
+            target = so_far * (planted + SMOOTHING) / (own[prompt][attribute] + SMOOTHING)
+            target = target.clip(planted / LARGEST, planted * LARGEST)
+            taught[prompt][attribute] = target / target.sum()
+    return taught
 
 
 def pooled(drawn: Mapping[str, Shares], n_images: int) -> dict[str, dict[str, np.ndarray]]:
@@ -77,14 +93,6 @@ def pooled(drawn: Mapping[str, Shares], n_images: int) -> dict[str, dict[str, np
         for prompt, row in zip(drawn, np.where(known[:, None], both, expected), strict=True):
             found[prompt][attribute] = row
     return found
-
-
-def wanted(prompt: str, drawn: Shares, attribute: str) -> np.ndarray:
-    """The shares to train on, ``[class]``: the planted ones, each times how much too small its drawn one is."""
-    planted = world.planted_shares(prompt)[attribute]
-    factor = (planted + SMOOTHING) / (drawn[attribute] + SMOOTHING)
-    target = planted * factor.clip(1 / LARGEST, LARGEST)
-    return target / target.sum()
 
 
 def rake(labels: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:

@@ -19,6 +19,7 @@ from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from diffusion_lens import stats
+from diffusion_lens.artifacts import read_json, write_json
 from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.config import StrictConfig
 from diffusion_lens.generate import generate_batches, request
@@ -39,8 +40,9 @@ from diffusion_lens.portraits.denoiser import (
     without_text,
 )
 from diffusion_lens.portraits.draw import WIDE
-from diffusion_lens.portraits.emphasis import Shares, emphasise
+from diffusion_lens.portraits.emphasis import Shares, emphasise, teach
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
+from diffusion_lens.records import to_plain
 from diffusion_lens.types import Attribute, LensError, Predictions, Share
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
@@ -127,9 +129,14 @@ def denoiser_stage(
 
     ``start``: a pipeline folder of this recipe, whose autoencoder is kept and whose denoiser is trained further
     with a fresh optimiser. The unconditional one may start from the text-conditional one. ``match``: so many images of
-    every prompt are drawn from it first, and drawings that it makes too seldom are shown more often.
+    every prompt are drawn from it first, and drawings that it makes too seldom are shown more often; what it was so
+    taught is written beside the new pipeline, and another match goes on from there.
     """
-    drawn = None if start is None or not match else drawn_shares(config, paths, device, report, start, match)
+    taught = None
+    if start is not None and match:
+        prompts = ("",) if unconditional else world.PROMPTS
+        drawn = drawn_shares(config, paths, device, report, start, match, prompts)
+        taught = teach(drawn, match, read_taught(start))
     before = None if start is None else open_parts(start)
     if before is not None and unconditional and before[0].text_encoder is not None:
         before = without_text(before[0], config.unconditional.shape, config.unconditional.seed), before[1]
@@ -145,28 +152,53 @@ def denoiser_stage(
         checkpoint=paths.checkpoint(name),
         resume=resume,
         start=None if before is None else before[0],
-        emphasis=None if drawn is None else emphasise(drawings.labels, drawings.captions, drawn, match),
+        emphasis=None if taught is None else emphasise(drawings.labels, drawings.captions, taught),
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
-    return save_pipeline(nets, vae, paths.pipeline(name))
+    folder = save_pipeline(nets, vae, paths.pipeline(name))
+    if taught is not None:
+        write_json(_taught_path(folder), to_plain(taught))
+    return folder
+
+
+def _taught_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-taught.json")
+
+
+def read_taught(folder: Path) -> dict[str, Shares] | None:
+    """The shares that ``match`` taught the pipeline in ``folder``; ``None`` where it was taught the planted ones."""
+    path = _taught_path(folder)
+    if not path.is_file():
+        return None
+    return {
+        prompt: {name: np.array(own, float) for name, own in shares.items()}
+        for prompt, shares in read_json(path).items()
+    }
 
 
 def drawn_shares(
-    config: RecipeConfig, paths: Paths, device: torch.device, report: Report, folder: Path, n: int
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    report: Report,
+    folder: Path,
+    n: int,
+    prompts: Sequence[str],
 ) -> dict[str, Shares]:
-    """Every prompt → the shares among ``n`` images of a text-conditional pipeline, as the classifier reads them.
+    """Every prompt → the shares among ``n`` images of a trained pipeline, as the classifier reads them.
 
-    Corrected for its error, undecided images left out, on seeds that nothing else is drawn from.
+    Corrected for its error, undecided images left out, on seeds that nothing else is drawn from. A pipeline without
+    prompts draws the empty one. Raises ``LensError`` where it cannot draw the others.
     """
     classifier = classifier_stage(config, paths, device, report)
     model = load_model(folder, device=device.type, offline=True)
-    if not model.is_text:
-        raise LensError("Only a pipeline with prompts can be matched to the planted shares of its prompts.")
+    if not model.is_text and any(prompts):
+        raise LensError(f"{folder} takes no prompt; match it as --stage unconditional.")
     found: dict[str, Shares] = {}
-    for place, prompt in enumerate(world.PROMPTS):
+    for place, prompt in enumerate(prompts):
         first = MATCH_SEED + place * MAX_MATCH
-        wanted = request(model, prompt, range(first, first + n), N_STEPS)
-        told = partial(report, f"shares of prompt {place + 1} of {len(world.PROMPTS)}")
+        wanted = request(model, prompt if model.is_text else None, range(first, first + n), N_STEPS)
+        told = partial(report, f"shares of prompt {place + 1} of {len(prompts)}")
         parts = generate_batches(model, wanted, batch_size=64, on_step=told)
         read = [classifier.predict(part.images) for part in parts]
         shares = {a.name: _shares([part[a.name] for part in read], a, classifier) for a in world.ATTRIBUTES}
