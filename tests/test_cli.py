@@ -33,7 +33,7 @@ from diffusion_lens.words import duration
 
 COMMANDS = (
     "generate", "attribute", "sweep", "balance", "check", "audit", "fit", "convert-p2", "import-difflens", "serve",
-    "portraits train", "portraits export", "portraits sheet", "portraits table",
+    "portraits train", "portraits export", "portraits average", "portraits sheet", "portraits table",
 )  # fmt: skip
 DOCTOR = PROMPTS[0]
 Run = Callable[..., Any]
@@ -222,6 +222,8 @@ MISTAKES = [
     (("portraits", "train", "--steps", 3), "Name one --stage"),
     (("portraits", "train", "--match", 9), "name it with --from"),
     (("portraits", "export", "--work", "nowhere"), "autoencoder is missing; train first"),
+    (("portraits", "average", "one", "two", "-o", "one"), "write to another folder"),
+    (("portraits", "average", "one", "two", "-o", "three"), "one holds no pipeline"),
     (("portraits", "table", "-a", "height"), "no attribute 'height'"),
     (("portraits", "table", "--prompt", "a wizard"), "not a sentence of this world"),
     (("portraits", "sheet", "x.png", "-n", 0), "Ask for 1 to 20,000 images"),

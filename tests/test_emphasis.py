@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -216,3 +217,31 @@ def test_matching_goes_on_from_what_was_taught(tmp_path: Path, monkeypatch: pyte
     assert shown[0] is not None and not np.array_equal(shown[0].unnamed, shown[1].unnamed)
     stage("fourth", third, 0)
     assert shown[2] is None
+
+
+def test_averaged_pipelines_hold_the_mean_of_the_weights(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    images = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
+    vae, stranger = (
+        train_autoencoder(images, AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2, seed=seed), device=device)
+        for seed in (0, 1)
+    )
+    folders = [recipe.save_pipeline(make_denoiser(TINY, i), vae, tmp_path / f"{i}" / "pipe") for i in range(3)]
+    taught = {prompt: {name: own.tolist() for name, own in shares.items()} for prompt, shares in planted().items()}
+    taught[NURSE]["smile"] = [0.4, 0.6]
+    (tmp_path / "1" / "pipe-taught.json").write_text(json.dumps(taught))
+    mean, _ = recipe.open_parts(recipe.average_stage(folders, tmp_path / "mean" / "pipe"))
+    each = [recipe.open_parts(folder)[0].parameters() for folder in folders]
+    for own, *several in zip(mean.parameters(), *each, strict=True):
+        torch.testing.assert_close(own, torch.stack(several).mean(0), atol=2e-3, rtol=2e-3)  # kept in half precision
+    found = recipe.read_taught(tmp_path / "mean" / "pipe")
+    assert found is not None and found[NURSE]["smile"] == pytest.approx([(0.55 * 2 + 0.4) / 3, (0.45 * 2 + 0.6) / 3])
+    other = recipe.save_pipeline(make_denoiser(TINY, 0), stranger, tmp_path / "other")
+    with pytest.raises(LensError, match="another autoencoder"):
+        recipe.average_stage([folders[0], other], tmp_path / "out")
+    wide = TINY.model_copy(update={"text_width": 32})
+    with pytest.raises(LensError, match="another shape"):
+        recipe.average_stage([folders[0], recipe.save_pipeline(make_denoiser(wide, 0), vae, other)], tmp_path / "out")
+    with pytest.raises(LensError, match="two or more"):
+        recipe.average_stage(folders[:1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

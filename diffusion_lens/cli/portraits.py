@@ -174,6 +174,24 @@ def export(
     say(f"Wrote {export_stage(RecipeConfig(), paths, unconditional=unconditional)}")
 
 
+@app.command("average")
+@guarded
+def average(
+    pipelines: Annotated[list[Path], typer.Argument(help="Two or more pipeline folders, trained one from the other.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The pipeline folder to write.")],
+) -> None:
+    """Write the mean of the weights of several trained pipelines: what each is off by chance mostly cancels.
+
+    python -m diffusion_lens portraits average runs/first/pipeline runs/second/pipeline --out runs/mean/pipeline
+    """
+    from diffusion_lens.portraits.recipe import average_stage
+
+    if out.resolve() in {folder.resolve() for folder in pipelines}:
+        raise LensError(f"{out} is one of those to average; write to another folder.")
+    hide_loading_bars()
+    say(f"Wrote {average_stage(pipelines, out)}")
+
+
 @app.command("sheet")
 @guarded
 def sheet(
