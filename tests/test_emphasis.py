@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from diffusion_lens.generate import generate, request
 from diffusion_lens.pipelines import load_model
@@ -22,6 +23,12 @@ from diffusion_lens.types import LensError
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NURSE = "a portrait of a nurse"
+
+
+def tiny_autoencoder(seed: int = 0) -> AutoencoderTiny:
+    images = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
+    config = AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2, seed=seed)
+    return train_autoencoder(images, config, device=torch.device("cpu"))
 
 
 def planted() -> dict[str, dict[str, np.ndarray]]:
@@ -138,11 +145,7 @@ def test_training_shows_what_the_emphasis_says(dropout: float) -> None:
 
 def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> None:
     device = torch.device("cpu")
-    vae = train_autoencoder(
-        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
-        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
-        device=device,
-    )
+    vae = tiny_autoencoder()
     folder = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "pipe")
     shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
     paths = recipe.Paths(tmp_path)
@@ -171,11 +174,7 @@ def test_a_model_without_prompts_is_matched_by_the_empty_one(
     assert shares(labels, found.unnamed, "smile") == pytest.approx(taught[""]["smile"], abs=1e-6)
     assert found.named == pytest.approx(np.ones(len(labels)))
     device = torch.device("cpu")
-    vae = train_autoencoder(
-        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
-        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
-        device=device,
-    )
+    vae = tiny_autoencoder()
     plain = TINY.model_copy(update={"text_width": 0})
     folder = recipe.save_pipeline(make_denoiser(plain, 0), vae, tmp_path / "pipe")
     shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
@@ -187,11 +186,7 @@ def test_a_model_without_prompts_is_matched_by_the_empty_one(
 
 def test_matching_goes_on_from_what_was_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device, shown = torch.device("cpu"), []
-    vae = train_autoencoder(
-        torch.zeros(4, 64, 64, 3, dtype=torch.uint8),
-        AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2),
-        device=device,
-    )
+    vae = tiny_autoencoder()
     first = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "first" / "pipeline")
     drawn = planted()
     for own in drawn.values():
@@ -220,12 +215,7 @@ def test_matching_goes_on_from_what_was_taught(tmp_path: Path, monkeypatch: pyte
 
 
 def test_averaged_pipelines_hold_the_mean_of_the_weights(tmp_path: Path) -> None:
-    device = torch.device("cpu")
-    images = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
-    vae, stranger = (
-        train_autoencoder(images, AutoencoderTrainConfig(width=16, n_steps=1, batch_size=2, seed=seed), device=device)
-        for seed in (0, 1)
-    )
+    vae, stranger = tiny_autoencoder(0), tiny_autoencoder(1)
     folders = [recipe.save_pipeline(make_denoiser(TINY, i), vae, tmp_path / f"{i}" / "pipe") for i in range(3)]
     taught = {prompt: {name: own.tolist() for name, own in shares.items()} for prompt, shares in planted().items()}
     taught[NURSE]["smile"] = [0.4, 0.6]
