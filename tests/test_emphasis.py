@@ -235,3 +235,6 @@ def test_averaged_pipelines_hold_the_mean_of_the_weights(tmp_path: Path) -> None
     with pytest.raises(LensError, match="two or more"):
         recipe.average_stage(folders[:1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(LensError, match="not empty"):
+        recipe.average_stage(folders, tmp_path / "1")
+    assert (tmp_path / "1" / "pipe-taught.json").is_file()

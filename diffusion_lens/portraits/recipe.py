@@ -166,8 +166,11 @@ def average_stage(folders: Sequence[Path], out: Path) -> Path:
 
     Each training leaves shares a few points off by chance, in its own direction; the mean of their weights is off by
     less (stochastic weight averaging: Izmailov et al., 1803.05407). What ``match`` taught them is averaged, too. Raises
-    ``LensError`` for fewer than two folders, or for pipelines of other shapes or with another autoencoder.
+    ``LensError`` for fewer than two folders, for pipelines of other shapes or with another autoencoder, and where
+    ``out`` holds something already.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LensError(f"{out} is not empty; choose a new folder.")
     if len(folders) < 2:
         raise LensError("Name two or more pipeline folders to average.")
     (nets, vae), *others = [open_parts(folder) for folder in folders]

@@ -92,11 +92,10 @@ def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
 
 
 def attributes_known(lens: DiffusionLens) -> dict[str, tuple[str, ...]]:
-    """Attribute → classes: those that the lens steers, then the others that were counted."""
-    read = {a.name: a.classes for a in (*lens.manifest.attributes, *lens.manifest.nuisances)}
-    counted = {name for _, name in measured(lens)}
-    steered = [a.name for a in lens.attributes]
-    return {name: own for name, own in read.items() if name in steered or name in counted}
+    """Attribute → classes: those that the lens steers, then the others that were counted (sweeps count none)."""
+    counted = {name for own in lens.counted.shares.values() for name in own} if lens.counted else set()
+    others = [a for a in lens.manifest.nuisances if a.name in counted]
+    return {a.name: a.classes for a in (*lens.manifest.attributes, *others)}
 
 
 def prompts_known(lens: DiffusionLens) -> list[str]:
