@@ -18,7 +18,8 @@ from diffusion_lens.check import plain_report, row_texts, run_check
 from diffusion_lens.checks import steering, world
 from diffusion_lens.checks.inside import Reconstruction, fidelity
 from diffusion_lens.checks.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
-from diffusion_lens.checks.runs import FIRST_SEED, Job, Sizes, Tally
+from diffusion_lens.checks.runs import FIRST_SEED, Job, Sizes
+from diffusion_lens.counted import Tally
 from diffusion_lens.generate import StepContext
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world as portraits

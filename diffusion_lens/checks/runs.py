@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from diffusion_lens.counted import Tally
 from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import GenerationRequest, LensError, Predictions
+from diffusion_lens.types import GenerationRequest, LensError
 
 FIRST_SEED = 60_000_000
 PART_SEEDS = 2_000_000
@@ -95,27 +94,11 @@ def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
             raise LensError(f"This lens was {how} on seeds from {start:,} on, which the check draws; choose others.")
 
 
-@dataclass
-class Tally:
-    """Decided images per class and undecided ones, by attribute, added up over batches."""
-
-    counts: dict[str, np.ndarray]
-    uncertain: dict[str, int]
-    n: int = 0
-
-    def add(self, predictions: dict[str, Predictions], n: int) -> None:
-        """Count one batch."""
-        for name, reading in predictions.items():
-            self.counts[name] = self.counts.get(name, np.zeros(len(reading.attribute.classes), int)) + reading.counts
-            self.uncertain[name] = self.uncertain.get(name, 0) + reading.n_uncertain
-        self.n += n
-
-
 def tally(job: Job, request: GenerationRequest, stage: str, into: Tally | None = None) -> Tally:
     """Draw a request and count what the classifier reads; images are dropped batch by batch."""
     from diffusion_lens.generate import generate_batches
 
-    found = into or Tally({}, {})
+    found = into or Tally()
     lens = job.lens
     batches: Iterable = generate_batches(lens.model, request, batch_size=job.sizes.batch_size, on_step=job.told(stage))
     for part in batches:

@@ -7,8 +7,8 @@ from scipy.stats import norm
 
 from diffusion_lens import stats
 from diffusion_lens.checks.result import Row, at_least, at_most, distance, not_applicable, stretch
-from diffusion_lens.checks.runs import DRAWN_SEED, Job, Tally, tally
-from diffusion_lens.counted import CountedShares
+from diffusion_lens.checks.runs import DRAWN_SEED, Job, tally
+from diffusion_lens.counted import CountedShares, Tally
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world
 from diffusion_lens.types import Attribute, Share
@@ -41,10 +41,7 @@ def counted(job: Job, tallies: dict[str | None, Tally]) -> CountedShares:
     attributes, confusion = lens.classifier.attributes, lens.classifier.confusion
     return CountedShares(
         shares={
-            prompt or "": {
-                a.name: stats.shares(tally.counts[a.name], tally.uncertain[a.name], a, confusion[a.name])
-                for a in attributes
-            }
+            prompt or "": {a.name: tally.shares(a, confusion[a.name]) for a in attributes}
             for prompt, tally in tallies.items()
         },
         n_steps=manifest.n_steps,
@@ -89,9 +86,7 @@ def compare(lens: DiffusionLens, tallies: dict[str | None, Tally]) -> list[Compa
     for prompt, counted in tallies.items():
         planted = world.planted_shares(prompt or "")
         for a in attributes:
-            found = stats.shares(
-                counted.counts[a.name], counted.uncertain[a.name], a, lens.classifier.confusion[a.name]
-            )
+            found = counted.shares(a, lens.classifier.confusion[a.name])
             rows += [Comparison(prompt, a, s, float(p), m) for s, p in zip(found, planted[a.name], strict=True)]
     return rows
 

@@ -18,10 +18,10 @@ import torch
 from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from diffusion_lens import stats
 from diffusion_lens.artifacts import read_json, write_json
 from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.config import StrictConfig
+from diffusion_lens.counted import Tally
 from diffusion_lens.generate import generate_batches, request
 from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import world
@@ -43,7 +43,7 @@ from diffusion_lens.portraits.draw import WIDE
 from diffusion_lens.portraits.emphasis import Shares, emphasise, teach
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 from diffusion_lens.records import to_plain
-from diffusion_lens.types import Attribute, LensError, Predictions, Share
+from diffusion_lens.types import LensError
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
 HELD_OUT_SEED = 900_000_000
@@ -231,17 +231,12 @@ def drawn_shares(
         first = MATCH_SEED + place * MAX_MATCH
         wanted = request(model, prompt if model.is_text else None, range(first, first + n), N_STEPS)
         told = partial(report, f"shares of prompt {place + 1} of {len(prompts)}")
-        parts = generate_batches(model, wanted, batch_size=64, on_step=told)
-        read = [classifier.predict(part.images) for part in parts]
-        shares = {a.name: _shares([part[a.name] for part in read], a, classifier) for a in world.ATTRIBUTES}
+        counted = Tally()
+        for part in generate_batches(model, wanted, batch_size=64, on_step=told):
+            counted.add(classifier.predict(part.images), len(part.images))
+        shares = {a.name: counted.shares(a, classifier.confusion[a.name]) for a in world.ATTRIBUTES}
         found[prompt] = {name: np.array([share.corrected for share in own]) for name, own in shares.items()}
     return found
-
-
-def _shares(read: Sequence[Predictions], attribute: Attribute, classifier: HeadsClassifier) -> tuple[Share, ...]:
-    counts = np.sum([part.counts for part in read], axis=0)
-    uncertain = sum(part.n_uncertain for part in read)
-    return stats.shares(counts, uncertain, attribute, classifier.confusion[attribute.name])
 
 
 def open_parts(folder: Path) -> tuple[Denoiser, AutoencoderTiny]:
