@@ -140,7 +140,7 @@ def planted_html(lens: DiffusionLens, attribute: str) -> str:
         if not truth and not seen:
             continue
         cells = "".join(f"<td>{_cell(truth, seen, i)}</td>" for i in range(len(classes)))
-        counted = f"{seen[0].n:,} images" if seen else "–"
+        counted = f"{seen[0].n:,}" if seen else "–"
         name = escape(prompt) or ("every image" if lens.prompts == (None,) else "no words")
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}<td>{counted}</td></tr>")
     if not rows:
@@ -153,8 +153,8 @@ def planted_html(lens: DiffusionLens, attribute: str) -> str:
     if not table:
         caption = "What was counted in unedited images (95 % interval); no true share is known"
     return (
-        f"<div class='dl-scroll' tabindex='0'><table><caption>{caption}</caption><thead><tr><th scope='col'>prompt</th>"
-        f"{head}<th scope='col'>counted</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class='dl-scroll dl-planted' tabindex='0'><table><caption>{caption}</caption><thead><tr><th scope='col'>prompt</th>"
+        f"{head}<th scope='col'>images</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -163,7 +163,7 @@ def _cell(truth: list[float] | None, shares: tuple[Share, ...] | None, i: int) -
     if shares is None:
         return known
     low, high = shares[i].corrected_interval
-    return f"{known} → {shares[i].corrected:.0%} <small>({low:.0%} to {high:.0%})</small>"
+    return f"{known} → {shares[i].corrected:.0%} <small>{low:.0%} to {high:.0%}</small>"
 
 
 def confusion(studio: Studio, attribute: str) -> tuple[Any, str]:
