@@ -50,13 +50,21 @@ def number(row: MethodRow, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) and isfinite(value) else None
 
 
+def moves(row: MethodRow, base: MethodRow | None) -> bool:
+    """Whether a method surely came nearer to the target than no steering: the intervals of FD lie apart."""
+    if not row.strength or row.note:
+        return False
+    return base is None or row.fd is None or base.fd is None or row.fd.interval[1] < base.fd.interval[0]
+
+
 def best(comparison: Comparison) -> dict[str, frozenset[str]]:
     """Column → the methods with its best value; none where all have the same.
 
-    Controls take part, so that one that does as well as a method is seen to; the unsteered model and methods that
-    ended at strength 0 do not: whoever changes nothing keeps everything.
+    Controls take part, so that one that does as well as a method is seen to; the unsteered model and methods that did
+    not surely move anything do not: whoever changes nothing keeps everything.
     """
-    playing = [row for row in comparison.rows if row.method != UNSTEERED and row.strength and not row.note]
+    base = next((row for row in comparison.rows if row.method == UNSTEERED), None)
+    playing = [row for row in comparison.rows if row.method != UNSTEERED and moves(row, base)]
     found = {}
     for field, cost in BEST.items():
         values = {row.method: cost(v) for row in playing if (v := number(row, field)) is not None}
@@ -67,7 +75,7 @@ def best(comparison: Comparison) -> dict[str, frozenset[str]]:
 
 
 def verdict(comparison: Comparison) -> str:
-    """Who is best where, and which methods ended where they began or could not run, in plain sentences."""
+    """Who is best where, and which methods moved nothing for sure or could not run, in plain sentences."""
     named = {row.method: row.name for row in comparison.rows}
     leaders: dict[str, list[str]] = {}
     for field, methods in best(comparison).items():
@@ -77,14 +85,18 @@ def verdict(comparison: Comparison) -> str:
         f"{named[method]} in {len(fields)} ({', '.join(fields)})"
         for method, fields in sorted(leaders.items(), key=lambda pair: -len(pair[1]))
     ]
-    said = [f"Best value, by column: {'; '.join(parts)}." if parts else "No method moved anything."]
+    said = [f"Best value, by column: {'; '.join(parts)}." if parts else "No method surely moved anything."]
     if leaders and "difflens" in named and "difflens" not in leaders:
         said.append("DiffLens has the best value in none.")
     steered = [row for row in comparison.rows if row.method != UNSTEERED]
     still = [row.name for row in steered if not row.strength and not row.note]
+    base = next((row for row in comparison.rows if row.method == UNSTEERED), None)
+    unsure = [row.name for row in steered if row.strength and not row.note and not moves(row, base)]
     noise = [row.name for row in steered if row.strength and row.fd and row.fd.value <= (row.fd_floor or 0)]
     if noise:
         said.append(f"At balance within noise: {', '.join(noise)}.")
+    if unsure:
+        said.append(f"Not surely nearer than no steering, and so best in nothing: {', '.join(unsure)}.")
     if still:
         said.append(f"No strength was better than none for {', '.join(still)}.")
     said += [f"{row.name} was not run: {row.note}" for row in steered if row.note]

@@ -153,8 +153,9 @@ def planted_html(lens: DiffusionLens, attribute: str) -> str:
     if not table:
         caption = "What was counted in unedited images (95 % interval); no true share is known"
     return (
-        f"<div class='dl-scroll dl-planted' tabindex='0'><table><caption>{caption}</caption><thead><tr><th scope='col'>prompt</th>"
-        f"{head}<th scope='col'>images</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class='dl-scroll dl-planted' tabindex='0'><table><caption>{caption}</caption><thead><tr>"
+        f"<th scope='col'>prompt</th>{head}<th scope='col'>images</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
