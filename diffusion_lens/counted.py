@@ -14,7 +14,7 @@ from diffusion_lens.artifacts import read_json, read_manifest, write_json, write
 from diffusion_lens.records import to_plain
 from diffusion_lens.types import Attribute, LensError, Predictions, Share
 
-STORED = "shares.json"
+STORED = "counted/shares.json"
 
 
 @dataclass(frozen=True)

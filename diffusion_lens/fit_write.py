@@ -24,7 +24,7 @@ from diffusion_lens.records import load_sweeps, save_atlas, save_attributions, s
 from diffusion_lens.sheets import save_sheets
 from diffusion_lens.types import LensError
 
-OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together")
+OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
 OWN_FILES = (MANIFEST, "dissection.safetensors")
 PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
 

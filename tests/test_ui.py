@@ -16,7 +16,7 @@ from lens_fixtures import PROMPTS
 
 from diffusion_lens import ui
 from diffusion_lens.bundled import lenses_to_open
-from diffusion_lens.counted import CountedShares, store_in_lens, stored_shares
+from diffusion_lens.counted import STORED, CountedShares, store_in_lens, stored_shares
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
@@ -461,7 +461,10 @@ class TestAbout:
         assert "<td>900</td>" in about.planted_html(again, other)
         assert "5,000 images were counted" in about.comparison(again, PROMPTS[1], "gender")[1]
         assert stored_shares(lens_copy, "another classifier") is None
-        (lens_copy / "shares.json").write_text('{"shares": {}}')
+        path = lens_copy / STORED
+        path.write_text('{"shares": {}}')
+        with pytest.raises(LensError, match=r"shares\.json"):
+            DiffusionLens.from_pretrained(lens_copy)
         with pytest.raises(LensError, match="check --full --part 1 --store"):
             stored_shares(lens_copy, lens.manifest.classifier_id)
 
