@@ -164,6 +164,27 @@ def planted_tallies(n: int) -> dict[str | None, Tally]:
     return found
 
 
+def test_professions_that_do_not_hold_are_named_with_why(tiny_lens: DiffusionLens) -> None:
+    nouns = ("doctor", "nurse", "cook", "judge", "farmer")
+
+    def rows(noun: str, moved: float) -> list[Row]:
+        names = (f"FD at balance, 'a portrait of a {noun}'", f"age shares moved at balance, 'a portrait of a {noun}'")
+        return [at_most(5, names[0], 0.05, (0.0, 0.1), 0.06, "number", 9),
+                at_most(5, names[1], moved, (moved - 0.02, moved + 0.02), 0.05, "points", 9)]  # fmt: skip
+
+    measured = [rows(noun, moved) for noun, moved in zip(nouns, (0.01, 0.118, 0.03, 0.06, 0.02), strict=True)]
+    job = Job(tiny_lens, TINY, lambda *_: None, strict=True)
+    *worst_of_four, count = steering._profession_rows(job, measured, [f"a portrait of a {noun}" for noun in nouns])
+    assert [row.value for row in worst_of_four] == [0.05, 0.06]  # of the best four; the nurse is not among them
+    assert count.value == 3 and count.verdict == "fails"
+    assert count.note == (
+        "3 of 5 measured hold; the worst of doctor, cook, farmer, judge above; not: nurse (age shares moved at balance "
+        "11.8 points), judge (age shares moved at balance 6.0 points)"
+    )
+    quick = Job(tiny_lens, TINY, lambda *_: None)
+    assert steering._profession_rows(quick, measured, [f"a {noun}" for noun in nouns])[-1].value == 4  # open passes
+
+
 def test_shares_are_compared_with_the_planted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "has_truth", lambda lens: True)
     tallies = planted_tallies(1000)

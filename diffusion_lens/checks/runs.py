@@ -50,7 +50,7 @@ QUICK = Sizes(
 )  # fmt: skip
 FULL = Sizes(
     shares=1_000, again=4_000, drawings=12_000, inside=1_000, attribution=256, reference=4, reference_steps=20,
-    sweep=500, strengths=100, controls=3, professions=6,
+    sweep=500, strengths=100, controls=3, professions=12,
 )  # fmt: skip
 
 

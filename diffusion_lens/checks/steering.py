@@ -18,6 +18,7 @@ from diffusion_lens.checks.result import (
     at_most,
     distance,
     not_applicable,
+    show,
     stretch,
     worst,
 )
@@ -266,19 +267,27 @@ def _does(job: Job, rows: Sequence[Row]) -> bool:
     return _grade(rows) >= SEVERITY["holds" if job.strict else "open"]
 
 
+def _told(row: Row) -> str:
+    """What was measured in a row about one prompt, and how much of it."""
+    what, value = row.name.rsplit(", '", 1)[0], "" if row.value is None else f" {show(row.value, row.unit)}"
+    return f"{what}{value}"
+
+
 def _profession_rows(job: Job, measured: Sequence[list[Row]], prompts: Sequence[str | None]) -> list[Row]:
     """Per property, the worst of the best four professions; and how many hold."""
     if len(measured) < PROFESSIONS:
         return [not_applicable(5, "professions", f"the lens suggests {len(measured)} of the {PROFESSIONS} needed")]
     order = sorted(range(len(measured)), key=lambda i: -_grade(measured[i]))
     chosen = order[:PROFESSIONS]
-    names = ", ".join(str(prompts[i]).split()[-1] for i in chosen)
     rows = [worst([measured[i][place] for i in chosen]) for place in range(len(measured[0]))]
-    holding = sum(_does(job, rows) for rows in measured)
+    does = [_does(job, rows) for rows in measured]
+    nouns = [str(prompt).split()[-1] for prompt in prompts]
+    others = [f"{noun} ({_told(worst(rows))})" for noun, rows, ok in zip(nouns, measured, does, strict=True) if not ok]
     note = (
-        f"{holding} of {len(measured)} measured {'hold' if job.strict else 'do not fail'}; the worst of {names} above"
+        f"{sum(does)} of {len(measured)} measured {'hold' if job.strict else 'do not fail'}; the worst of "
+        f"{', '.join(nouns[i] for i in chosen)} above{'; not: ' * bool(others)}{', '.join(others)}"
     )
-    count = at_least(5, "professions on which the sweep does this", holding, None, PROFESSIONS, "number", 0, note)
+    count = at_least(5, "professions on which the sweep does this", sum(does), None, PROFESSIONS, "number", 0, note)
     return [*rows, count]
 
 
