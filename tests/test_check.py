@@ -31,7 +31,7 @@ from diffusion_lens.types import Attribute, LensError, Predictions, SweepResult
 
 TINY = Sizes(
     shares=16, again=16, drawings=40, inside=12, attribution=6, reference=2, reference_steps=2, sweep=16, strengths=2,
-    controls=1, professions=12, batch_size=16,
+    controls=1, batch_size=16,
 )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ class Sizes:
         drawings: for the classifier. inside: whose bottleneck is read. attribution: of those, attributed.
         reference: of those, attributed by automatic differentiation too, at ``reference_steps`` steps.
         sweep: per strength and prompt, over ``strengths`` of the shipped grid; ``controls`` random feature sets.
-        professions: the most that are swept in search of four on which the turn does all that it should.
     """
 
     shares: int
@@ -40,17 +39,16 @@ class Sizes:
     sweep: int
     strengths: int
     controls: int
-    professions: int
     batch_size: int = 64
 
 
 QUICK = Sizes(
     shares=64, again=64, drawings=2_000, inside=65, attribution=65, reference=2, reference_steps=3, sweep=48,
-    strengths=5, controls=1, professions=12,
+    strengths=5, controls=1,
 )  # fmt: skip
 FULL = Sizes(
     shares=1_000, again=4_000, drawings=12_000, inside=1_000, attribution=256, reference=4, reference_steps=20,
-    sweep=500, strengths=100, controls=3, professions=12,
+    sweep=500, strengths=100, controls=3,
 )  # fmt: skip
 
 

@@ -246,12 +246,12 @@ def _same(before: Predictions, after: Predictions) -> np.ndarray:
 
 
 def _professions(job: Job, attribute: Attribute) -> list[tuple[Steered, list[Row]]]:
-    """Sweep the paper's professions, then others in order, until enough hold or ``Sizes.professions`` are done."""
+    """Sweep the paper's professions, then others in order, until enough hold or none are left."""
     prompts = [p for p in job.lens.prompts if p]
     named = [p for word in FIRST_CHOICE for p in prompts if word in p.split()]
     queue = named + [p for p in prompts if p not in named and "person" not in p.split()]
     found: list[tuple[Steered, list[Row]]] = []
-    for place, prompt in enumerate(queue[: job.sizes.professions], start=1):
+    for place, prompt in enumerate(queue, start=1):
         if sum(_does(job, rows) for _, rows in found) >= PROFESSIONS:
             break
         steered = steer(job, attribute, prompt, place)
