@@ -1,18 +1,16 @@
-"""What a model draws, counted batch by batch; and what one draws unedited, kept in its lens; reads without torch."""
+"""What a model draws unedited, prompt by prompt, as counted once and kept in its lens; reads without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion_lens import stats
 from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
 from diffusion_lens.records import to_plain
-from diffusion_lens.types import Attribute, LensError, Predictions, Share
+from diffusion_lens.types import LensError, Share
 
 STORED = "counted/shares.json"
 
@@ -32,26 +30,6 @@ class CountedShares:
     guidance_scale: float
     first_seed: int
     classifier_id: str
-
-
-@dataclass
-class Tally:
-    """Decided images per class and undecided ones, by attribute, added up over batches."""
-
-    counts: dict[str, np.ndarray] = field(default_factory=dict)
-    uncertain: dict[str, int] = field(default_factory=dict)
-    n: int = 0
-
-    def add(self, predictions: dict[str, Predictions], n: int) -> None:
-        """Count one batch."""
-        for name, reading in predictions.items():
-            self.counts[name] = self.counts.get(name, np.zeros(len(reading.attribute.classes), int)) + reading.counts
-            self.uncertain[name] = self.uncertain.get(name, 0) + reading.n_uncertain
-        self.n += n
-
-    def shares(self, attribute: Attribute, confusion: np.ndarray) -> tuple[Share, ...]:
-        """Every class's share, corrected by the classifier's confusion matrix, in class order."""
-        return stats.shares(self.counts[attribute.name], self.uncertain[attribute.name], attribute, confusion)
 
 
 _READER = TypeAdapter(CountedShares)

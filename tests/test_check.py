@@ -19,13 +19,13 @@ from diffusion_lens.checks import steering, world
 from diffusion_lens.checks.inside import Reconstruction, fidelity
 from diffusion_lens.checks.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
 from diffusion_lens.checks.runs import FIRST_SEED, Job, Sizes
-from diffusion_lens.counted import Tally
 from diffusion_lens.generate import StepContext
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world as portraits
 from diffusion_lens.reference import autograd_scores
 from diffusion_lens.stats import wilson
 from diffusion_lens.sweep import Reading
+from diffusion_lens.tally import Tally
 from diffusion_lens.train import evaluate_sae
 from diffusion_lens.types import Attribute, LensError, Predictions, SweepResult
 

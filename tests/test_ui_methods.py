@@ -16,6 +16,7 @@ from lens_fixtures import PROMPTS
 from diffusion_lens.compare import CompareConfig, Comparison, run_compare
 from diffusion_lens.compare_store import add_to_lens
 from diffusion_lens.compare_tables import NOT_MEASURED, PARTS
+from diffusion_lens.compare_types import Measured
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
 from diffusion_lens.types import LensError
@@ -101,7 +102,9 @@ class TestStored:
         assert "Nothing to compare" in handlers.compared(studio, "age", "balance", LOST)[0]
 
     def test_the_table_marks_the_best_and_says_what_is_missing(self, comparison: Comparison) -> None:
-        a, b, c = comparison.rows
+        a, b, c = (
+            replace(row, fd=Measured(fd, (fd, fd))) for row, fd in zip(comparison.rows, (0.4, 0, 0), strict=True)
+        )
         rows = (a, replace(b, strength=1.0, kept=0.5, fid=None), replace(c, strength=1.0, kept=0.75, fid=None))
         table = replace(comparison, rows=rows)
         html = methods_views.table_html(table, "likeness")

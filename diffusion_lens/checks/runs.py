@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from diffusion_lens.counted import Tally
 from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.tally import Tally
 from diffusion_lens.types import GenerationRequest, LensError
 
 FIRST_SEED = 60_000_000

@@ -8,9 +8,10 @@ from scipy.stats import norm
 from diffusion_lens import stats
 from diffusion_lens.checks.result import Row, at_least, at_most, distance, not_applicable, stretch
 from diffusion_lens.checks.runs import DRAWN_SEED, Job, tally
-from diffusion_lens.counted import CountedShares, Tally
+from diffusion_lens.counted import CountedShares
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.portraits import world
+from diffusion_lens.tally import Tally
 from diffusion_lens.types import Attribute, Share
 
 WITHIN = 0.04

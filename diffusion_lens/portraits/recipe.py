@@ -21,7 +21,6 @@ from torch import Tensor
 from diffusion_lens.artifacts import read_json, write_json
 from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.config import StrictConfig
-from diffusion_lens.counted import Tally
 from diffusion_lens.generate import generate_batches, request
 from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import world
@@ -43,6 +42,7 @@ from diffusion_lens.portraits.draw import WIDE
 from diffusion_lens.portraits.emphasis import Shares, emphasise, teach
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 from diffusion_lens.records import to_plain
+from diffusion_lens.tally import Tally
 from diffusion_lens.types import LensError
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
