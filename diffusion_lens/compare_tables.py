@@ -50,11 +50,11 @@ def number(row: MethodRow, field: str) -> float | None:
     return float(value) if isinstance(value, int | float) and isfinite(value) else None
 
 
-def moves(row: MethodRow, base: MethodRow | None) -> bool:
-    """Whether a method surely came nearer to the target than no steering: the intervals of FD lie apart."""
-    if not row.strength or row.note:
-        return False
-    return base is None or row.fd is None or base.fd is None or row.fd.interval[1] < base.fd.interval[0]
+def movers(comparison: Comparison) -> list[MethodRow]:
+    """The methods that surely came nearer to the target than no steering: their interval of FD lies below its own."""
+    base = next((row.fd for row in comparison.rows if row.method == UNSTEERED), None)
+    tried = [row for row in comparison.rows if row.method != UNSTEERED and row.strength and not row.note]
+    return [row for row in tried if base is None or row.fd is None or row.fd.interval[1] < base.interval[0]]
 
 
 def best(comparison: Comparison) -> dict[str, frozenset[str]]:
@@ -63,8 +63,7 @@ def best(comparison: Comparison) -> dict[str, frozenset[str]]:
     Controls take part, so that one that does as well as a method is seen to; the unsteered model and methods that did
     not surely move anything do not: whoever changes nothing keeps everything.
     """
-    base = next((row for row in comparison.rows if row.method == UNSTEERED), None)
-    playing = [row for row in comparison.rows if row.method != UNSTEERED and moves(row, base)]
+    playing = movers(comparison)
     found = {}
     for field, cost in BEST.items():
         values = {row.method: cost(v) for row in playing if (v := number(row, field)) is not None}
@@ -90,8 +89,8 @@ def verdict(comparison: Comparison) -> str:
         said.append("DiffLens has the best value in none.")
     steered = [row for row in comparison.rows if row.method != UNSTEERED]
     still = [row.name for row in steered if not row.strength and not row.note]
-    base = next((row for row in comparison.rows if row.method == UNSTEERED), None)
-    unsure = [row.name for row in steered if row.strength and not row.note and not moves(row, base)]
+    surely = {row.method for row in movers(comparison)}
+    unsure = [row.name for row in steered if row.strength and not row.note and row.method not in surely]
     noise = [row.name for row in steered if row.strength and row.fd and row.fd.value <= (row.fd_floor or 0)]
     if noise:
         said.append(f"At balance within noise: {', '.join(noise)}.")

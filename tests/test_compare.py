@@ -391,9 +391,7 @@ def test_best_values_by_hand(comparison: Comparison) -> None:
     worse = replace(worse, rows=(rows[0], made(a, 1.0, 0.3, 1.0, 0.1, 3.0), made(b, 1.0, 0.2, 0.9, 0.2, 1.1)))
     loses = {f: m for f, m in best(worse).items() if "difflens" in m}
     assert not {"fd", "log_ratio_corrected", "kept", "activation_ratio"} & set(loses)
-    near = replace(
-        rows[1], fd=Measured(0.35, (0.3, 0.4)), kept=0.99
-    )  # reaches the unsteered 0.4: moved nothing for sure
+    near = replace(rows[1], fd=Measured(0.35, (0.3, 0.4)), kept=0.99)  # reaches the unsteered 0.4
     idle = replace(table, rows=(rows[0], near, *rows[2:]))
     assert best(idle)["kept"] == {b.method} and f"and so best in nothing: {a.name}." in verdict(idle)
     assert verdict(replace(table, rows=(rows[0], near))).startswith("No method surely moved anything.")

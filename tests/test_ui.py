@@ -17,6 +17,7 @@ from lens_fixtures import PROMPTS
 from diffusion_lens import ui
 from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.counted import STORED, CountedShares, store_in_lens, stored_shares
+from diffusion_lens.fit_write import check_target
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
@@ -456,6 +457,7 @@ class TestAbout:
         store_in_lens(counted, lens_copy)
         again = DiffusionLens.from_pretrained(lens_copy)  # sealed anew
         assert again.counted == counted
+        check_target(lens_copy)  # a new fit may replace it
         assert about.planted_html(again, "gender").count("<td>5,000</td>") == 2
         assert list(about.attributes_known(again)) == [*names, other]
         assert "<td>900</td>" in about.planted_html(again, other)
