@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusion_lens.config import Setting, StrictConfig
 from diffusion_lens.generate import Edit
 from diffusion_lens.intervene import compile
 from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.probes import Probe
 from diffusion_lens.records import load_point, save_point
 from diffusion_lens.sae import SparseAutoencoder
 from diffusion_lens.settings import describe_setting, identity_beta, make_intervention
@@ -29,6 +30,7 @@ class ChooseConfig(StrictConfig):
     """The grid that a setting is chosen from.
 
     Attributes:
+        holds: whether a turn leaves the lens's other attributes alone (``Intervention.hold``).
         betas: strengths as for ``scale``, where 1 changes nothing; other modes use them less 1.
         n_images: images per strength, on seeds from ``first_seed`` on, which nothing else should use.
         prompts: the prompts chosen on; empty: the first that the lens samples.
@@ -39,6 +41,7 @@ class ChooseConfig(StrictConfig):
     modes: tuple[Mode, ...] = ("scale",)
     samplers: tuple[Sampler, ...] = ("asymmetric", "symmetric")
     windows: tuple[tuple[int, int] | None, ...] = (None,)
+    holds: tuple[Literal["nothing", "others"], ...] = ("nothing",)
     betas: tuple[float, ...] = (-3.0, -1.0, 0.0, 1.0, 2.0, 3.0, 5.0)
     n_images: int = Field(default=96, ge=8)
     first_seed: int = 3_000_000
@@ -106,15 +109,18 @@ def best(trials: Sequence[Trial]) -> Trial:
     return min(enough, key=lambda t: t.spillover) if enough else max(trials, key=lambda t: t.reach)
 
 
-def candidates(attribute: str, target: str, grid: ChooseConfig) -> Iterator[Setting]:
-    """Every combination of the grid's choices, its strengths moved to each mode's zero."""
-    axes = (grid.n_features, grid.poles, grid.modes, grid.samplers, grid.windows)
-    for n, poles, mode, sampler, window in product(*axes):
+def candidates(attribute: str, target: str, grid: ChooseConfig, others: Sequence[str] = ()) -> Iterator[Setting]:
+    """Every combination of the grid's choices, its strengths moved to each mode's zero.
+
+    ``others``: the attributes that ``holds`` means.
+    """
+    axes = (grid.n_features, grid.poles, grid.modes, grid.samplers, grid.windows, grid.holds)
+    for n, poles, mode, sampler, window, hold in product(*axes):
         identity = identity_beta(mode)
         strengths = sorted({*(beta - 1 + identity for beta in grid.betas), identity})
         yield Setting(
             attribute=attribute, target=target, n_features=n, poles=poles, mode=mode, sampler=sampler,
-            window=window, betas=tuple(strengths),
+            window=window, hold=tuple(others) if hold == "others" else (), betas=tuple(strengths),
         )  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def choose_setting(
     requests: Sequence[GenerationRequest],
     settings: Sequence[Setting],
     *,
+    probes: Mapping[str, Probe],
     batch_size: int = 16,
     keep: Path | None = None,
     on_trial: Callable[[int, int], None] | None = None,
@@ -141,10 +148,11 @@ def choose_setting(
     for number, setting in enumerate(settings):
         own = []
         for place, base in enumerate(bases):
-            folder = None if keep is None else keep / f"{number:04d}-{place:02d}"
+            folder = None if keep is None else trial_folder(keep, number, place)
             points = measure_setting(
-                model, sae, attribution, classifier, base, setting, batch_size=batch_size, n_examples=0, keep=folder
-            )
+                model, sae, attribution, classifier, base, setting, probes=probes, batch_size=batch_size,
+                n_examples=0, keep=folder,
+            )  # fmt: skip
             own.append(judge(setting, points, attribution.attribute.index(setting.target)))
         trials.append(together(own))
         if on_trial is not None:
@@ -158,6 +166,11 @@ def choose_setting(
     return chosen.setting.model_copy(update={"n_seeds_chosen_on": n, "note": note}), tuple(trials)
 
 
+def trial_folder(keep: Path, number: int, place: int) -> Path:
+    """Where the points of one candidate on one prompt are kept."""
+    return keep / f"{number:04d}-{place:02d}"
+
+
 def measure_setting(
     model: DiffusionModel,
     sae: SparseAutoencoder,
@@ -166,6 +179,7 @@ def measure_setting(
     base: Baseline,
     setting: Setting,
     *,
+    probes: Mapping[str, Probe],
     change: Callable[[Intervention], Intervention] = lambda turn: turn,
     batch_size: int = 16,
     n_examples: int = 8,
@@ -173,13 +187,13 @@ def measure_setting(
 ) -> list[SweepPoint]:
     """Sweep a setting over its strengths on the seeds of ``base``; points kept in ``keep`` are not measured again.
 
-    ``change`` turns the intervention into a control.
+    ``probes``: those of what the setting holds still. ``change`` turns the intervention into a control.
     """
 
     def make_edit(beta: float) -> Edit | None:
         if beta == identity_beta(setting.mode):
             return None
-        return compile([change(make_intervention(attribution, setting, setting.target, beta))], sae)
+        return compile([change(make_intervention(attribution, setting, setting.target, beta))], sae, probes)
 
     points = []
     for number, beta in enumerate(sorted(setting.betas)):

@@ -55,7 +55,7 @@ class Setting(StrictConfig):
         target: the class towards which a rising β leads in the shipped sweep.
         n_features: features per pole, taken in order of attribution.
         poles: ``one`` turns the target's features; ``both`` also turns the opposite's the other way.
-        mode, sampler, window: as in ``Intervention``.
+        mode, sampler, window, hold: as in ``Intervention``.
         betas: the strengths of the shipped sweep, rising, the identity among them.
         n_seeds_chosen_on: images per strength on which this setting was chosen (0: set by hand).
         note: where the setting comes from, in one sentence.
@@ -68,6 +68,7 @@ class Setting(StrictConfig):
     mode: Mode
     sampler: Sampler
     window: tuple[int, int] | None = None
+    hold: tuple[str, ...] = ()
     betas: tuple[float, ...] = Field(min_length=1)
     n_seeds_chosen_on: int = Field(default=0, ge=0)
     note: str = ""

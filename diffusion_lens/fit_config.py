@@ -30,6 +30,8 @@ class FitConfig(StrictConfig):
         n_images: images sampled and labelled. first_seed: of them.
         per_class: certain images per class (at most) on which activations are collected.
         batch_size: images drawn at once; part of the result in the last bits.
+        even_probes: train each probe as if the other attributes were as frequent in every class (``even_weights``);
+            else images count alike, and an attribute's probe also learns what comes with it under the prompts.
         attribution_images: images per attribute that integrated gradients are averaged over.
         pool_images: images of the atlas.
         settings: shipped turns; attributes without one get theirs by ``choose``.
@@ -60,6 +62,7 @@ class FitConfig(StrictConfig):
     batch_size: int = Field(default=16, ge=1)
     sae: SAETrainConfig
     probe_weight_decay: float | None = None
+    even_probes: bool = True
     attribution_images: int = Field(default=256, ge=1)
     pool_images: int = Field(default=512, ge=1)
     atlas: AtlasConfig = AtlasConfig()
@@ -109,7 +112,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "label": (),
     "collect": ("hook_name", "attributes", "per_class", "seed"),
     "sae": ("sae",),
-    "probes": ("probe_weight_decay",),
+    "probes": ("probe_weight_decay", "even_probes"),
     "attribution": ("attribution_images",),
     "atlas": ("pool_images", "atlas"),
     "settings": ("settings", "choose"),

@@ -117,6 +117,7 @@ def default_config(
             n_features=(ACTIVE,) if quick else (10, 30),
             poles=("both",),
             samplers=("asymmetric" if model.is_ddim else "symmetric",),
+            holds=("nothing", "others") if len(names) > 1 and not quick else ("nothing",),
             betas=(-1.0, 1.0, 3.0) if quick else ChooseConfig().betas,
             n_images=16 if quick else 64,
         ),

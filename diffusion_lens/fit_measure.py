@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.choose import candidates, choose_setting, describe, measure_setting
+from diffusion_lens.choose import candidates, choose_setting, describe, measure_setting, trial_folder
 from diffusion_lens.config import Setting
-from diffusion_lens.fit_stages import Work, read_attributions, read_sae
+from diffusion_lens.fit_stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.generate import request
 from diffusion_lens.intervene import compile
 from diffusion_lens.records import load_atlas, save_sweep
@@ -22,35 +22,64 @@ from diffusion_lens.types import Atlas, Attribution, FeatureSet, GenerationReque
 
 
 def fit_settings(work: Work) -> None:
-    """Take over the configured turns; choose one for every attribute that has none, a file each."""
+    """Take over the configured turns; choose one for every attribute that has none, a file each.
+
+    The processes share the candidates' sweeps; the main one then reads all of them and chooses.
+    """
     given = {setting.attribute: setting for setting in work.config.settings}
-    for number, name in enumerate(work.config.attributes):
-        path = work.folders["settings"] / f"{name}.json"
-        if not path.is_file():
-            (given[name] if name in given else _choose(work, name)).save(path)
-        work.on_stage("settings", number + 1, len(work.config.attributes))
+    folder, asked = work.folders["settings"], _asked(work)
+    wanted = [n for n in work.config.attributes if n not in given and not (folder / f"{n}.json").is_file()]
+    plan = [
+        (name, number, setting, place)
+        for place in range(len(asked))
+        for name in wanted
+        for number, setting in enumerate(_candidates(work, name))
+    ]
+    mine, base = work.processes.share(plan), None
+    for done, (name, number, setting, place) in enumerate(mine):
+        if base is None or base.request != asked[place]:
+            base = measure_baseline(
+                work.model, asked[place], work.classifier, batch_size=work.config.batch_size, n_examples=0
+            )
+        measure_setting(
+            work.model, read_sae(work), read_attributions(work)[name], work.classifier, base, setting,
+            probes=read_probes(work), batch_size=work.config.batch_size, n_examples=0,
+            keep=trial_folder(folder / name, number, place),
+        )  # fmt: skip
+        work.on_stage("settings", done + 1, len(mine))
+    work.processes.wait()
+    if work.processes.is_main:
+        for name in work.config.attributes:
+            if not (folder / f"{name}.json").is_file():
+                (given[name] if name in given else _choose(work, name)).save(folder / f"{name}.json")
 
 
-def _choose(work: Work, name: str) -> Setting:
-    grid = work.config.choose
-    attribute = work.attribute(name)
-    settings = list(candidates(name, attribute.classes[-1], grid))
+def _asked(work: Work) -> list[GenerationRequest]:
+    """What every candidate is tried on, a request for each prompt."""
+    config, grid = work.config, work.config.choose
     seeds = range(grid.first_seed, grid.first_seed + grid.n_images)
-    config = work.config
-    wanted = [
+    return [
         request(work.model, prompt, seeds, config.n_steps, config.guidance_scale)
         for prompt in grid.prompts or config.draws[:1]
     ]
+
+
+def _candidates(work: Work, name: str) -> list[Setting]:
+    others = [other for other in work.config.attributes if other != name]
+    return list(candidates(name, work.attribute(name).classes[-1], work.config.choose, others))
+
+
+def _choose(work: Work, name: str) -> Setting:
     chosen, trials = choose_setting(
         work.model,
         read_sae(work),
         read_attributions(work)[name],
         work.classifier,
-        wanted,
-        settings,
+        _asked(work),
+        _candidates(work, name),
+        probes=read_probes(work),
         batch_size=work.config.batch_size,
         keep=work.folders["settings"] / name,
-        on_trial=lambda done, total: work.on_stage("settings", done, total),
     )
     write_json(work.folders["settings"] / f"{name}-trials.json", [describe(trial) for trial in trials])
     return chosen
@@ -76,15 +105,17 @@ def fit_effects(work: Work) -> None:
             owners.setdefault(feature, settings[name])
     wanted = _sweep_request(work, config.sweeps[0] if config.sweeps else config.draws[0], config.effect_images)
     base: Baseline | None = None
-    for number, (feature, setting) in enumerate(owners.items()):
+    mine = work.processes.share(list(owners.items()))
+    for number, (feature, setting) in enumerate(mine):
         path = work.folders["effects"] / f"{feature}.safetensors"
         if not path.is_file():
             base = base or measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
             save_tensors(path, _effect(work, sae, base, feature, setting))
-        work.on_stage("effects", number + 1, len(owners))
+        work.on_stage("effects", number + 1, len(mine))
     prompt = "" if wanted.prompt is None else f' of "{wanted.prompt}"'
     source = f"turned alone as far as the shipped sweep goes, on {config.effect_images} images{prompt}"
-    write_json(work.folders["effects"] / "source.json", source)
+    if work.processes.is_main:
+        write_json(work.folders["effects"] / "source.json", source)
 
 
 def _leaders(attribution: Attribution, setting: Setting, n: int) -> set[int]:
@@ -130,7 +161,8 @@ def fit_sweeps(work: Work) -> None:
     """Sweep every attribute on every prompt (and its control), a folder of points each."""
     settings, config = read_settings(work), work.config
     controls: Sequence[Control | None] = (None, "random") if config.sweep_controls else (None,)
-    plan = [(p, name, c) for p in range(len(config.sweeps)) for name in config.swept for c in controls]
+    everything = [(p, name, c) for p in range(len(config.sweeps)) for name in config.swept for c in controls]
+    plan = work.processes.share(everything)
     base: Baseline | None = None
     for number, (p, name, control) in enumerate(plan):
         stem = f"{p:02d}-{name}{'' if control is None else f'-{control}'}"
@@ -158,6 +190,7 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
         work.classifier,
         base,
         setting,
+        probes=read_probes(work),
         change=lambda turn: turn if control is None else control_turn(turn, control, activity, seed),
         batch_size=work.config.batch_size,
         keep=keep,

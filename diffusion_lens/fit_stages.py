@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from diffusion_lens import metrics
 from diffusion_lens.activations import ActivationStore, SampleSpec, collect_to
 from diffusion_lens.artifacts import load_tensors, save_tensors, write_json
 from diffusion_lens.atlas import build_atlas
@@ -22,14 +23,15 @@ from diffusion_lens.generate import generate, request
 from diffusion_lens.pipelines import DiffusionModel
 from diffusion_lens.probes import Probe
 from diffusion_lens.processes import ALONE, Processes
+from diffusion_lens.raking import even_weights
 from diffusion_lens.records import load_attributions, load_probes, save_atlas, save_attributions, save_probes
 from diffusion_lens.sae import SparseAutoencoder
 from diffusion_lens.train import train_probe, train_sae
 from diffusion_lens.types import Attribute, Attribution, GenerationRequest, LensError, Predictions
 
 OnStage = Callable[[str, int, int], None]
-SHARED_STAGES = ("sample", "label", "collect")
-"""Stages that several processes share; the main one does the others alone."""
+SHARED_STAGES = ("sample", "label", "collect", "settings", "effects", "sweeps")
+"""Stages that several processes share, since they draw; the main one does the others alone."""
 MIN_PER_CLASS = 4
 """Certain images of a class that a probe needs at least."""
 
@@ -39,7 +41,7 @@ class Work:
     """What every stage gets: configuration, models, and each stage's own folder.
 
     ``on_stage(stage, done, total)`` reports progress and may raise to stop; nothing finished is lost.
-    Several ``processes`` share the batches of the stages that draw and read images (``SHARED_STAGES``).
+    Several ``processes`` share the work of the stages that draw images (``SHARED_STAGES``).
     """
 
     config: FitConfig
@@ -242,7 +244,10 @@ def fit_probes(work: Work) -> None:
         if not path.is_file():
             h, labels = activations_of(work, rows), readings[name].labels[rows]
             attribute, device = work.attribute(name), work.model.device
-            save_probes(path, {name: train_probe(h, labels, attribute, seed=work.config.seed, device=device, **extra)})
+            others = [metrics.decided_labels(readings[other])[rows] for other in chosen if other != name]
+            weights = even_weights(labels, others) if work.config.even_probes else None
+            probe = train_probe(h, labels, attribute, weights=weights, seed=work.config.seed, device=device, **extra)
+            save_probes(path, {name: probe})
         work.on_stage("probes", number + 1, len(chosen))
 
 

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lens.hold import Hold, make_hold
+from diffusion_lens.probes import Probe
 from diffusion_lens.sae import SparseAutoencoder
 from diffusion_lens.types import Attribute, Intervention, LensError, Sampler
 
@@ -26,6 +29,7 @@ class FeatureEdit:
     Several interventions on one feature act one after the other, in the order given. Build it with ``compile``.
 
     Attributes:
+        hold: what the whole edit leaves alone; ``None`` for nothing.
         description: says in words what is done, and ends in a digest of every detail: equal text, equal edit.
         sampler: one for all. window: the steps that any intervention touches; ``None`` is every step.
     """
@@ -35,6 +39,7 @@ class FeatureEdit:
     sampler: Sampler
     window: tuple[int, int] | None
     description: str
+    hold: Hold | None = None
 
     @torch.no_grad()
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
@@ -51,11 +56,16 @@ class FeatureEdit:
             return h
         gain = torch.from_numpy(scale[np.ix_(rows, columns)])
         add = torch.from_numpy(shift[np.ix_(rows, columns)])
+        features = ids[columns].tolist()
         if rows.all():
-            return h + self.sae.edit_delta(h, ids[columns].tolist(), gain, add)
+            return h + self._change(h, features, gain, add, context)
         chosen = torch.from_numpy(np.flatnonzero(rows)).to(h.device)
         some = h[chosen]
-        return h.index_copy(0, chosen, some + self.sae.edit_delta(some, ids[columns].tolist(), gain, add))
+        return h.index_copy(0, chosen, some + self._change(some, features, gain, add, context))
+
+    def _change(self, h: Tensor, features: list[int], gain: Tensor, add: Tensor, context: StepContext) -> Tensor:
+        change = self.sae.edit_delta(h, features, gain, add)
+        return change if self.hold is None else self.hold.free(change, context.index, context.n_steps)
 
     def _coefficients(self, step: int, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``ids [m]``, ``scale, shift [n, m]`` (float64): in image i, feature ``ids[j]`` becomes scale·s + shift."""
@@ -73,12 +83,17 @@ class FeatureEdit:
         return np.array(ids, dtype=np.int64), scale, shift
 
 
-def compile(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> FeatureEdit:
+def compile(
+    interventions: Sequence[Intervention], sae: SparseAutoencoder, probes: Mapping[str, Probe] = MappingProxyType({})
+) -> FeatureEdit:
     """An edit from interventions, checked against the SAE and each other.
+
+    ``probes`` by attribute, for interventions that hold some still. What any of them holds the whole edit holds, but
+    for the attributes that it turns.
 
     Raises:
         LensError: features of another SAE or outside its dictionary, overrides of features that are not
-            turned, two samplers, or no intervention at all.
+            turned, two samplers, an attribute held that has no probe, or no intervention at all.
     """
     if not interventions:
         raise LensError("Give at least one intervention.")
@@ -87,8 +102,11 @@ def compile(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> Fe
     samplers = {i.sampler for i in interventions}
     if len(samplers) > 1:
         raise LensError("Interventions applied together need one sampler; choose asymmetric or symmetric for all.")
-    description = "; ".join(_words(i) for i in interventions) + f" · {_digest(interventions, sae)}"
-    return FeatureEdit(sae, tuple(interventions), samplers.pop(), _hull(interventions), description)
+    turned = {i.features.attribute for i in interventions}
+    hold = make_hold(probes, [name for i in interventions for name in i.hold if name not in turned])
+    words = "; ".join(_words(i) for i in interventions) + ("" if hold is None else f"; holding {', '.join(hold.names)}")
+    description = f"{words} · {_digest(interventions, sae, hold)}"
+    return FeatureEdit(sae, tuple(interventions), samplers.pop(), _hull(interventions), description, hold)
 
 
 def draw_classes(
@@ -168,7 +186,7 @@ def _words(intervention: Intervention) -> str:
     )
 
 
-def _digest(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> str:
+def _digest(interventions: Sequence[Intervention], sae: SparseAutoencoder, hold: Hold | None) -> str:
     """12 hex digits over everything that decides the edit."""
     details = [
         [
@@ -179,4 +197,5 @@ def _digest(interventions: Sequence[Intervention], sae: SparseAutoencoder) -> st
         ]
         for i in interventions
     ]
-    return hashlib.sha256(json.dumps([sae.sae_id, details]).encode()).hexdigest()[:12]
+    held = [] if hold is None else [hold.digest]
+    return hashlib.sha256(json.dumps([sae.sae_id, details, *held]).encode()).hexdigest()[:12]

@@ -82,7 +82,7 @@ def joint_edit(
         for number, (name, steer) in enumerate(steers.items())
         for turn in interventions(lens, name, steer, seeds, draw_seed=draw_seed + number, sampler=sampler)
     ]
-    return compile(turns[::-1] if reverse else turns, lens.sae)
+    return compile(turns[::-1] if reverse else turns, lens.sae, lens.probes)
 
 
 def steer_together(
@@ -105,7 +105,9 @@ def steer_together(
     manifest = lens.manifest
     wanted = request(lens.model, prompt, seeds, manifest.n_steps, manifest.guidance_scale)
     alone = {
-        name: compile(interventions(lens, name, steer, seeds, draw_seed=draw_seed + i, sampler=sampler), lens.sae)
+        name: compile(
+            interventions(lens, name, steer, seeds, draw_seed=draw_seed + i, sampler=sampler), lens.sae, lens.probes
+        )
         for i, (name, steer) in enumerate(steers.items())
     }
     both, backwards = (

@@ -133,7 +133,7 @@ class DiffusionLens(LensFolder):
         """One edit of the bottleneck from one or several interventions; refuses features of another SAE."""
         from diffusion_lens.intervene import compile
 
-        return compile(interventions, self.sae)
+        return compile(interventions, self.sae, self.probes)
 
     def attribute(
         self, generation: Generation, attribute_name: str, *, method: str = "integrated_gradients"
@@ -299,7 +299,9 @@ class DiffusionLens(LensFolder):
     ) -> Intervention:
         if isinstance(attribute, FeatureSet):
             setting = self.setting(attribute.attribute)
-            turn = Intervention(attribute, setting.mode, beta, window=setting.window, sampler=setting.sampler)
+            turn = Intervention(
+                attribute, setting.mode, beta, window=setting.window, sampler=setting.sampler, hold=setting.hold
+            )
         else:
             turn = self.intervention(attribute, target, beta)
         return turn if control is None else control_turn(turn, control, self.atlas.activity, seed)

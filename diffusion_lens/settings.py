@@ -73,6 +73,7 @@ def make_intervention(
         "mode": setting.mode,
         "window": setting.window,
         "sampler": setting.sampler,
+        "hold": setting.hold,
     }
     unknown = set(changes) - {*values, "overrides", "only_seeds"}
     if unknown:
@@ -122,7 +123,8 @@ def describe_setting(setting: Setting, control: Control | None = None, seed: int
     """A setting in one line of stable text; a control says so."""
     steps = "all steps" if setting.window is None else f"steps {setting.window[0]} to {setting.window[1] - 1}"
     poles = "both poles" if setting.poles == "both" else "one pole"
-    text = f"{setting.n_features} features, {poles}, {setting.mode}, {setting.sampler}, {steps}"
+    held = f", holding {' and '.join(setting.hold)}" if setting.hold else ""
+    text = f"{setting.n_features} features, {poles}, {setting.mode}, {setting.sampler}, {steps}{held}"
     if control is None:
         return text
     told = f"random features as active (seed {seed})" if control == "random" else "poles exchanged"

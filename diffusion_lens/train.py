@@ -204,7 +204,9 @@ def _fit_sae(
     last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=sae.W_dec.device)
     dead = last_fired[:0]
     curves: list[tuple[int, float, float]] = []
-    identity = config.model_dump_json() + sae.cfg.model_dump_json()
+    # Another number of threads moves the last bits of the scale; what was trained so far is as good.
+    place = sae.cfg.model_copy(update={"normalise": float(f"{sae.cfg.normalise:.4g}")})
+    identity = config.model_dump_json() + place.model_dump_json()
     saver = Checkpoint(checkpoint, identity, {"sae": sae, "optimiser": optimiser, "decay": decay}, CHECKPOINT_SECONDS)
     first_step = 0
     if (saved := saver.load(sae.W_dec.device)) is not None:
@@ -279,6 +281,7 @@ def train_probe(
     labels: np.ndarray | Tensor,
     attribute: Attribute,
     *,
+    weights: np.ndarray | None = None,
     weight_decay: float = 0.1,
     temperature: float | None = 1.0,
     seed: int,
@@ -293,32 +296,37 @@ def train_probe(
 
     Args:
         labels: class index per image ``[n]``; images with a negative label ("uncertain") are left out.
+        weights: how much each image counts within its class ``[n]``; evenly by default. Accuracy counts them evenly.
         temperature: divides the logits; soft probabilities (strong decay, 1 or more) let every image speak in an
             attribution. ``None`` fits one on the held-out images, so that probabilities are calibrated.
 
     Raises:
-        LensError: a class has fewer than four images, or labels and activations do not match.
+        LensError: a class has fewer than four images, or labels, weights and activations do not match.
     """
     y = torch.as_tensor(labels).long().cpu()
+    counts = torch.ones(len(y)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
     if h.ndim != 5 or len(y) != len(h):
         raise LensError(f"The probe needs activations [n, step, c, y, x] and n labels; got {h.shape} and {len(y)}.")
+    if len(counts) != len(y) or not bool((counts > 0).all()):
+        raise LensError(f"The probe needs a weight above 0 for each of {len(y)} images; got {len(counts)}.")
     train, held = _stratified(y, attribute, holdout, seed)
     n_steps, width = h.shape[1], int(np.prod(h.shape[2:]))
     per_chunk = max(1, PROBE_CHUNK_NUMBERS // (len(y) * width))
-    weights, biases, held_logits = [], [], []
+    rows, biases, held_logits = [], [], []
     for first in range(0, n_steps, per_chunk):
         part = torch.as_tensor(h[:, first : first + per_chunk]).flatten(2).transpose(0, 1)
-        weight, bias = _fit_logistic(part[:, train].to(device).float(), y[train].to(device), attribute, weight_decay)
+        x = part[:, train].to(device).float()
+        weight, bias = _fit_logistic(x, y[train].to(device), counts[train].to(device), attribute, weight_decay)
         held_part = part[:, held].to(device).float()
         held_logits.append(torch.baddbmm(bias[:, None], held_part, weight.mT).double().cpu())
-        weights.append(weight.cpu())
+        rows.append(weight.cpu())
         biases.append(bias.cpu())
     logits = torch.cat(held_logits)
     if temperature is None:
         temperature = _calibrated_temperature(logits, y[held], len(attribute.classes))
     return Probe(
         attribute,
-        torch.cat(weights),
+        torch.cat(rows),
         torch.cat(biases),
         _balanced_accuracy(logits, y[held], len(attribute.classes)),
         temperature,
@@ -342,15 +350,20 @@ def _stratified(labels: Tensor, attribute: Attribute, holdout: float, seed: int)
     return torch.cat(train), torch.cat(held)
 
 
-def _fit_logistic(x: Tensor, labels: Tensor, attribute: Attribute, weight_decay: float) -> tuple[Tensor, Tensor]:
-    """``x [step, n, d]`` → ``weight [step, class, d], bias [step, class]`` for raw inputs; ``x`` is used up."""
+def _fit_logistic(
+    x: Tensor, labels: Tensor, counts: Tensor, attribute: Attribute, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """``x [step, n, d]`` → ``weight [step, class, d], bias [step, class]`` for raw inputs; ``x`` is used up.
+
+    ``counts [n]``: how much each image counts within its class; the classes count alike.
+    """
     n_steps, n, width = x.shape
     n_classes = len(attribute.classes)
     mean = x.mean(1, keepdim=True)
     x -= mean
     scale = (x.square().sum(2).mean(1)).sqrt().clamp_min(1e-12)[:, None, None]
     x /= scale
-    balance = n / (n_classes * torch.bincount(labels, minlength=n_classes).to(x))
+    balance = counts * (n / (n_classes * torch.bincount(labels, counts, minlength=n_classes)))[labels]
     weight = torch.zeros(n_steps, n_classes, width, device=x.device, requires_grad=True)
     bias = torch.zeros(n_steps, n_classes, device=x.device, requires_grad=True)
     optimiser = torch.optim.LBFGS(
@@ -366,7 +379,8 @@ def _fit_logistic(x: Tensor, labels: Tensor, attribute: Attribute, weight_decay:
     def loss() -> Tensor:
         optimiser.zero_grad()
         logits = torch.baddbmm(bias[:, None], x, weight.mT)
-        entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=balance, reduction="sum") / n
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        entropy = (each.view(n_steps, n) * balance).sum() / n
         value = entropy + weight_decay / 2 * weight.square().sum()
         value.backward()
         return value

@@ -174,6 +174,8 @@ class Intervention:
         window: half-open range of step indices that are edited; ``None`` is every step.
         sampler: ``asymmetric`` lets the edit move the predicted x0 alone (as in Asyrp), ``symmetric`` both terms.
         only_seeds: turn the features in these images alone; ``None`` is every image.
+        hold: attributes to leave alone: what their probes would read of the edit is taken out of it (``hold.Hold``).
+            An attribute that the same edit turns is not held.
     """
 
     features: FeatureSet
@@ -184,6 +186,7 @@ class Intervention:
     window: tuple[int, int] | None = None
     sampler: Sampler = "asymmetric"
     only_seeds: frozenset[int] | None = None
+    hold: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for beta in (self.beta, *(b for _, b in self.overrides)):

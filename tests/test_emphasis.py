@@ -16,7 +16,7 @@ from diffusion_lens.pipelines import load_model
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, train_autoencoder
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, draw_rows, make_denoiser, train_denoiser
-from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, rake, teach
+from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, teach
 from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.types import LensError
 
@@ -45,21 +45,6 @@ def shares(labels: np.ndarray, weights: np.ndarray, attribute: str) -> np.ndarra
     column = next(i for i, a in enumerate(world.ATTRIBUTES) if a.name == attribute)
     counts = np.bincount(labels[:, column], weights, len(world.ATTRIBUTES[column].classes))
     return counts / counts.sum()
-
-
-def test_raking_meets_every_margin_and_keeps_what_hangs_together() -> None:
-    labels = np.array([[0, 0]] * 40 + [[0, 1]] * 10 + [[1, 0]] * 20 + [[1, 1]] * 30)
-    weights = rake(labels, [np.array([0.3, 0.7]), np.array([0.4, 0.6])])
-    cells = np.array([weights[(labels == cell).all(1)].sum() for cell in ((0, 0), (0, 1), (1, 0), (1, 1))]) / 100
-    assert cells[:2].sum() == pytest.approx(0.3) and cells[[0, 2]].sum() == pytest.approx(0.4)
-    assert cells[0] * cells[3] / (cells[1] * cells[2]) == pytest.approx(40 * 30 / (10 * 20))  # the odds ratio stays
-    assert weights.mean() == pytest.approx(1)
-    assert rake(labels, [np.array([0.5, 0.5]), np.array([0.6, 0.4])]) == pytest.approx(np.ones(100))
-
-
-def test_a_class_that_no_drawing_has_is_left_out() -> None:
-    weights = rake(np.array([[0], [0], [1], [1]]), [np.array([0.2, 0.6, 0.2])])
-    assert weights == pytest.approx([0.5, 0.5, 1.5, 1.5])
 
 
 def test_what_is_drawn_too_seldom_is_taught_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,17 +353,23 @@ def test_candidates_move_strengths_to_each_modes_zero() -> None:
     ]  # fmt: skip
 
 
+def test_candidates_hold_the_other_attributes_or_nothing() -> None:
+    grid = ChooseConfig(n_features=(1,), poles=("one",), samplers=("symmetric",), holds=("nothing", "others"))
+    assert [s.hold for s in candidates("gender", "male", grid, ["age", "tone"])] == [(), ("age", "tone")]
+    assert [s.hold for s in candidates("gender", "male", grid)] == [(), ()]
+
+
 def test_a_setting_is_chosen_by_measuring_and_resumes(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
     grid = ChooseConfig(n_features=(2, 4), poles=("both",), samplers=("symmetric",), betas=(-4.0, 1.0, 6.0))
     settings = list(candidates("gender", "male", grid))
     wanted = [request(tiny_lens.model, prompt, range(500, 516), STEPS, 2.0) for prompt in PROMPTS[:2]]
     parts = (tiny_lens.model, tiny_lens.sae, tiny_lens.attributions["gender"], tiny_lens.classifier, wanted, settings)
-    chosen, trials = choose_setting(*parts, keep=tmp_path)
+    chosen, trials = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
     assert len(trials) == 2 and chosen.n_seeds_chosen_on == 16
     assert "2 settings on 16 images per strength of 2 prompt(s)" in chosen.note
     assert chosen.n_features == best(trials).setting.n_features
     (tmp_path / "0001-01" / "002.json").unlink()
-    again = choose_setting(*parts, keep=tmp_path)
+    again = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
     assert again[0] == chosen and repr(again[1]) == repr(trials)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion_lens.raking import even_weights
 from diffusion_lens.sae import SparseAutoencoder
 from diffusion_lens.train import (
     SAELog,
@@ -160,6 +162,24 @@ def test_progress_and_cancelling() -> None:
     assert seen == [(1, 9), (2, 9), (3, 9)]
 
 
+def test_a_killed_training_goes_on_though_the_last_bits_of_its_samples_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do on another number of threads."""
+    monkeypatch.setattr("diffusion_lens.train.CHECKPOINT_SECONDS", 0.0)
+    samples, seen = planted(2000)[0], []
+
+    def killed(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    asked: dict[str, Any] = {"checkpoint": tmp_path / "training.pt", **PLACE}
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(samples, config(n_steps=8), on_step=killed, **asked)
+    train_sae(samples * (1 + 1e-6), config(n_steps=8), on_step=lambda done, _: seen.append(done), **asked)
+    assert seen == [6, 7, 8]
+
+
 def test_samples_that_teach_nothing_are_refused() -> None:
     for samples, word in ((torch.zeros(100, 4), "same"), (torch.full((100, 4), float("nan")), "finite")):
         with pytest.raises(LensError, match=word):
@@ -182,13 +202,16 @@ def labelled(attribute: Attribute, n: int = 240, n_steps: int = 4) -> tuple[np.n
     return h.astype(np.float32), labels
 
 
-def sklearn_twin(h: np.ndarray, labels: np.ndarray, step: int, weight_decay: float) -> LogisticRegression:
-    """The same objective on the same scaled inputs, by another solver."""
+def sklearn_twin(
+    h: np.ndarray, labels: np.ndarray, step: int, weight_decay: float, weights: np.ndarray | None = None
+) -> LogisticRegression:
+    """The same objective on the same scaled inputs, by another solver; ``weights`` whose classes add up alike."""
     flat = h[:, step].reshape(len(h), -1).astype(np.float64)
     flat = flat - flat.mean(0)
     flat = flat / np.sqrt((flat**2).sum(1).mean())
-    model = LogisticRegression(C=1 / (weight_decay * len(h)), class_weight="balanced", max_iter=5000, tol=1e-8)
-    return model.fit(flat, labels)
+    balance = None if weights is not None else "balanced"
+    model = LogisticRegression(C=1 / (weight_decay * len(h)), class_weight=balance, max_iter=5000, tol=1e-8)
+    return model.fit(flat, labels, sample_weight=weights)
 
 
 @pytest.mark.parametrize("attribute", [GENDER, AGE])
@@ -205,6 +228,38 @@ def test_probe_equals_an_independent_solver(attribute: Attribute, monkeypatch: p
         expected = twin.predict_proba(flat / np.sqrt((flat**2).sum(1).mean()))
         got = probe.logits(torch.as_tensor(h[:, step]), step).softmax(1).numpy()
         np.testing.assert_allclose(got, expected, atol=0.005)
+
+
+def test_a_weighted_probe_equals_an_independent_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, labels = labelled(AGE)
+    rows = torch.arange(len(labels))
+    monkeypatch.setattr("diffusion_lens.train._stratified", lambda *_: (rows, rows))
+    weights = np.random.default_rng(1).uniform(0.2, 3, len(labels))
+    for number in range(3):  # within each class they add up to a third of the images
+        weights[labels == number] *= len(labels) / 3 / weights[labels == number].sum()
+    probe = train_probe(h, labels, AGE, weights=7 * weights, weight_decay=0.02, seed=0)
+    twin = sklearn_twin(h, labels, 3, 0.02, weights)
+    flat = h[:, 3].reshape(len(h), -1) - h[:, 3].reshape(len(h), -1).mean(0)
+    expected = twin.predict_proba(flat / np.sqrt((flat**2).sum(1).mean()))
+    np.testing.assert_allclose(probe.logits(torch.as_tensor(h[:, 3]), 3).softmax(1).numpy(), expected, atol=0.005)
+
+
+def test_even_weights_take_what_comes_with_a_class_out_of_its_probe() -> None:
+    """Gender lies along one channel, age along another, and most men are old: h alone cannot tell which is which."""
+    rng = np.random.default_rng(0)
+    gender = rng.integers(0, 2, 4000)
+    age = np.where(rng.random(4000) < 0.8, gender, 1 - gender)
+    h = rng.normal(size=(4000, 1, 2, 1, 1)).astype(np.float32)
+    h[:, 0, 0, 0, 0] += gender
+    h[:, 0, 1, 0, 0] += 2 * age
+
+    def leak(weights: np.ndarray | None) -> float:
+        weight = train_probe(h, gender, GENDER, weights=weights, weight_decay=1.0, seed=0).weight[0]
+        return float((weight[1] - weight[0])[1] / (weight[1] - weight[0])[0])
+
+    assert leak(None) > 0.6
+    assert abs(leak(even_weights(gender, [age]))) < 0.1
+    assert leak(np.full(4000, 3.0)) == pytest.approx(leak(None), abs=1e-3)
 
 
 def test_probe_learns_where_there_is_something_to_learn() -> None:
@@ -245,6 +300,9 @@ def test_probe_faults_are_named() -> None:
         train_probe(h, np.zeros(40, int), GENDER, seed=0)
     with pytest.raises(LensError, match="between"):
         train_probe(h, labels + 1, GENDER, seed=0)
+    for weights in (np.ones(39), np.zeros(40)):
+        with pytest.raises(LensError, match="weight above 0"):
+            train_probe(h, labels, GENDER, weights=weights, seed=0)
 
 
 def test_an_iterable_of_unusable_chunks_is_refused() -> None:

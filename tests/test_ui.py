@@ -21,7 +21,7 @@ from diffusion_lens.fit_write import check_target
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
-from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
+from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.pictures import spotlight
 from diffusion_lens.ui.state import View
@@ -66,7 +66,7 @@ class TestViews:
 
     @pytest.mark.parametrize("changes", [
         {}, {"prompt": ""}, {"beta": -3.75, "own": ((0, 2.5), (31, -4.0))}, {"window": (0, 2), "sampler": "symmetric"},
-        {"window": None, "n_seeds": 16, "first_seed": 2**40, "n_features": 1},
+        {"window": None, "n_seeds": 16, "first_seed": 2**40, "n_features": 1}, {"hold": ("age",)},
     ])  # fmt: skip
     def test_links_open_the_view_they_were_made_of(
         self, tiny_lens: DiffusionLens, view: View, changes: dict[str, Any]
@@ -84,6 +84,7 @@ class TestViews:
         ("v", "99"), ("a", "wealth"), ("t", "robot"), ("b", "nan"), ("b", "inf"), ("b", "1e9"), ("n", "100000"),
         ("s", "-1"), ("s", "1" * 30), ("k", "0"), ("w", "3-1"), ("w", "0-99"), ("w", "x"), ("m", "psychic"),
         ("f", "1:2,1:3"), ("f", "999999:1"), ("f", "x"), ("p", "astronaut"), ("p", "a " * 500),
+        ("h", "wealth"), ("h", "gender"), ("h", "age,age"),
     ])  # fmt: skip
     def test_broken_links_are_refused_in_one_sentence(
         self, tiny_lens: DiffusionLens, view: View, key: str, value: str
@@ -228,9 +229,11 @@ class TestHandlers:
         assert not isinstance(again[0], str), "the unedited row is sent once"
 
     @pytest.mark.parametrize(("place", "value", "said"), [
-        (9, float("nan"), "β must lie"), (9, float("inf"), "β must lie"), (9, 99, "β must lie"), (9, None, "β must be"),
+        (N_PLAIN - 1, float("nan"), "β must lie"), (N_PLAIN - 1, float("inf"), "β must lie"),
+        (N_PLAIN - 1, 99, "β must lie"), (N_PLAIN - 1, None, "β must be"),
         (0, "a portrait of an astronaut", "never saw"), (4, -1, "first seed"), (4, 1.5, "whole number"),
         (6, 10**6, "features per pole"), (7, 4, "steps"), (3, 7, "images at once"), (5, "psychic", "sampler"),
+        (9, ["wealth"], "held still"), (9, ["gender"], "choose among age"),
     ])  # fmt: skip
     def test_bad_input_is_one_sentence_and_loses_nothing(
         self, studio: Studio, view: View, place: int, value: Any, said: str
@@ -258,18 +261,18 @@ class TestHandlers:
         page, values = page_of(studio, replace(view, beta=3.0))
         values[1] = "age"
         *updates, fresh = explore_handlers.change_attribute(studio, page, values)
-        assert len(updates) == 10 + 3 * N_SLOTS
+        assert len(updates) == N_PLAIN + 3 * N_SLOTS
         assert updates[2]["choices"] == ["young", "adult", "old"] and updates[2]["value"] == "old"
-        assert updates[9]["value"] == 1.0
+        assert updates[N_PLAIN - 1]["value"] == 1.0
         assert fresh.slots == cards.slots(studio.lens, state.default_view(studio.lens, "age"))
-        assert all(f"#{i}<" in html for i, html in zip(fresh.slots, updates[10 + 2 * N_SLOTS :], strict=False))
+        assert all(f"#{i}<" in html for i, html in zip(fresh.slots, updates[N_PLAIN + 2 * N_SLOTS :], strict=False))
 
     def test_reset_goes_back_to_the_identity(self, studio: Studio, view: View) -> None:
         first = cards.slots(studio.lens, view)[0]
         page, values = page_of(studio, replace(view, beta=3.0, own=((first, 4.0),), n_seeds=16))
         *updates, _ = explore_handlers.reset(studio, page, values)
-        assert updates[9]["value"] == 1.0 and applied(values, updates)[3] == 16 and "value" not in updates[3]
-        assert all(u["value"] is True for u in updates[10 : 10 + N_SLOTS])
+        assert updates[N_PLAIN - 1]["value"] == 1.0 and applied(values, updates)[3] == 16 and "value" not in updates[3]
+        assert all(u["value"] is True for u in updates[N_PLAIN : N_PLAIN + N_SLOTS])
 
     def test_a_feature_from_the_atlas_comes_first_and_is_turned(self, studio: Studio, view: View) -> None:
         known = cards.slots(studio.lens, view)
@@ -298,7 +301,7 @@ class TestHandlers:
         wanted = replace(view, prompt="a portrait of a nurse", beta=2.5)
         query = dict(parse_qsl(state.to_query(wanted).lstrip("?")))
         *updates, page, _ = explore_handlers.open_link(studio, "me", query)
-        values = [u["value"] for u in updates[: 10 + 2 * N_SLOTS]]
+        values = [u["value"] for u in updates[: N_PLAIN + 2 * N_SLOTS]]
         assert page.linked and page.visitor == "me"
         assert explore_handlers.read_view(studio, page, values) == wanted
 
@@ -356,7 +359,7 @@ class TestSweeps:
     def test_explore_follows_the_tab_and_draws_on_return(self, studio: Studio, view: View) -> None:
         page, values = page_of(studio, replace(view, beta=2.0))
         *updates, asked = explore_handlers.take_subject(studio, page, "a portrait of a nurse", "gender", values)
-        assert asked.pending and len(updates) == 10 + 3 * N_SLOTS
+        assert asked.pending and len(updates) == N_PLAIN + 3 * N_SLOTS
         taken = applied(values, updates)
         wanted = explore_handlers.read_view(studio, asked, taken)
         assert wanted == replace(view, beta=2.0, prompt="a portrait of a nurse")

@@ -58,3 +58,23 @@ class DiffLens(Method):
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
         """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
         return feature_edit(fitted, difflens_attribution(fitted), strength, seeds)
+
+
+class DiffLensHeld(DiffLens):
+    """The same turns, with the lens's other attributes held still."""
+
+    key = "difflens-hold"
+    name = "DiffLens, others held"
+    source = "Shi et al. 2025 for the features; after Ravfogel et al. 2020 for holding; our combination"
+    explanation = (
+        "DiffLens, less what the probes of the lens's other attributes read of its edit: at every step the change of h "
+        "is projected onto what is orthogonal to their directions. Features of one attribute carry some of the others "
+        "where these go together in what a model draws; this takes that part out and leaves the features as they are. "
+        "Null-space projection is that of Ravfogel et al. (2020, arXiv 2004.07667); "
+        "putting it on the edit is our working form."
+    )
+
+    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        hold = tuple(name for name in fitted.lens.probes if name != fitted.record.attribute)
+        return feature_edit(fitted, difflens_attribution(fitted), strength, seeds, hold=hold)

@@ -8,7 +8,7 @@ from diffusion_lens.methods.activation import Activation
 from diffusion_lens.methods.bypass import Bypass
 from diffusion_lens.methods.controls import MatchedNoise, PromptRewriting, RandomFeatures, SignFlip
 from diffusion_lens.methods.ddm import DDM
-from diffusion_lens.methods.difflens import DiffLens
+from diffusion_lens.methods.difflens import DiffLens, DiffLensHeld
 from diffusion_lens.methods.fine_tuning import FineTuning
 from diffusion_lens.methods.h_distribution import HDistribution
 from diffusion_lens.methods.latent_direction import LatentDirection
@@ -21,8 +21,9 @@ from diffusion_lens.types import LensError
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (
-        DiffLens(), SaeLrp(), SaeGradient(), Activation(), LatentDirection(), LatentEditing(), HDistribution(),
-        FineTuning(), Bypass(), DDM(), StereoClinic(), RandomFeatures(), SignFlip(), MatchedNoise(), PromptRewriting(),
+        DiffLens(), DiffLensHeld(), SaeLrp(), SaeGradient(), Activation(), LatentDirection(), LatentEditing(),
+        HDistribution(), FineTuning(), Bypass(), DDM(), StereoClinic(), RandomFeatures(), SignFlip(), MatchedNoise(),
+        PromptRewriting(),
     )
 }  # fmt: skip
 

@@ -47,11 +47,17 @@ def turn_setting(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting
 
 
 def feature_edit(
-    fitted: Fitted, attribution: Attribution, strength: float, seeds: tuple[int, ...], change: Change | None = None
+    fitted: Fitted,
+    attribution: Attribution,
+    strength: float,
+    seeds: tuple[int, ...],
+    change: Change | None = None,
+    hold: tuple[str, ...] = (),
 ) -> Edit:
     """Turn the features of each image's own class: β = 1 + strength for ``scale``, β = strength otherwise.
 
-    ``change`` turns every intervention into another one (controls do).
+    ``change`` turns every intervention into another one (controls do). ``hold``: attributes left alone, in place of
+    those that the shipped setting holds.
     """
     setting = turn_setting(fitted.lens, fitted.record.attribute, fitted.options)
     beta = identity_beta(setting.mode) + strength
@@ -60,10 +66,10 @@ def feature_edit(
     turns = []
     for label, group in drawn.items():
         if target[label] > 0 and (group or target[label] == 1):
-            turn = make_intervention(attribution, setting, label, beta)
-            turns.append(replace(turn, only_seeds=None if target[label] == 1 else group))
+            only = None if target[label] == 1 else group
+            turns.append(make_intervention(attribution, setting, label, beta, only_seeds=only, hold=hold))
     turns = turns if change is None else [change(turn) for turn in turns]
-    return compile(turns, fitted.lens.sae) if turns else NoEdit(fitted.describe(strength))
+    return compile(turns, fitted.lens.sae, fitted.lens.probes) if turns else NoEdit(fitted.describe(strength))
 
 
 def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_lens.portraits import world
+from diffusion_lens.raking import rake
 
 Shares = Mapping[str, np.ndarray]
 """Attribute name → class shares ``[class]``."""
@@ -24,8 +25,6 @@ SHARED = 1000
 
 LARGEST = 2.5
 """No class is taught more than about this many times as often as it was planted, nor less than one time in as many."""
-
-ROUNDS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +92,3 @@ def pooled(drawn: Mapping[str, Shares], n_images: int) -> dict[str, dict[str, np
         for prompt, row in zip(drawn, np.where(known[:, None], both, expected), strict=True):
             found[prompt][attribute] = row
     return found
-
-
-def rake(labels: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
-    """Weights ``[row]`` of mean 1 under which every attribute has its target shares (iterative proportional fitting).
-
-    ``labels [row, attribute]``, ``targets`` one ``[class]`` an attribute. A class that no row has is left out.
-    """
-    weights = np.ones(len(labels))
-    for _ in range(ROUNDS):
-        for column, target in zip(labels.T, targets, strict=True):
-            now = np.bincount(column, weights, len(target))
-            aim = np.where(now > 0, target, 0.0)
-            factor = np.divide(aim / aim.sum() * now.sum(), now, out=np.ones_like(now), where=now > 0)
-            weights = weights * factor[column]
-    return weights / weights.mean()

@@ -37,6 +37,9 @@ CVPR 2025.
   ln(male / female) is 0 at balance, about +0.7 at two to one.
 - **Eight images show what a turn does, never how often.** The Sweep tab counts more.
 - **Controls** turn features that should not matter. What moves there is noise, or damage.
+- **Hold still**: features of one attribute carry some of the others. Held attributes are left alone: what their
+  probes would read of the turn is taken out of it. That is our addition to the paper's method, and no guarantee: what
+  moves all the same is measured.
 - **Attribution is not causation.** A feature may speak for a class and still change nothing when it is turned.
 """
 
@@ -58,7 +61,8 @@ LIMITS = """
 - DiffLens: [arXiv 2503.20483](https://arxiv.org/abs/2503.20483) · asymmetric sampler (Asyrp):
   [arXiv 2210.10960](https://arxiv.org/abs/2210.10960) · TopK sparse autoencoders:
   [arXiv 2406.04093](https://arxiv.org/abs/2406.04093) · integrated gradients:
-  [arXiv 1703.01365](https://arxiv.org/abs/1703.01365) · DDIM: [arXiv 2010.02502](https://arxiv.org/abs/2010.02502)
+  [arXiv 1703.01365](https://arxiv.org/abs/1703.01365) · DDIM: [arXiv 2010.02502](https://arxiv.org/abs/2010.02502) ·
+  null-space projection: [arXiv 2004.07667](https://arxiv.org/abs/2004.07667)
 - Correction for the classifier's error: Rogan and Gladen (1978); Lang and Reiczigel (2014)
 """
 

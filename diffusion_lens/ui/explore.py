@@ -11,7 +11,7 @@ import gradio as gr
 
 from diffusion_lens.ui import cards, grid, state, texts
 from diffusion_lens.ui import explore_handlers as handlers
-from diffusion_lens.ui.explore_handlers import N_SLOTS, Page
+from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.state import View
 from diffusion_lens.ui.studio import Studio
@@ -62,12 +62,12 @@ def layout(studio: Studio) -> Explore:
     slots = cards.slots(lens, view)
     page = gr.State(Page(slots=slots))
     values = handlers.control_values(studio, view, slots)
-    subject = _choose(studio, values)
+    subject, hold = _choose(studio, values)
     shown, checks, own = _features(studio, view, slots, values)
     beta, reset, balance, stop = _turn(studio, view)
     status, before, after, drawing, measures, link = _see(studio, view)
     advanced = _advanced(studio, values)
-    controls = [*subject, *advanced, beta, *checks, *own]
+    controls = [*subject, *advanced, hold, beta, *checks, *own]
     outputs = [before, after, drawing, measures, status, link, page]
     live: dict[str, Any] = {
         "fn": lent(30)(partial(handlers.draw, studio)), "inputs": [page, *controls], "outputs": outputs,
@@ -75,7 +75,7 @@ def layout(studio: Studio) -> Explore:
         "api_visibility": "private",
     }  # fmt: skip
     tab = Explore(controls, shown, outputs, page, status, [*controls, *shown, page], live)
-    _wire(studio, tab, subject, advanced, checks, own, beta, reset, balance, stop)
+    _wire(studio, tab, subject, advanced, checks, own, beta, hold, reset, balance, stop)
     return tab
 
 
@@ -85,7 +85,7 @@ def return_to(studio: Studio, tab: gr.Tab, explore: Explore) -> None:
     tab.select(**options)
 
 
-def _choose(studio: Studio, values: list[Any]) -> list[Any]:
+def _choose(studio: Studio, values: list[Any]) -> tuple[list[Any], Any]:
     lens = studio.lens
     gr.HTML(texts.section(texts.CHOOSE))
     suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
@@ -103,8 +103,13 @@ def _choose(studio: Studio, values: list[Any]) -> list[Any]:
         target = gr.Radio(
             list(lens.attribute_named(values[1]).classes), value=values[2], label="Turn towards", scale=3, min_width=200
         )
-        n_seeds = gr.Radio(list(state.SEED_COUNTS), value=values[3], label="Images", scale=2, min_width=150)
-    return [prompt, attribute, target, n_seeds]
+        free = state.holdable(lens, values[1])
+        hold = gr.CheckboxGroup(
+            list(free), value=values[N_PLAIN - 2], label=texts.HOLD, scale=3, min_width=170, visible=bool(free),
+            elem_id="dl-hold",
+        )  # fmt: skip
+        n_seeds = gr.Radio(list(state.SEED_COUNTS), value=values[3], label="Images", scale=2, min_width=130)
+    return [prompt, attribute, target, n_seeds], hold
 
 
 def _features(
@@ -119,11 +124,11 @@ def _features(
             with gr.Column(min_width=150, elem_classes="dl-slot"):
                 shown.append(gr.HTML(html[k]))
                 checks.append(gr.Checkbox(
-                    values[10 + k], label="turns with the set", container=False, visible=k < len(slots)
+                    values[N_PLAIN + k], label="turns with the set", container=False, visible=k < len(slots)
                 ))  # fmt: skip
                 own.append(Strength(
-                    ends.low, ends.high, values[10 + N_SLOTS + k], step=ends.step, buttons=[],
-                    visible=k < len(slots) and not values[10 + k],
+                    ends.low, ends.high, values[N_PLAIN + N_SLOTS + k], step=ends.step, buttons=[],
+                    visible=k < len(slots) and not values[N_PLAIN + k],
                     label=f"β of #{slots[k]} alone" if k < len(slots) else "", elem_classes="dl-own",
                 ))  # fmt: skip
     return shown, checks, own
@@ -187,7 +192,7 @@ def _see(studio: Studio, view: View) -> tuple[Any, ...]:
 
 def _wire(
     studio: Studio, tab: Explore, subject: list[Any], advanced: list[Any], checks: list[Any], own: list[Any],
-    beta: Any, reset: Any, balance: Any, stop: Any,
+    beta: Any, hold: Any, reset: Any, balance: Any, stop: Any,
 ) -> None:  # fmt: skip
     inputs = [tab.page, *tab.controls]
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -196,7 +201,7 @@ def _wire(
     prompt, attribute, target, n_seeds = subject
     gr.on(
         [*[s.release for s in sliders], *[s.input for s in sliders], prompt.input, n_seeds.input,
-         advanced[0].submit, advanced[0].blur, advanced[1].input],
+         hold.input, advanced[0].submit, advanced[0].blur, advanced[1].input],
         trigger_mode="always_last", **live,
     )  # fmt: skip
     for component, handler in ((attribute, handlers.change_attribute), (target, handlers.change_target)):

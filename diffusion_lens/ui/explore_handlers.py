@@ -18,6 +18,8 @@ from diffusion_lens.ui.studio import Picture, Row, Studio
 
 log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS
+N_PLAIN = 11
+"""Controls before those of the cards, in the order of ``control_values``; strength is the last."""
 NEAR = 0.05
 """Of strengths whose shares are as near to balance as this, the gentlest is shown."""
 
@@ -56,8 +58,10 @@ def opening(studio: Studio) -> View:
 
 def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
     """The view that the controls ask for, checked; ``values`` in the order of ``control_values``."""
-    prompt, attribute, target, n_seeds, first_seed, sampler, n_features, first_step, last_step, beta = values[:10]
-    checks, own = values[10 : 10 + N_SLOTS], values[10 + N_SLOTS :]
+    prompt, attribute, target, n_seeds, first_seed, sampler, n_features, first_step, last_step, hold, beta = values[
+        :N_PLAIN
+    ]
+    checks, own = values[N_PLAIN : N_PLAIN + N_SLOTS], values[N_PLAIN + N_SLOTS :]
     n_steps = studio.lens.manifest.n_steps
     window = (_whole(first_step, "The first step") - 1, _whole(last_step, "The last step"))
     view = View(
@@ -75,6 +79,7 @@ def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
             for i, follows, b in zip(page.slots, checks, own, strict=False)
             if not follows
         ),
+        hold=_in_order(hold, state.holdable(studio.lens, str(attribute))),
     )
     state.check(studio.lens, view)
     return view
@@ -95,7 +100,8 @@ def control_values(studio: Studio, view: View, slots: Sequence[int]) -> list[Any
     identity = state.scale(studio.lens.setting(view.attribute)).identity
     values: list[Any] = [
         texts.EMPTY_PROMPT if view.prompt == "" else view.prompt, view.attribute, view.target, view.n_seeds,
-        view.first_seed, view.sampler, view.n_features, window[0] + 1, window[1], view.beta,
+        view.first_seed, view.sampler, view.n_features, window[0] + 1, window[1],
+        list(view.hold), view.beta,
     ]  # fmt: skip
     filled = [*slots, *[None] * (N_SLOTS - len(slots))]
     return [*values, *(i not in own for i in filled), *(own.get(i, identity) if i is not None else identity
@@ -110,15 +116,19 @@ def control_updates(studio: Studio, view: View, slots: Sequence[int], current: S
     lens = studio.lens
     values = control_values(studio, view, slots)
     ends = state.scale(lens.setting(view.attribute))
-    known = [*current[:10], *[None] * (10 - len(current[:10]))]
-    updates: list[Any] = [gr.skip() if v == k else gr.update(value=v) for v, k in zip(values[:10], known, strict=True)]
+    known = [*current[:N_PLAIN], *[None] * (N_PLAIN - len(current[:N_PLAIN]))]
+    updates: list[Any] = [
+        gr.skip() if v == k else gr.update(value=v) for v, k in zip(values[:N_PLAIN], known, strict=True)
+    ]
     updates[2] = gr.update(value=view.target, choices=list(lens.attribute_named(view.attribute).classes))
-    updates[9] = gr.update(value=view.beta, minimum=ends.low, maximum=ends.high, step=ends.step)
-    for k, follows in enumerate(values[10 : 10 + N_SLOTS]):
+    free = state.holdable(lens, view.attribute)
+    updates[N_PLAIN - 2] = gr.update(value=list(view.hold), choices=list(free), visible=bool(free))
+    updates[N_PLAIN - 1] = gr.update(value=view.beta, minimum=ends.low, maximum=ends.high, step=ends.step)
+    for k, follows in enumerate(values[N_PLAIN : N_PLAIN + N_SLOTS]):
         inside = k < len(slots) and cards.role(lens, view, slots[k]) != "apart"
         updates.append(gr.update(value=follows, visible=inside))
-    for k, own in enumerate(values[10 + N_SLOTS :]):
-        follows = values[10 + k]
+    for k, own in enumerate(values[N_PLAIN + N_SLOTS :]):
+        follows = values[N_PLAIN + k]
         label = f"β of #{slots[k]} alone" if k < len(slots) else ""
         updates.append(gr.update(
             value=own, minimum=ends.low, maximum=ends.high, step=ends.step, label=label,
@@ -234,7 +244,7 @@ def take_subject(studio: Studio, page: Page, prompt: Any, attribute: Any, values
     """Another tab's prompt and attribute, drawn when this tab is looked at again. Returns controls, cards, page."""
     page = replace(page, pending=True)
     if attribute == values[1] or attribute not in state.steerable(studio.lens):
-        return (gr.update(value=prompt), *[gr.skip()] * (9 + 3 * N_SLOTS), page)
+        return (gr.update(value=prompt), *[gr.skip()] * (N_PLAIN - 1 + 3 * N_SLOTS), page)
     fresh = state.default_view(studio.lens, str(attribute))
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
     view = replace(fresh, prompt=read_prompt(studio, prompt), n_seeds=n_seeds)
@@ -269,7 +279,7 @@ def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequen
     """Bring one feature from the atlas to the cards, turned alone and clearly; the rest at the identity."""
     view = state.default_view(studio.lens, str(values[1]))
     if feature is None:
-        return tuple(gr.skip() for _ in range(10 + 3 * N_SLOTS + 1))
+        return tuple(gr.skip() for _ in range(N_PLAIN + 3 * N_SLOTS + 1))
     ends = state.scale(studio.lens.setting(view.attribute))
     far = ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
     view = replace(view, prompt=read_prompt(studio, values[0]), own=((int(feature), far),))
@@ -279,7 +289,7 @@ def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequen
 def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any, ...]:
     """On arrival: controls, cards, page, status. A link sets the controls; a broken one says so."""
     page = Page(visitor=visitor, slots=cards.slots(studio.lens, state.default_view(studio.lens)))
-    nothing = tuple(gr.skip() for _ in range(10 + 3 * N_SLOTS))
+    nothing = tuple(gr.skip() for _ in range(N_PLAIN + 3 * N_SLOTS))
     try:
         view = state.from_query(studio.lens, query)
     except LensError as error:
@@ -322,12 +332,18 @@ def balance(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...
         setting = studio.lens.setting(view.attribute)
         ends = state.scale(setting)
         beta = min(max(found.beta, ends.low), ends.high)
-        shipped = (setting.n_features, setting.sampler, setting.window)
-        other = view.own or (view.n_features, view.sampler, view.window) != shipped
+        shipped = (setting.n_features, setting.sampler, setting.window, set(setting.hold))
+        other = view.own or (view.n_features, view.sampler, view.window, set(view.hold)) != shipped
         note = f"{found.note} {texts.SHIPPED_ONLY}" if other else found.note
         yield gr.update(value=round(beta, 2)), texts.status(note), hidden
     except Exception as error:
         yield gr.skip(), explain(error), hidden
+
+
+def _in_order(chosen: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """What a group of boxes has ticked, in the order of ``known``; strangers last, for the check to name."""
+    names = [str(name) for name in chosen] if isinstance(chosen, (list, tuple)) else []
+    return (*(name for name in known if name in names), *(name for name in names if name not in known))
 
 
 def _number(value: Any, name: str) -> float:

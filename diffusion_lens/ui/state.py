@@ -28,6 +28,7 @@ class View:
     Attributes:
         beta: strength of the whole set; ``own``: features turned apart from it, (id, strength of that feature itself).
         n_features: features per pole. window: half-open range of edited steps, ``None`` for all.
+        hold: other attributes that the turn leaves alone.
     """
 
     prompt: str | None
@@ -40,6 +41,7 @@ class View:
     n_seeds: int = 8
     first_seed: int = 0
     own: tuple[tuple[int, float], ...] = ()
+    hold: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> range:
@@ -60,6 +62,11 @@ class Scale:
 def steerable(lens: DiffusionLens) -> tuple[str, ...]:
     """Attributes that can be turned at once: those with a shipped setting."""
     return tuple(a.name for a in lens.attributes if a.name in lens.settings)
+
+
+def holdable(lens: DiffusionLens, attribute: str) -> tuple[str, ...]:
+    """Attributes that a turn of ``attribute`` can leave alone: the others that the lens steers."""
+    return tuple(name for name in steerable(lens) if name != attribute)
 
 
 def scale(setting: Setting) -> Scale:
@@ -90,7 +97,7 @@ def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
     first = stored.request.seeds[0] if stored else 0
     return View(
         prompt, attribute, setting.target, identity_beta(setting.mode), setting.n_features, setting.sampler,
-        setting.window, first_seed=first,
+        setting.window, first_seed=first, hold=setting.hold,
     )  # fmt: skip
 
 
@@ -118,6 +125,10 @@ def check(lens: DiffusionLens, view: View) -> None:
         raise LensError(f"The turned steps must start before they end, within steps 1 to {n_steps}.")
     if view.sampler not in ("asymmetric", "symmetric"):
         raise LensError(f"The sampler is asymmetric or symmetric, not '{view.sampler}'.")
+    free = holdable(lens, view.attribute)
+    strange = [name for name in view.hold if name not in free]
+    if strange:
+        raise LensError(f"'{strange[0]}' cannot be held still here; choose among {', '.join(free) or 'nothing'}.")
 
 
 def check_prompt(lens: DiffusionLens, prompt: str | None) -> None:
@@ -156,13 +167,13 @@ def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
     turns = []
     if view.beta != identity or any(b != identity for _, b in inside):
         turns.append(Intervention(
-            features, setting.mode, view.beta, opposite, tuple(inside), view.window, view.sampler
+            features, setting.mode, view.beta, opposite, tuple(inside), view.window, view.sampler, hold=view.hold
         ))  # fmt: skip
     for i, beta in view.own:
         if i not in features.ids and i not in flipped and beta != identity:
             alone = FeatureSet((i,), (0.0,), view.attribute, view.target, features.sae_id)
             turns.append(Intervention(
-                alone, setting.mode, beta, window=view.window, sampler=view.sampler
+                alone, setting.mode, beta, window=view.window, sampler=view.sampler, hold=view.hold
             ))  # fmt: skip
     return tuple(turns)
 
@@ -175,6 +186,8 @@ def to_query(view: View) -> str:
     values.update(a=view.attribute, t=view.target, b=f"{view.beta:g}", n=view.n_seeds, s=view.first_seed)
     values.update(k=view.n_features, m=view.sampler)
     values["w"] = "all" if view.window is None else f"{view.window[0]}-{view.window[1]}"
+    if view.hold:
+        values["h"] = ",".join(view.hold)
     if view.own:
         values["f"] = ",".join(f"{i}:{b:g}" for i, b in view.own)
     return "?" + urlencode(values)
@@ -208,8 +221,11 @@ def _read_query(lens: DiffusionLens, query: Mapping[str, str]) -> View:
     if len(own) > MAX_FEATURES or len({i for i, _ in own}) < len(own):
         raise LensError("it turns a feature twice, or too many.")
     prompt = None if base.prompt is None else query["p"]
+    hold = tuple(name for name in query.get("h", "").split(",") if name)
+    if len(set(hold)) < len(hold):
+        raise LensError("it holds an attribute twice.")
     sampler: Any = query["m"]
     return View(
         prompt, attribute, query["t"], float(query["b"]), int(query["k"]), sampler, window,
-        int(query["n"]), int(query["s"]), own,
+        int(query["n"]), int(query["s"]), own, hold,
     )  # fmt: skip

@@ -161,8 +161,8 @@ class Studio:
     def stored_point(self, view: View) -> SweepPoint | None:
         """The measured point of a stored sweep that this view stands on or nearest to (its own setting alone)."""
         setting = self.lens.settings[view.attribute]
-        shipped = (setting.target, setting.n_features, setting.sampler, setting.window)
-        if view.own or (view.target, view.n_features, view.sampler, view.window) != shipped:
+        shipped = (setting.target, setting.n_features, setting.sampler, setting.window, set(setting.hold))
+        if view.own or (view.target, view.n_features, view.sampler, view.window, set(view.hold)) != shipped:
             return None
         for result in self.sweeps(view.prompt, view.attribute):
             if not result.is_control:

@@ -38,7 +38,8 @@ ATLAS_INTRO = (
     "Every point is a feature; near points write similar directions into the model. Click a point; or walk through "
     "the table with the arrow keys and press Enter."
 )
-SHIPPED_ONLY = "This holds for the shipped turn, without your own changes to features, sampler and steps."
+HOLD = "Hold still"
+SHIPPED_ONLY = "This holds for the shipped turn, without your own changes to features, sampler, steps and what is held."
 FAILED = "That went wrong on our side ({kind}). Nothing you set is lost; try again."
 
 

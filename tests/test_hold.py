@@ -1,0 +1,122 @@
+"""Attributes held still: their probes read what they read before, and everything else is as a slow twin makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
+from torch import Tensor
+
+from diffusion_lens.hold import Hold, make_hold
+from diffusion_lens.intervene import FeatureEdit, compile
+from diffusion_lens.probes import Probe
+from diffusion_lens.types import Attribute, FeatureSet, Intervention, LensError
+
+TONE = Attribute("tone", ("light", "medium", "brown", "dark"))
+SAE = random_sae()
+H = random_maps(4)
+SEEDS = (11, 12, 13, 14)
+N_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an edit reads of ``StepContext``."""
+
+    index: int
+    seeds: tuple[int, ...] = SEEDS
+    n_steps: int = N_STEPS
+
+
+def probe(attribute: Attribute, seed: int) -> Probe:
+    made = random_probe(attribute, n_steps=N_STEPS)
+    weight = torch.randn(made.weight.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(made, weight=weight)
+
+
+PROBES = {"gender": probe(GENDER, 5), "age": probe(AGE, 6), "tone": probe(TONE, 7)}
+
+
+def turn(beta: float = 2.5, hold: tuple[str, ...] = (), attribute: str = "gender", **changes: Any) -> Intervention:
+    features = FeatureSet((1, 4, 7), (1.0, 1.0, 1.0), attribute, "male", SAE.sae_id)
+    return Intervention(features, "scale", beta, hold=hold, **changes)
+
+
+def applied(edit: FeatureEdit, step: int = 0, **changes: Any) -> Tensor:
+    return edit.apply(H, Context(step, **changes))  # type: ignore[arg-type]
+
+
+def slow(change: Tensor, step: int, names: tuple[str, ...]) -> Tensor:
+    """The residual of a least-squares fit of each image's change by the probes' rows, in float64."""
+    rows = np.concatenate([PROBES[name].weight[step].double().numpy() for name in names])
+    rows = np.concatenate([rows[:3] - rows[:3].mean(0), rows[3:] - rows[3:].mean(0)]) if len(names) == 2 else (
+        rows - rows.mean(0)
+    )  # fmt: skip
+    flat = change.flatten(1).double().numpy()
+    found, *_ = np.linalg.lstsq(rows.T, flat.T, rcond=1e-9)
+    return torch.from_numpy(flat - (rows.T @ found).T).float().view_as(change)
+
+
+@pytest.mark.parametrize("step", range(N_STEPS))
+@pytest.mark.parametrize("names", [("age",), ("age", "tone")])
+def test_the_edit_is_what_the_held_probes_do_not_read(step: int, names: tuple[str, ...]) -> None:
+    plain = applied(compile([turn()], SAE), step) - H
+    held = applied(compile([turn(hold=names)], SAE, PROBES), step) - H
+    torch.testing.assert_close(held, slow(plain, step, names), atol=1e-5, rtol=1e-4)
+    assert held.norm() < plain.norm()
+
+
+def test_held_probes_read_the_same_and_others_do_not() -> None:
+    edited = applied(compile([turn(hold=("age", "tone"))], SAE, PROBES), 1)
+    for name in ("age", "tone"):
+        torch.testing.assert_close(PROBES[name].probs(edited, 1), PROBES[name].probs(H, 1), atol=1e-5, rtol=0)
+        assert not torch.allclose(PROBES[name].probs(edited, 2), PROBES[name].probs(H, 2), atol=1e-3)
+    assert not torch.allclose(PROBES["gender"].probs(edited, 1), PROBES["gender"].probs(H, 1), atol=1e-2)
+
+
+def test_the_identity_stays_bit_identical() -> None:
+    edit = compile([turn(1.0, hold=("age", "tone"))], SAE, PROBES)
+    assert torch.equal(applied(edit), H)
+    some = applied(compile([turn(hold=("age",), only_seeds=frozenset({12}))], SAE, PROBES))
+    assert torch.equal(some[[0, 2, 3]], H[[0, 2, 3]]) and not torch.equal(some[1], H[1])
+
+
+def test_what_is_turned_is_not_held() -> None:
+    gender, age = turn(hold=("age", "tone")), turn(0.2, hold=("gender", "tone"), attribute="age")
+    both = compile([gender, age], SAE, PROBES)
+    assert both.hold is not None and both.hold.names == ("tone",)
+    assert compile([replace(gender, hold=("gender",))], SAE, PROBES).hold is None
+
+
+def test_holding_shows_in_the_description() -> None:
+    plain, held = compile([turn()], SAE).description, compile([turn(hold=("tone", "age"))], SAE, PROBES).description
+    assert "holding age, tone" in held and plain.split(" · ")[1] != held.split(" · ")[1]
+    assert compile([turn(hold=("age", "tone", "age"))], SAE, PROBES).description == held
+    other = compile([turn(hold=("age", "tone"))], SAE, {**PROBES, "age": probe(AGE, 60)}).description
+    assert other != held  # the same words, other probes
+
+
+def test_a_run_of_other_length_takes_the_head_at_the_same_part_of_the_way() -> None:
+    hold, change = Hold((PROBES["age"],)), random_maps(2)
+    for step, n_steps, head in ((0, 6, 0), (1, 6, 0), (2, 6, 1), (5, 6, 2), (0, 1, 0), (1, 2, 1)):
+        torch.testing.assert_close(hold.free(change, step, n_steps), hold.free(change, head, N_STEPS))
+
+
+def test_probes_that_say_nothing_hold_nothing() -> None:
+    blank = replace(PROBES["age"], weight=torch.zeros_like(PROBES["age"].weight))
+    change = random_maps(2)
+    torch.testing.assert_close(Hold((blank,)).free(change, 0, N_STEPS), change)
+
+
+def test_holding_what_cannot_be_held_is_refused() -> None:
+    with pytest.raises(LensError, match="'wealth' cannot be held still: the lens has probes of gender, age, tone"):
+        compile([turn(hold=("wealth",))], SAE, PROBES)
+    with pytest.raises(LensError, match="probes of nothing"):
+        compile([turn(hold=("age",))], SAE)
+    with pytest.raises(LensError, match="30 numbers per image"):
+        Hold((PROBES["age"],)).free(torch.zeros(1, 4, 3, 2), 0, N_STEPS)
+    assert make_hold(PROBES, ()) is None
