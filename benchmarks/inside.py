@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from timing import Result, interleaved, ratio
 
 from diffusion_lens.attribute import integrated_gradients
 from diffusion_lens.generate import generate, record_trajectory
-from diffusion_lens.intervene import compile
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.reference import autograd_scores
 from diffusion_lens.settings import identity_beta
@@ -98,9 +98,7 @@ def overhead(lens: DiffusionLens, repeats: int) -> Iterator[Result]:
     def run(sampler: Sampler | None) -> None:
         edit = None
         if sampler is not None:
-            turn = turn_of(lens, betas_of(lens)[-1])
-            one = Intervention(turn.features, turn.mode, turn.beta, opposite=turn.opposite, sampler=sampler)
-            edit = compile([one], lens.sae)
+            edit = lens.edit(replace(turn_of(lens, betas_of(lens)[-1]), window=None, sampler=sampler))
         generate(lens.model, request, edit=edit, batch_size=8)
 
     samplers: list[Sampler] = ["symmetric", "asymmetric"] if lens.model.is_ddim else ["symmetric"]
