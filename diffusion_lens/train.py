@@ -29,6 +29,7 @@ EVALUATION_BATCH = 4096
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 LIFT_WEIGHT = 0.1  # of the mean pre-activation of dead features, within the auxiliary loss
 DEAD_CHECK = 10  # optimiser steps between looks at who is dead, each a wait for the device
+SPARSE = 16  # features for every active one from which training decodes without a dense code
 PROBE_CHUNK_NUMBERS = 2**27  # numbers of one flattened chunk of steps: 512 MiB
 
 
@@ -242,13 +243,22 @@ def _losses(
     pre = sae.hidden_pre(x)
     values, indices = pre.topk(sae.cfg.k, dim=1, sorted=False)
     values = values.relu()
-    acts = torch.zeros_like(pre).scatter(1, indices, values)
     target = x * sae.cfg.normalise
-    residual = target - (acts @ sae.W_dec + sae.b_dec)
+    residual = target - (_summed(sae, values, indices) + sae.b_dec)
     fvu = residual.square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
     use_aux = aux_k > 0 and len(dead) > 0
     aux = _auxiliary(sae, pre[:, dead], dead, residual.detach(), aux_k) if use_aux else fvu.new_zeros(())
     return fvu, aux, (values.detach(), indices)
+
+
+def _summed(sae: SparseAutoencoder, values: Tensor, indices: Tensor) -> Tensor:
+    """``s W_dec [n, d_in]`` of a sparse code ``[n, k]``; without a dense one where few of many features are active.
+
+    E1: a training step on a processor took 0.6 of the time so, at 40 of 2,048.
+    """
+    if SPARSE * sae.cfg.k <= sae.cfg.d_sae:
+        return F.embedding_bag(indices, sae.W_dec, per_sample_weights=values, mode="sum")
+    return values.new_zeros(len(values), sae.cfg.d_sae).scatter(1, indices, values) @ sae.W_dec
 
 
 def _auxiliary(sae: SparseAutoencoder, pre: Tensor, dead: Tensor, residual: Tensor, aux_k: int) -> Tensor:

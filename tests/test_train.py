@@ -115,6 +115,22 @@ def test_auxiliary_loss_equals_a_slow_twin_whatever_the_residuals_scale() -> Non
     assert float(_losses(sae, x, dead, 0)[1]) == 0
 
 
+@pytest.mark.parametrize("sparse", [1, 16])
+def test_a_sparse_decode_trains_like_a_dense_one(sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion_lens.train.SPARSE", sparse)  # 1: without a dense code; 16: with one (4 of 12)
+    sae, x = random_sae().requires_grad_(True), torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    found = _losses(sae, x, torch.tensor([]).long(), 0)[0]
+    found.backward()
+    twin = random_sae().requires_grad_(True)
+    target = x * twin.cfg.normalise
+    acts = twin.encode(x)
+    slow = (target - acts @ twin.W_dec - twin.b_dec).square().sum() / (target - target.mean(0)).square().sum()
+    slow.backward()
+    torch.testing.assert_close(found, slow)
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(parameter.grad, twin.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+
+
 def test_the_decoders_gradient_keeps_its_rows_on_the_sphere() -> None:
     sae = random_sae().requires_grad_(True)
     with torch.no_grad():

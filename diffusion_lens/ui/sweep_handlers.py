@@ -63,7 +63,7 @@ def open_stored(studio: Studio, prompt: Any, attribute: str, measure: str) -> tu
     """The stored sweeps of a prompt and attribute: outputs of ``shown``, status, no sweeps of one's own."""
     text = read_prompt(studio, prompt)
     results = studio.sweeps(text, attribute)
-    said = texts.status(texts.LOAD_FIRST if results else texts.NO_STORED)
+    said = texts.status(texts.LOAD_FIRST.format(setting=results[0].setting) if results else texts.NO_STORED)
     foreign = [result for result in results if any(result is other for other in studio.foreign)]
     if foreign:
         only_controls = all(result.is_control for result in foreign)

@@ -20,7 +20,7 @@ PREVIEW = "Preview: decoded by {name}; the figures follow with the full images."
 PREVIEW_ERROR = "The preview was off by {off:.1f} of 255 levels on average."
 UNMEASURED = "Nothing is read in a preview: shares, ratios and side effects stand here once the full images are there."
 STOPPED = "Stopped; what was measured stays."
-LOAD_FIRST = "Stored sweep, measured when this lens was made."
+LOAD_FIRST = "Stored sweep, measured when this lens was made: {setting}."
 OTHER_SETTING = (
     "These stored sweeps were made with another setting than the one the sliders turn; run the sweep to measure it."
 )
