@@ -26,7 +26,8 @@ class Sizes:
         shares: per prompt. again: per prompt in all, where a share lies beyond its bar and its interval reaches it.
         drawings: for the classifier. inside: whose bottleneck is read. attribution: of those, attributed.
         reference: of those, attributed by automatic differentiation too, at ``reference_steps`` steps.
-        sweep: per strength and prompt, over ``strengths`` of the shipped grid; ``controls`` random feature sets.
+        sweep: per strength and prompt, over ``strengths`` of the shipped grid; ``controls`` random feature sets, over
+            ``control_strengths`` of it.
     """
 
     shares: int
@@ -39,6 +40,7 @@ class Sizes:
     sweep: int
     strengths: int
     controls: int
+    control_strengths: int = 5
     batch_size: int = 64
 
 

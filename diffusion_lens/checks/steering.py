@@ -73,15 +73,26 @@ def name_of(prompt: str | None) -> str:
 
 
 def steer(
-    job: Job, attribute: Attribute, prompt: str | None, place: int, control: Control | None = None, draw: int = 0
+    job: Job,
+    attribute: Attribute,
+    prompt: str | None,
+    place: int,
+    control: Control | None = None,
+    draw: int = 0,
+    base: Baseline | None = None,
 ) -> Steered:
-    """Sweep one prompt over the shipped grid (or some of it), then draw the same seeds at the balanced β."""
+    """Sweep one prompt over the shipped grid (or some of it), then draw the same seeds at the balanced β.
+
+    A control is swept over fewer strengths, both ends among them, and has no balance. ``base``: the unedited images of
+    the same prompt and place, where they are at hand.
+    """
     lens, setting = job.lens, job.lens.settings[attribute.name]
     request = job.request(prompt, job.seeds(5, place, job.sizes.sweep))
     stage = f"5 sweep: {name_of(prompt)}{'' if control is None else ', a control'}"
-    betas = thin(setting.betas, job.sizes.strengths, identity_beta(setting.mode))
+    wanted = job.sizes.strengths if control is None else job.sizes.control_strengths
+    betas = thin(setting.betas, wanted, identity_beta(setting.mode))
     size = job.sizes.batch_size
-    base = measure_baseline(
+    base = base or measure_baseline(
         lens.model, request, lens.classifier, batch_size=size, n_examples=0, on_step=job.told(f"{stage}, unedited")
     )
 
@@ -294,7 +305,7 @@ def _profession_rows(job: Job, measured: Sequence[list[Row]], prompts: Sequence[
 def _control_row(job: Job, attribute: Attribute, shipped: Steered) -> tuple[Row, list[SweepResult]]:
     """How far as many random features, as active, go on both sides of 0."""
     results = [
-        steer(job, attribute, shipped.prompt, 0, control="random", draw=draw).result
+        steer(job, attribute, shipped.prompt, 0, control="random", draw=draw, base=shipped.base).result
         for draw in range(job.sizes.controls)
     ]
     reaches = [reach(result) for result in results]

@@ -91,14 +91,14 @@ def _choose(studio: Studio, values: list[Any]) -> tuple[list[Any], Any]:
     suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
     with gr.Row(elem_classes="dl-choose"):
         prompt = gr.Dropdown(
-            suggested, value=values[0], label="Prompt", allow_custom_value=True, scale=4, min_width=260,
+            suggested, value=values[0], label="Prompt", allow_custom_value=True, scale=3, min_width=240,
             visible=bool(suggested), elem_id="dl-prompt",
         )  # fmt: skip
         if not suggested:
             with gr.Column(scale=4, min_width=260):
                 gr.HTML(texts.no_prompt())
         attribute = gr.Radio(
-            list(state.steerable(lens)), value=values[1], label="Attribute (perceived)", scale=3, min_width=200
+            list(state.steerable(lens)), value=values[1], label="Attribute (perceived)", scale=4, min_width=200
         )
         target = gr.Radio(
             list(lens.attribute_named(values[1]).classes), value=values[2], label="Turn towards", scale=3, min_width=200
