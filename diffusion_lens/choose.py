@@ -135,13 +135,11 @@ def choose_setting(
     probes: Mapping[str, Probe],
     batch_size: int = 16,
     keep: Path | None = None,
-    on_trial: Callable[[int, int], None] | None = None,
 ) -> tuple[Setting, tuple[Trial, ...]]:
     """Sweep every candidate on the same seeds, prompt by prompt, and keep the best (see ``best``).
 
     ``requests``, one for each prompt, must use seeds that no evaluation uses. Returns the setting, with a note
-    of how it was chosen, and every trial. ``on_trial(done, total)`` may raise; points already measured are read
-    back from ``keep``.
+    of how it was chosen, and every trial. Points already measured are read back from ``keep``.
     """
     bases = [measure_baseline(model, r, classifier, batch_size=batch_size, n_examples=0) for r in requests]
     trials = []
@@ -155,8 +153,6 @@ def choose_setting(
             )  # fmt: skip
             own.append(judge(setting, points, attribution.attribute.index(setting.target)))
         trials.append(together(own))
-        if on_trial is not None:
-            on_trial(number + 1, len(settings))
     chosen, n = best(trials), len(requests[0].seeds)
     reached = f"spillover {chosen.spillover:.0%}" if chosen.reach >= REACH else "no candidate reached ±1"
     note = (

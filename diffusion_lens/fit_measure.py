@@ -35,6 +35,7 @@ def fit_settings(work: Work) -> None:
         for name in wanted
         for number, setting in enumerate(_candidates(work, name))
     ]
+    sae, probes, attributions = read_sae(work), read_probes(work), read_attributions(work)
     mine, base = work.processes.share(plan), None
     for done, (name, number, setting, place) in enumerate(mine):
         if base is None or base.request != asked[place]:
@@ -42,9 +43,8 @@ def fit_settings(work: Work) -> None:
                 work.model, asked[place], work.classifier, batch_size=work.config.batch_size, n_examples=0
             )
         measure_setting(
-            work.model, read_sae(work), read_attributions(work)[name], work.classifier, base, setting,
-            probes=read_probes(work), batch_size=work.config.batch_size, n_examples=0,
-            keep=trial_folder(folder / name, number, place),
+            work.model, sae, attributions[name], work.classifier, base, setting, probes=probes,
+            batch_size=work.config.batch_size, n_examples=0, keep=trial_folder(folder / name, number, place),
         )  # fmt: skip
         work.on_stage("settings", done + 1, len(mine))
     work.processes.wait()
