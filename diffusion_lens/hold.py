@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -76,4 +76,10 @@ def make_hold(probes: Mapping[str, Probe], names: Sequence[str]) -> Hold | None:
     for name in names:
         if name not in probes:
             raise LensError(f"'{name}' cannot be held still: the lens has probes of {', '.join(probes) or 'nothing'}.")
-    return Hold(tuple(probes[name] for name in sorted(set(names)))) if names else None
+    return _kept(tuple(probes[name] for name in sorted(set(names)))) if names else None
+
+
+@lru_cache(maxsize=8)
+def _kept(probes: tuple[Probe, ...]) -> Hold:
+    """The same for the same probes: every move of a slider asks, and the directions take longer than the edit."""
+    return Hold(probes)

@@ -120,3 +120,8 @@ def test_holding_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(LensError, match="30 numbers per image"):
         Hold((PROBES["age"],)).free(torch.zeros(1, 4, 3, 2), 0, N_STEPS)
     assert make_hold(PROBES, ()) is None
+
+
+def test_the_directions_of_the_same_probes_are_found_once() -> None:
+    assert make_hold(PROBES, ("age", "tone")) is make_hold(PROBES, ("tone", "age"))
+    assert make_hold(PROBES, ("age",)) is not make_hold({"age": probe(AGE, 60)}, ("age",))
