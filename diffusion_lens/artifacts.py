@@ -121,13 +121,26 @@ def read_json(path: Path) -> Any:
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write numpy arrays or torch tensors as one safetensors file, whole or not at all.
 
-    ``metadata``: text → text, kept in the file's header.
+    ``metadata``: text → text, kept in the file's header, sorted: equal content makes equal files.
     """
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(_as_numpy(value)) for name, value in tensors.items()}
     with atomic_path(path) as partial:
         save_file(arrays, partial, metadata=dict(metadata) if metadata else None)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(partial)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order; the library writes them in another one each time."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -309,3 +309,15 @@ def test_attributions_and_probes_read_back(tmp_path: Path) -> None:
     read = load_probes(tmp_path / "p.safetensors")["gender"]
     assert torch.equal(read.weight, probe.weight) and torch.equal(read.bias, probe.bias)
     assert (read.temperature, read.attribute) == (0.5, GENDER)
+
+
+def test_equal_content_makes_equal_files(tmp_path: Path) -> None:
+    """Lenses are named by their files' digests; the library alone writes metadata in another order each time."""
+    told = {name: f"of {name} – ü" for name in ("tone", "age", "gender", "race", "smile", "beard")}
+    arrays = {"b": np.arange(5.0), "a": np.ones((2, 3), np.int64)}
+    for number in range(12):
+        save_tensors(tmp_path / f"{number}.safetensors", arrays, told)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert load_metadata(tmp_path / "0.safetensors") == told
+    for name, values in load_tensors(tmp_path / "0.safetensors").items():
+        assert np.array_equal(values, arrays[name]) and values.dtype == arrays[name].dtype

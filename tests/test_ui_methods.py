@@ -22,7 +22,7 @@ from diffusion_lens.methods.registry import METHODS
 from diffusion_lens.types import LensError
 from diffusion_lens.ui import cards, explore_handlers, methods_live, methods_views, state
 from diffusion_lens.ui import methods_handlers as handlers
-from diffusion_lens.ui.explore_handlers import Page
+from diffusion_lens.ui.explore_handlers import N_PLAIN, Page
 from diffusion_lens.ui.lane import Stopped
 from diffusion_lens.ui.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
 from diffusion_lens.ui.state import View
@@ -235,7 +235,7 @@ class TestHandlers:
         (None, 1.0, None, None, "Choose a method"), ("bypass", "x", None, None, "must be a number"),
         ("bypass", 9.0, None, None, "lies between"), ("bypass", float("nan"), None, None, "lies between"),
         ("magic", 1.0, None, None, "no method"), ("bypass", 0.5, 0, "a portrait of an astronaut", "never saw"),
-        ("control-prompt", 0.5, 9, 99, "β must lie"),
+        ("control-prompt", 0.5, N_PLAIN - 1, 99, "β must lie"),
     ])  # fmt: skip
     def test_bad_wishes_are_one_sentence(
         self, bench: MethodBench, view: View, key: Any, strength: Any, place: Any, value: Any, said: str
