@@ -17,17 +17,17 @@ RECOMPILE_LIMIT = 64
 def place(pipe: Any, hook_name: str, device: torch.device, dtype: torch.dtype, options: RunOptions | None) -> None:
     """Move every part of ``pipe`` to ``device`` and ``dtype`` for inference, as ``options`` say (changed in place).
 
-    Convolutions run on channels_last tensors (E1), which GPUs and oneDNN multiply without repacking: on a CPU the
-    bundled U-Net took a tenth less time, its decoder half. Raises ``LensError`` where a pipeline cannot be offloaded.
+    On CUDA, convolutions run on channels_last tensors. Raises ``LensError`` where this pipeline cannot be offloaded.
     """
     offload = options is not None and options.offload
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             # transformers loads "auto" dtypes, so each part is checked; diffusers' own .to() would warn needlessly.
             nn.Module.to(module, device=torch.device("cpu") if offload else device, dtype=dtype).eval()
-    for part in (pipe.unet, decoder(pipe)):
-        if part is not None:
-            part.to(memory_format=torch.channels_last)
+    if device.type == "cuda":
+        for part in (pipe.unet, decoder(pipe)):
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
     if options is None:
         return
     if options.slicing:
