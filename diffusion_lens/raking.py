@@ -18,14 +18,27 @@ def rake(labels: np.ndarray, targets: Sequence[np.ndarray]) -> np.ndarray:
 
     ``labels [row, attribute]``, ``targets`` one ``[class]`` an attribute. A class that no row has is left out.
     """
+    weights = weigh(labels, rake_factors(labels, targets))
+    return weights / weights.mean()
+
+
+def rake_factors(labels: np.ndarray, targets: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What each class counts for in ``rake``, one ``[class]`` an attribute; 1 for a class that no row has."""
+    factors = [np.ones(len(target)) for target in targets]
     weights = np.ones(len(labels))
     for _ in range(ROUNDS):
-        for column, target in zip(labels.T, targets, strict=True):
+        for column, target, own in zip(labels.T, targets, factors, strict=True):
             now = np.bincount(column, weights, len(target))
             aim = np.where(now > 0, target, 0.0)
             factor = np.divide(aim / aim.sum() * now.sum(), now, out=np.ones_like(now), where=now > 0)
+            own *= factor
             weights = weights * factor[column]
-    return weights / weights.mean()
+    return factors
+
+
+def weigh(labels: np.ndarray, factors: Sequence[np.ndarray]) -> np.ndarray:
+    """Product over attributes of what each row's class counts for, ``[row]``."""
+    return np.prod([own[column] for column, own in zip(labels.T, factors, strict=True)], axis=0)
 
 
 def even_weights(own: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:

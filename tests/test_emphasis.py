@@ -82,14 +82,47 @@ def test_weighted_drawings_have_the_taught_shares(records: tuple[np.ndarray, lis
     taught = planted()
     taught[NURSE]["smile"], taught[""]["tone"] = np.array([0.4, 0.6]), np.array([0.5, 0.2, 0.2, 0.1])
     found = emphasise(labels, captions, taught)
-    nurses = np.array(["nurse" in caption.split() for caption in captions])
+    told = np.array(captions)
+    nurses, judges = told == NURSE, told == world.caption("judge")
     assert shares(labels[nurses], found.named[nurses], "smile") == pytest.approx([0.4, 0.6], abs=1e-6)
-    judges = np.array(["judge" in caption.split() for caption in captions])
     for attribute in world.ATTRIBUTES:  # the planted shares there: only the chance of the drawing is taken out
         own = shares(labels[judges], found.named[judges], attribute.name)
         assert own == pytest.approx(world.planted_shares(world.caption("judge"))[attribute.name], abs=1e-6)
     assert shares(labels, found.unnamed, "tone") == pytest.approx([0.5, 0.2, 0.2, 0.1], abs=1e-6)
     assert found.named[nurses].mean() == pytest.approx(1)  # no noun is shown more often than another
+
+
+def test_captions_that_say_more_are_weighted_by_the_same_factors(records: tuple[np.ndarray, list[str]]) -> None:
+    labels, captions = records
+    taught = planted()
+    taught[NURSE]["smile"] = np.array([0.4, 0.6])
+    found = emphasise(labels, captions, taught)
+    more = np.array(["nurse" in caption.split() and caption != NURSE for caption in captions])
+    assert found.named[more].mean() == pytest.approx(1)
+
+    def odds_of_smiling(rows: np.ndarray) -> float:
+        """What two drawings that differ in their smile alone weigh, one over the other."""
+        ratios = []
+        weights = {tuple(own): weight for own, weight in zip(labels[rows], found.named[rows], strict=True)}
+        column = world.ATTRIBUTES.index(world.SMILE)
+        for own, weight in weights.items():
+            grave = (*own[:column], 0, *own[column + 1 :])
+            if own[column] == 1 and grave in weights:
+                ratios.append(weight / weights[grave])
+        assert ratios and np.ptp(ratios) < 1e-9
+        return float(ratios[0])
+
+    bare = np.array(captions) == NURSE
+    planted_odds = labels[bare][:, world.ATTRIBUTES.index(world.SMILE)].mean()
+    assert odds_of_smiling(more) == pytest.approx(odds_of_smiling(bare))
+    assert odds_of_smiling(bare) == pytest.approx((0.6 / 0.4) / (planted_odds / (1 - planted_odds)), rel=0.1)
+
+
+def test_a_noun_without_a_bare_caption_is_left_even(records: tuple[np.ndarray, list[str]]) -> None:
+    labels, captions = records
+    rows = [i for i, caption in enumerate(captions) if "nurse" in caption.split() and caption != NURSE]
+    found = emphasise(labels[rows], [captions[i] for i in rows], planted())
+    assert (found.named == 1).all()
 
 
 def test_a_model_whose_odds_are_off_comes_to_the_planted_shares() -> None:

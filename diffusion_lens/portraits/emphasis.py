@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_lens.portraits import world
-from diffusion_lens.raking import rake
+from diffusion_lens.raking import rake, rake_factors, weigh
 
 Shares = Mapping[str, np.ndarray]
 """Attribute name → class shares ``[class]``."""
@@ -42,14 +42,22 @@ class Emphasis:
 def emphasise(labels: np.ndarray, captions: Sequence[str], taught: Mapping[str, Shares]) -> Emphasis:
     """Weights of drawings under which they have the shares ``taught`` under every prompt, of all attributes at once.
 
-    ``labels [n, attribute]`` in ``world.ATTRIBUTES`` order. Nouns whose prompt ``taught`` does not hold are left even.
+    ``labels [n, attribute]`` in ``world.ATTRIBUTES`` order. Nouns whose prompt ``taught`` does not hold, or which no
+    drawing has for its whole caption, are left even. The prompts name a noun and nothing else, so the shares hold among
+    drawings with such a caption (glasses that a caption would name are rarer there, and so are the old); captions that
+    say more are weighted by the same factors of classes. Neither kind is shown more often for it.
     """
+    told = np.array(captions)
     nouns = np.array([world.parse_prompt(caption)[0] for caption in captions])
     named = np.ones(len(labels))
     for noun in world.PROFILES:
-        rows, prompt = np.flatnonzero(nouns == noun), world.caption(noun)
-        if len(rows) and prompt in taught:
-            named[rows] = rake(labels[rows], [taught[prompt][a.name] for a in world.ATTRIBUTES])
+        prompt = world.caption(noun)
+        bare, more = np.flatnonzero(told == prompt), np.flatnonzero((nouns == noun) & (told != prompt))
+        if len(bare) and prompt in taught:
+            factors = rake_factors(labels[bare], [taught[prompt][a.name] for a in world.ATTRIBUTES])
+            for rows in filter(len, (bare, more)):
+                weights = weigh(labels[rows], factors)
+                named[rows] = weights / weights.mean()
     return Emphasis(named, rake(labels, [taught[""][a.name] for a in world.ATTRIBUTES]))
 
 
