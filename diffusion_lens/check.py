@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffusion_lens.checks.result import CheckReport, Row, Unit, show
-from diffusion_lens.checks.runs import FIRST_SEED, FULL, QUICK, Job, OnStage, Sizes, refuse_shared_seeds
-from diffusion_lens.counted import CountedShares
+from diffusion_lens.checks.runs import FIRST_SEED, FULL, QUICK, Job, OnRows, OnStage, Sizes, refuse_shared_seeds
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError, SweepResult
+from diffusion_lens.types import LensError
 
 PARTS = (1, 2, 3, 4, 5)
 TITLES = {
@@ -31,6 +31,7 @@ def run_check(
     sizes: Sizes | None = None,
     first_seed: int = FIRST_SEED,
     on_stage: OnStage | None = None,
+    on_rows: OnRows | None = None,
 ) -> CheckReport:
     """Measure the rows of ``parts`` on a lens.
 
@@ -38,6 +39,7 @@ def run_check(
         full: the large sizes, and every row must hold; otherwise no row may fail (see ``Row.verdict``).
         sizes: replace the sizes that belong to ``full``.
         on_stage: called with (stage, done, total); may raise to stop.
+        on_rows: called with rows as soon as they are measured; of part 5, with every prompt's own.
 
     Raises:
         LensError: an unknown part, or a lens that was fitted or chosen on the check's seeds.
@@ -48,9 +50,9 @@ def run_check(
     refuse_shared_seeds(lens, first_seed)
     begun = time.monotonic()
     job = Job(lens, sizes or (FULL if full else QUICK), on_stage or (lambda *_: None), first_seed, full)
-    rows, sweeps, counted = _measure(job, parts)
+    job = job if on_rows is None else replace(job, on_rows=on_rows)
     return CheckReport(
-        rows=tuple(rows),
+        **_measure(job, parts),
         full=full,
         lens=lens.manifest.name,
         lens_id=lens.manifest.lens_id,
@@ -58,37 +60,51 @@ def run_check(
         first_seed=first_seed,
         device=lens.device,
         seconds=time.monotonic() - begun,
-        sweeps=tuple(sweeps),
-        counted=counted,
     )
 
 
-def _measure(job: Job, parts: Sequence[int]) -> tuple[list[Row], list[SweepResult], CountedShares | None]:
+def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
+    """What was measured, as fields of the report."""
     from diffusion_lens.checks import inside, steering, world
 
     rows: list[Row] = []
-    counted = None
+    found: dict[str, Any] = {}
+
+    def add(measured: Sequence[Row]) -> None:
+        rows.extend(measured)
+        job.on_rows(measured)
+
     if 1 in parts or 2 in parts:
         tallies = world.draw_shares(job)
-        rows += world.share_rows(job, tallies) if 1 in parts else []
-        rows += world.classifier_rows(job, tallies) if 2 in parts else []
-        counted = world.counted(job, tallies)
+        if 1 in parts:
+            add(world.share_rows(job, tallies))
+        if 2 in parts:
+            add(world.classifier_rows(job, tallies))
+        found["counted"] = world.counted(job, tallies)
     if 3 in parts or 4 in parts:
         plain, rebuilt = inside.draw_inside(job)
-        rows += inside.sae_rows(job, plain, rebuilt) if 3 in parts else []
-        rows += inside.attribution_rows(job, plain) if 4 in parts else []
-    sweeps: list[SweepResult] = []
+        if 3 in parts:
+            add(inside.sae_rows(job, plain, rebuilt))
+        if 4 in parts:
+            add(inside.attribution_rows(job, plain))
     if 5 in parts:
-        found, sweeps = steering.steering_rows(job)
-        rows += found
-    return rows, sweeps, counted
+        steered = steering.steering_rows(job)
+        rows += steered.rows
+        found |= {"by_prompt": steered.by_prompt, "sweeps": steered.sweeps}
+    return {"rows": tuple(rows), **found}
 
 
 def plain_report(report: CheckReport) -> dict[str, Any]:
-    """The report as JSON values, its sweeps and counted shares left out."""
+    """The report as JSON values, its sweeps and counted shares left out; ``by_prompt`` has every profession's rows."""
     fields = ("full", "lens", "lens_id", "classifier_id", "first_seed", "device", "seconds")
     plain: dict[str, Any] = {name: to_plain(getattr(report, name)) for name in fields}
-    return {**plain, "holds": report.holds, "summary": report.summary, "rows": to_plain(report.rows)}
+    return {
+        **plain,
+        "holds": report.holds,
+        "summary": report.summary,
+        "rows": to_plain(report.rows),
+        "by_prompt": to_plain(report.by_prompt),
+    }
 
 
 def row_texts(row: Row) -> tuple[str, str, str, str, str, str, str]:

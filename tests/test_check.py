@@ -229,7 +229,12 @@ def test_unknown_parts_are_refused(tiny_lens: DiffusionLens) -> None:
 @pytest.fixture(scope="module")
 def whole(tiny_lens: DiffusionLens) -> tuple[CheckReport, list[str]]:
     stages: list[str] = []
-    found = run_check(tiny_lens, sizes=TINY, on_stage=lambda stage, done, total: stages.append(stage))
+    told: list[Row] = []
+    found = run_check(
+        tiny_lens, sizes=TINY, on_stage=lambda stage, done, total: stages.append(stage), on_rows=told.extend
+    )
+    first, control = found.by_prompt, found.rows[-1]
+    assert told == [*(row for row in found.rows if row.part < 5), *first, control]  # as soon as it was measured
     return found, stages
 
 

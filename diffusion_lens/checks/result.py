@@ -94,6 +94,7 @@ class CheckReport:
 
     Attributes:
         full: every row must hold; otherwise (quick) none may fail.
+        by_prompt: part 5's rows of every prompt that was swept; ``rows`` has the worst of the best professions.
         sweeps: the sweeps measured on the way, controls included.
         counted: the shares measured on the way; ``None`` where neither part 1 nor part 2 was asked for.
     """
@@ -106,6 +107,7 @@ class CheckReport:
     first_seed: int
     device: str
     seconds: float
+    by_prompt: tuple[Row, ...] = field(default=(), repr=False)
     sweeps: tuple[SweepResult, ...] = field(default=(), repr=False)
     counted: CountedShares | None = field(default=None, repr=False)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from diffusion_lens.checks.result import Row
 from diffusion_lens.lens import DiffusionLens
 from diffusion_lens.tally import Tally
 from diffusion_lens.types import GenerationRequest, LensError
@@ -16,6 +17,7 @@ DRAWN_SEED = 950_000_000
 """Drawings from here on were seen neither in training nor in calibration."""
 
 OnStage = Callable[[str, int, int], None]
+OnRows = Callable[[Sequence[Row]], None]
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,17 @@ FULL = Sizes(
 
 @dataclass(frozen=True)
 class Job:
-    """One check under way: the lens, how much to draw, whom to tell, and whether every row must hold."""
+    """One check under way: the lens, how much to draw, whom to tell, and whether every row must hold.
+
+    ``on_rows`` is told what was measured as soon as it was; of part 5, every prompt's own rows.
+    """
 
     lens: DiffusionLens
     sizes: Sizes
     on_stage: OnStage
     first_seed: int = FIRST_SEED
     strict: bool = False
+    on_rows: OnRows = lambda rows: None
 
     def seeds(self, part: int, place: int, n: int, skip: int = 0) -> range:
         """Seeds of prompt number ``place`` in a group of rows; no two share one."""

@@ -49,22 +49,38 @@ class Steered:
     balanced: Reading | None = None
 
 
-def steering_rows(job: Job, attribute_name: str = "gender") -> tuple[list[Row], list[SweepResult]]:
-    """All rows of this group, and the sweeps behind them, controls last."""
+@dataclass(frozen=True)
+class Steering:
+    """What this group of rows found.
+
+    Attributes:
+        rows: to be judged. by_prompt: those of every prompt that was swept. sweeps: behind them, controls last.
+    """
+
+    rows: tuple[Row, ...]
+    by_prompt: tuple[Row, ...] = ()
+    sweeps: tuple[SweepResult, ...] = ()
+
+
+def steering_rows(job: Job, attribute_name: str = "gender") -> Steering:
+    """Sweep the empty prompt, then professions until enough hold, then random features on the empty prompt."""
     lens = job.lens
     attribute = next((a for a in lens.attributes if a.name == attribute_name and len(a.classes) == 2), None)
     if attribute is None or attribute_name not in lens.settings:
-        return [not_applicable(5, "sweep", f"this lens ships no turn of a two-class {attribute_name}")], []
+        return Steering((not_applicable(5, "sweep", f"this lens ships no turn of a two-class {attribute_name}"),))
     everyone = "" if lens.prompts != (None,) else None
     first = steer(job, attribute, everyone, 0)
     rows = prompt_rows(job, first, name_of(everyone))
-    sweeps = [first.result]
+    job.on_rows(rows)
+    by_prompt, sweeps = list(rows), [first.result]
     if everyone is not None:
         found = _professions(job, attribute)
         sweeps += [steered.result for steered, _ in found]
+        by_prompt += [row for _, measured in found for row in measured]
         rows += _profession_rows(job, [measured for _, measured in found], [s.prompt for s, _ in found])
     control, results = _control_row(job, attribute, first)
-    return [*rows, control], [*sweeps, *results]
+    job.on_rows([control])
+    return Steering((*rows, control), tuple(by_prompt), (*sweeps, *results))
 
 
 def name_of(prompt: str | None) -> str:
@@ -267,6 +283,7 @@ def _professions(job: Job, attribute: Attribute) -> list[tuple[Steered, list[Row
             break
         steered = steer(job, attribute, prompt, place)
         found.append((steered, prompt_rows(job, steered, name_of(prompt))))
+        job.on_rows(found[-1][1])
     return found
 
 

@@ -107,6 +107,10 @@ class Bar:
         self.title = name
         self.step(done, total)
 
+    def say(self, text: str) -> None:
+        """One line for the person, above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True, highlight=False)
+
     def close(self) -> None:
         """Take the bar down."""
         if self._progress is not None:

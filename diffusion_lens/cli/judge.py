@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ import typer
 
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
+    Bar,
     guarded,
     progress,
     save_html,
@@ -34,6 +37,7 @@ from diffusion_lens.records import to_plain
 from diffusion_lens.types import LensError
 
 if TYPE_CHECKING:
+    from diffusion_lens.checks.result import Row
     from diffusion_lens.report_rows import ImageQuality, QualityRow
 
 NOT_PASSED = 1
@@ -63,7 +67,7 @@ def check(
 
     The quick check takes minutes: a row fails only when its whole interval lies beyond the bar ("open" means that
     more images would tell). The full check draws 1,000 images per prompt and sweeps 500 per strength: hours on two
-    cores; --part by --part, it need not be done at one go.
+    cores; it tells rows as soon as they are measured, and --part by --part it need not be done at one go.
 
       python -m diffusion_lens check
 
@@ -81,7 +85,8 @@ def check(
         raise LensError("--store keeps the shares that parts 1 and 2 count: ask for one of them.")
     opened = opening.open()
     with progress("checking") as bar:
-        report = run_check(opened, full=full, parts=parts, on_stage=bar.stage)
+        told = partial(_say_rows, bar) if full else None
+        report = run_check(opened, full=full, parts=parts, on_stage=bar.stage, on_rows=told)
     if html is not None and report.sweeps:
         from diffusion_lens.plots import describe_sweep, sweep_figure
 
@@ -105,6 +110,16 @@ def check(
     else:
         typer.echo(report.summary)
     raise typer.Exit(0 if report.holds else NOT_PASSED)
+
+
+def _say_rows(bar: Bar, rows: Sequence[Row]) -> None:
+    """Tell what was measured while the rest is under way: a full check takes hours on two cores."""
+    from diffusion_lens.check import row_texts
+
+    for row in rows:
+        _, name, bar_text, value, interval, _, verdict = row_texts(row)
+        span = "" if interval == "–" else f" ({interval})"
+        bar.say(f"{verdict}: {name} {value}{span}, bar {bar_text}{'; ' if row.note else ''}{row.note}")
 
 
 @guarded
