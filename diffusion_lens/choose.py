@@ -141,16 +141,20 @@ def choose_setting(
     ``requests``, one for each prompt, must use seeds that no evaluation uses. Returns the setting, with a note
     of how it was chosen, and every trial. Points already measured are read back from ``keep``.
     """
-    bases = [measure_baseline(model, r, classifier, batch_size=batch_size, n_examples=0) for r in requests]
+    bases: dict[int, Baseline] = {}
     trials = []
     for number, setting in enumerate(settings):
         own = []
-        for place, base in enumerate(bases):
+        for place, asked in enumerate(requests):
             folder = None if keep is None else trial_folder(keep, number, place)
-            points = measure_setting(
-                model, sae, attribution, classifier, base, setting, probes=probes, batch_size=batch_size,
-                n_examples=0, keep=folder,
-            )  # fmt: skip
+            points = kept_points(folder, setting)
+            if points is None:
+                if place not in bases:
+                    bases[place] = measure_baseline(model, asked, classifier, batch_size=batch_size, n_examples=0)
+                points = measure_setting(
+                    model, sae, attribution, classifier, bases[place], setting, probes=probes, batch_size=batch_size,
+                    n_examples=0, keep=folder,
+                )  # fmt: skip
             own.append(judge(setting, points, attribution.attribute.index(setting.target)))
         trials.append(together(own))
     chosen, n = best(trials), len(requests[0].seeds)
@@ -165,6 +169,14 @@ def choose_setting(
 def trial_folder(keep: Path, number: int, place: int) -> Path:
     """Where the points of one candidate on one prompt are kept."""
     return keep / f"{number:04d}-{place:02d}"
+
+
+def kept_points(folder: Path | None, setting: Setting) -> list[SweepPoint] | None:
+    """The points of ``setting`` in ``folder``, in rising β; ``None`` where one of them is not measured yet."""
+    stems = [f"{number:03d}" for number in range(len(setting.betas))]
+    if folder is None or not all((folder / f"{stem}.json").is_file() for stem in stems):
+        return None
+    return [load_point(folder, stem) for stem in stems]
 
 
 def measure_setting(

@@ -359,7 +359,9 @@ def test_candidates_hold_the_other_attributes_or_nothing() -> None:
     assert [s.hold for s in candidates("gender", "male", grid)] == [(), ()]
 
 
-def test_a_setting_is_chosen_by_measuring_and_resumes(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+def test_a_setting_is_chosen_by_measuring_and_resumes(
+    tiny_lens: DiffusionLens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = ChooseConfig(n_features=(2, 4), poles=("both",), samplers=("symmetric",), betas=(-4.0, 1.0, 6.0))
     settings = list(candidates("gender", "male", grid))
     wanted = [request(tiny_lens.model, prompt, range(500, 516), STEPS, 2.0) for prompt in PROMPTS[:2]]
@@ -371,6 +373,8 @@ def test_a_setting_is_chosen_by_measuring_and_resumes(tiny_lens: DiffusionLens, 
     (tmp_path / "0001-01" / "002.json").unlink()
     again = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
     assert again[0] == chosen and repr(again[1]) == repr(trials)
+    monkeypatch.setattr("diffusion_lens.choose.measure_baseline", None)  # nothing is left to draw
+    assert choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)[0] == chosen
 
 
 def test_an_attribute_without_a_setting_gets_one_from_the_fit(tiny_fit_models: Models, tmp_path: Path) -> None:
