@@ -490,6 +490,13 @@ class TestAbout:
         assert "Stopped" in steps[-1][5] and steps[-1][8]["visible"] is False
         assert studio.draw(view), "the lane is free again"
 
+    def test_stop_counts_as_soon_as_its_button_is_there(self, studio: Studio, view: View) -> None:
+        run = sweep_handlers.run(studio, Page("early"), view.prompt, "gender", "9 strengths", 256, [], "log ratio")
+        assert next(run)[8]["visible"] is True
+        studio.stops.stop("early:sweep")  # before the first image was asked for
+        *_, last = run
+        assert "Stopped" in last[5] and last[8]["visible"] is False
+
     def test_leaving_ends_the_work(self, studio: Studio, view: View) -> None:
         job = sweep_handlers.read_job(studio, view.prompt, "gender", "9 strengths", 256, [])
         events = jobs.sweep_events(studio, "gone", job)

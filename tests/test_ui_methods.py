@@ -191,12 +191,14 @@ class TestLive:
     def test_a_fit_can_be_stopped(self, bench: MethodBench, view: View) -> None:
         options = json.dumps({"iterations": 400, "batch_size": 4, "rank": 2})
         wish = Wish("ddm", 1.0, even=True, options=options)
-        events = bench.events("c", view, wish)
-        next(events)
-        bench.studio.stops.stop("c:methods")
-        with pytest.raises(Stopped):
-            list(events)
-        assert bench.known(view, wish) is None
+        for n_events in (0, 1):  # as soon as there is a button to press, and while it is fitted
+            events = bench.events("c", view, wish)
+            for _ in range(n_events):
+                next(events)
+            bench.studio.stops.stop("c:methods")
+            with pytest.raises(Stopped):
+                list(events)
+            assert bench.known(view, wish) is None
         assert finished(bench.events("d", view, Wish("bypass", 0.5))), "bench and lane are free again"
 
     def test_long_fits_are_told_and_refused(self, bench: MethodBench, view: View) -> None:

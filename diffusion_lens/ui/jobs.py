@@ -117,10 +117,14 @@ def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Preview[Row] 
 
 
 def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sweep") -> Iterator[Event]:
-    """Measure strength by strength; raises ``LensError`` for a bad job and ``Stopped`` when stopped."""
+    """Measure strength by strength; raises ``LensError`` for a bad job and ``Stopped`` when stopped.
+
+    It can be stopped as soon as this returns, before the first strength is asked for.
+    """
     _check(studio, job)
     owner = f"{visitor}:{purpose}"
-    return stream(lambda emit: _sweep(studio, owner, job, emit), lambda: studio.stops.stop(owner))
+    flag = studio.stops.start(owner)
+    return stream(lambda emit: _sweep(studio, owner, flag, job, emit), flag.set)
 
 
 def stored_balance(studio: Studio, view: View) -> Balance | None:
@@ -158,7 +162,7 @@ def _check(studio: Studio, job: SweepJob) -> None:
         raise LensError(f"A sweep in the app draws 2 to {MAX_SWEEP_IMAGES} images per strength; it is {job.n}.")
 
 
-def _sweep(studio: Studio, owner: str, job: SweepJob, emit: Callable[[Event], None]) -> None:
+def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emit: Callable[[Event], None]) -> None:
     import_engine()
     from diffusion_lens.sweep import measure_baseline
 
@@ -168,7 +172,7 @@ def _sweep(studio: Studio, owner: str, job: SweepJob, emit: Callable[[Event], No
     controls: Sequence[Control | None] = (None, *job.controls)
     meter = Meter(1 + edited * len(controls), emit)
     request = lens.request(job.prompt, range(job.n))
-    with studio.work(owner, urgent=False, tell=meter.tell) as on_step:
+    with studio.work(owner, urgent=False, tell=meter.tell, flag=flag) as on_step:
         base = measure_baseline(
             lens.model, request, lens.classifier, restart_steps=setting.window[:1] if setting.window else (),
             batch_size=BATCH, n_examples=EXAMPLES, on_step=on_step,

@@ -176,7 +176,10 @@ class MethodBench:
         return 1 / USUAL_SPEED if base is None or not base.seconds_per_image else base.seconds_per_image
 
     def events(self, visitor: str, view: View, wish: Wish) -> Iterator[News]:
-        """Fit where needed, then draw; raises ``LensError`` for a bad wish and ``Stopped`` when stopped."""
+        """Fit where needed, then draw; raises ``LensError`` for a bad wish and ``Stopped`` when stopped.
+
+        It can be stopped as soon as this returns.
+        """
         check(self.studio.lens, view)
         owner = f"{visitor}:methods"
         method = self.method(wish.method)
@@ -187,23 +190,23 @@ class MethodBench:
                 f"python -m diffusion_lens compare --methods {method.key}."
             )
 
-        def job(emit: Callable[[Event], None]) -> None:
-            fitted = self.known(view, wish) or self._fit(owner, method, view, wish, expected, emit)
-            emit(News(1.0, None, (), "Drawing the same seeds …"))
-            emit(News(1.0, None, (), "", self._draw(visitor, view, wish, fitted)))
+        flag = self.studio.stops.start(owner)
 
-        for event in stream(job, lambda: self.studio.stops.stop(owner)):
-            assert isinstance(event, News)
-            yield event
+        def job(emit: Callable[[News], None]) -> None:
+            fitted = self.known(view, wish) or self._fit(owner, flag, method, view, wish, expected, emit)
+            emit(News(1.0, None, (), "Drawing the same seeds …"))
+            emit(News(1.0, None, (), "", self._draw(visitor, flag, view, wish, fitted)))
+
+        return stream(job, flag.set)
 
     def _key(self, view: View, wish: Wish) -> tuple[Any, ...]:
         target = self.target(self.method(wish.method), view, wish)
         return (wish.method, view.attribute, json.dumps(target), wish.options)
 
     def _fit(
-        self, owner: str, method: Method, view: View, wish: Wish, expected: float, emit: Callable[[Event], None]
-    ) -> Fitted:
-        flag = self.studio.stops.start(owner)
+        self, owner: str, flag: threading.Event, method: Method, view: View, wish: Wish, expected: float,
+        emit: Callable[[News], None],
+    ) -> Fitted:  # fmt: skip
         while not self._fitting.acquire(timeout=TELL_EVERY):
             if flag.is_set():
                 raise Stopped
@@ -216,7 +219,7 @@ class MethodBench:
 
     def _fit_now(
         self, owner: str, flag: threading.Event, method: Method, view: View, wish: Wish, expected: float,
-        emit: Callable[[Event], None],
+        emit: Callable[[News], None],
     ) -> Fitted:  # fmt: skip
         began = told = time.monotonic()
         emit(News(0.0, expected, (), f"Fitting {method.name} …"))
@@ -233,7 +236,7 @@ class MethodBench:
 
         if flag.is_set():
             raise Stopped
-        with self.studio.work(owner, urgent=False, tell=tell) as on_step:
+        with self.studio.work(owner, urgent=False, tell=tell, flag=flag) as on_step:
             lens, draws = self._private()
             options = method.options.parse(json.loads(wish.options), where=f"the options of {method.name}")
             fitted = method.fit(
@@ -259,13 +262,13 @@ class MethodBench:
             )
         return self._own
 
-    def _draw(self, visitor: str, view: View, wish: Wish, fitted: Fitted) -> Trio:
+    def _draw(self, visitor: str, flag: threading.Event, view: View, wish: Wish, fitted: Fitted) -> Trio:
         picture = self.studio.draw(view, visitor)
         lens, method = self.studio.lens, fitted.method
         began = time.monotonic()
         request = lens.request(view.prompt, view.seeds)
         # Urgent work gives way to nobody: while weights are changed, no other visitor's step may run.
-        with self.studio.work(f"{visitor}:methods", urgent=True) as on_step:
+        with self.studio.work(f"{visitor}:methods", urgent=True, flag=flag) as on_step:
             images, ratio = picture.before.images, None
             if wish.strength:
                 edit = fitted.edit(wish.strength, request.seeds)
