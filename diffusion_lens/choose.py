@@ -91,12 +91,15 @@ def together(trials: Sequence[Trial]) -> Trial:
 
 
 def _monotone_stretch(effect: np.ndarray, betas: Sequence[float], identity: float) -> tuple[int, int]:
-    """The longest run of points around the identity along which ``effect`` rises strictly."""
+    """The longest run of points around the identity along which ``effect`` never falls.
+
+    Equal counts are no fall: of a few images of a rare class, as many at two strengths are often found.
+    """
     start = int(np.abs(np.array(betas) - identity).argmin())
     first = last = start
-    while last + 1 < len(effect) and effect[last + 1] > effect[last]:
+    while last + 1 < len(effect) and effect[last + 1] >= effect[last]:
         last += 1
-    while first > 0 and effect[first - 1] < effect[first]:
+    while first > 0 and effect[first - 1] <= effect[first]:
         first -= 1
     return first, last
 

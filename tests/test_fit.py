@@ -326,6 +326,11 @@ def test_a_trial_is_judged_where_its_effect_is_one() -> None:
     assert weak.reach < 1 and np.isnan(weak.spillover)
 
 
+def test_equal_counts_do_not_end_the_stretch_that_counts() -> None:
+    points = [point(0, 10, 0.1), point(1, 30, 0.0), point(2, 30, 0.1), point(3, 80, 0.3), point(4, 60, 0.9)]
+    assert judge(SETTING, points, 1).reach == pytest.approx(np.log(80.5 / 20.5))  # past 3 it falls
+
+
 def test_the_best_trial_reaches_far_enough_and_spills_least() -> None:
     near, wide, clean = (
         Trial(SETTING.model_copy(update={"n_features": n}), (), reach, spill)
