@@ -174,6 +174,7 @@ def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
 def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
     page.get_by_role("tab", name="Sweep").click()
     page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
+    page.get_by_label("9 strengths").check()  # long enough that Stop is there to be seen
     page.get_by_label("256").check()
     page.locator("#dl-run").focus()
     page.keyboard.press("Enter")
