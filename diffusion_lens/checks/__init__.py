@@ -1,1 +1,0 @@
-"""The measurements behind ``check``, a file per group of rows."""
