@@ -7,9 +7,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning neighbour makes every step tens of times slower
 
 from diffusion_lens import ui
-from diffusion_lens.bundled import lenses_to_open
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.run_options import RunOptions
+from diffusion_lens.lens.bundled import lenses_to_open
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.run_options import RunOptions
 from diffusion_lens.ui.gpu import load_before_lending
 
 if __name__ == "__main__":

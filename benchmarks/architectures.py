@@ -15,8 +15,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusion_lens.convert_p2 import unet_config
-from diffusion_lens.p2_format import P2Config
+from diffusion_lens.interop.convert_p2 import unet_config
+from diffusion_lens.interop.p2_format import P2Config
 
 TOKENS = 77
 

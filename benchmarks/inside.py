@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from timing import Result, interleaved, ratio
 
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.generate import generate, record_trajectory
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.reference import autograd_scores
-from diffusion_lens.settings import identity_beta
-from diffusion_lens.types import GenerationRequest, Intervention, Sampler
+from diffusion_lens.base.types import GenerationRequest, Intervention, Sampler
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.features.reference import autograd_scores
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.generate import generate, record_trajectory
+from diffusion_lens.steering.settings import identity_beta
 
 SLIDER_SECONDS = 1.5
 ATTRIBUTION_RATIO = 50.0

@@ -29,19 +29,19 @@ from architectures import ARCHITECTURES
 from timing import interleaved, ratio
 from torch import Tensor
 
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.denoise import Edit, StepContext
-from diffusion_lens.generate import Capture, generate, record_trajectory, request
-from diffusion_lens.hooks import intercept
-from diffusion_lens.intervene import compile
-from diffusion_lens.memory import OnStep, is_out_of_memory
-from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
-from diffusion_lens.probes import Probe
-from diffusion_lens.reference import autograd_scores
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.train import SAETrainConfig, train_sae
-from diffusion_lens.types import Attribute, FeatureSet, GenerationRequest, Intervention, Sampler
+from diffusion_lens.base.types import Attribute, FeatureSet, GenerationRequest, Intervention, Sampler
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.reference import autograd_scores
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.features.train_sae import SAETrainConfig, train_sae
+from diffusion_lens.model.denoise import Edit, StepContext
+from diffusion_lens.model.generate import Capture, generate, record_trajectory, request
+from diffusion_lens.model.hooks import intercept
+from diffusion_lens.model.memory import OnStep, is_out_of_memory
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
+from diffusion_lens.model.run_options import RunOptions
+from diffusion_lens.steering.intervene import compile
 
 HERE = Path(__file__).resolve().parent
 GENDER = Attribute("gender", ("female", "male"))

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import Result
 
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
 
 NAMES = ("start", "slider", "sweep", "overhead", "attribution", "memory")
 

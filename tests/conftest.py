@@ -29,7 +29,7 @@ from diffusers import (
 from lens_fixtures import copied_lens, prompt_free_lens, tiny_fit_models, tiny_lens, tiny_lens_folder  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 
 WORDS = ("a", "portrait", "of", "firefighter", "doctor", "nurse", "person", "woman", "man")
 MAX_TOKENS = 12

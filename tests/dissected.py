@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens.artifacts import read_manifest, write_json, write_manifest
-from diffusion_lens.dissection import STORED, Dissection, save_dissection
-from diffusion_lens.portraits.depth_result import DepthPoint, DepthResult, Flips
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import Share
+from diffusion_lens.base.files import write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import Share
+from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
+from diffusion_lens.results.dissection import STORED, Dissection, save_dissection
+from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 NURSE = "a portrait of a nurse"
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusion_lens.generate import StepContext, request
-from diffusion_lens.pipelines import DiffusionModel, seed_generators
-from diffusion_lens.types import GenerationRequest, Sampler
+from diffusion_lens.base.types import GenerationRequest, Sampler
+from diffusion_lens.model.generate import StepContext, request
+from diffusion_lens.model.pipelines import DiffusionModel, seed_generators
 
 STEPS = 4
 SAMPLERS: tuple[Sampler, ...] = ("symmetric", "asymmetric")

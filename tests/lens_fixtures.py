@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lens.atlas import AtlasConfig
-from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
-from diffusion_lens.config import Setting
-from diffusion_lens.fit import Models, fit
-from diffusion_lens.fit_config import FitConfig
-from diffusion_lens.generate import generate, request
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.train import SAETrainConfig
-from diffusion_lens.types import Attribute
+from diffusion_lens.base.types import Attribute
+from diffusion_lens.features.atlas import AtlasConfig
+from diffusion_lens.features.train_sae import SAETrainConfig
+from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.fit.run import Models, fit
+from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.manifest import Setting
 
 PROMPTS = ("a portrait of a doctor", "a portrait of a nurse")
 STEPS = 4

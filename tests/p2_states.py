@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion_lens.p2_format import P2Config
+from diffusion_lens.interop.p2_format import P2Config
 
 SMALL = P2Config(image_size=16, num_channels=32, channel_mult=(1, 2), attention_resolutions=(8,), num_head_channels=32)
 

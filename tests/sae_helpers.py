@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SAEConfig, SparseAutoencoder
-from diffusion_lens.types import Attribute
+from diffusion_lens.base.types import Attribute
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SAEConfig, SparseAutoencoder
 
 GENDER = Attribute("gender", ("female", "male"))
 AGE = Attribute("age", ("young", "adult", "old"))

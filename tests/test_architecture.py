@@ -1,4 +1,4 @@
-"""Imports only ever go down, there is no cycle, and each boundary of the architecture holds."""
+"""Imports only ever go down the stations, there is no cycle, and each boundary of the architecture holds."""
 
 from __future__ import annotations
 
@@ -11,48 +11,40 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "diffusion_lens"
 
-BOTTOM = {"types", "config"}
-FOUNDATION = {
-    "artifacts", "sheets", "records", "pipelines", "hooks", "codec", "weights", "sae", "probes", "stats", "settings",
-    "calibration", "resume", "memory", "placement", "run_options", "precision", "preview",
-}  # fmt: skip
-TOP = {
-    "lens", "lens_folder", "report", "check", "checks", "fit", "fit_config", "fit_defaults", "fit_estimate",
-    "fit_measure", "fit_stages", "fit_write",
-}  # fmt: skip
-APP = {"ui", "app", "__main__", "cli"}
-MODEL_MODULES = {"pipelines", "hooks", "generate", "denoise", "activations", "lens", "lens_folder"}
+ORDER = (
+    "base", "results", "plots", "model", "judging", "measuring", "features", "steering", "interop", "portraits",
+    "lens", "methods", "fit", "studies", "studio", "ui", "cli",
+)  # fmt: skip
+"""The stations, bottom up: a package imports itself and those before it."""
 
-
-def layer(module: str) -> int:
-    """Height of a module, by its first name: what is not named above lies in the middle (methods, sweep, train, …)."""
-    first = module.split(".")[0]
-    for height, names in enumerate((BOTTOM, FOUNDATION, None, TOP, APP)):
-        if names is not None and first in names:
-            return height
-    return 2
+TORCH_FREE = ("base", "results", "plots")
+"""Opened before torch loads; what they import of it, they import late."""
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its name inside the package (``app`` for app.py; packages by their own name)."""
+    """Every module of a station by its dotted name inside the package; a package goes by its own name."""
     found = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
+        if name not in ("", "__main__"):
             found[name] = path
-    if (ROOT / "app.py").is_file():
-        found["app"] = ROOT / "app.py"
     return found
 
 
 MODULES = modules()
 
 
-def imports(path: Path) -> list[str]:
-    """Full names of everything imported anywhere in a file; ``a.b.c`` for ``from a.b import c``."""
+def station(module: str) -> str:
+    """The package that a module stands in."""
+    return module.split(".")[0]
+
+
+def imports(path: Path, *, at_import: bool = False) -> list[str]:
+    """Full names of what a file imports, ``a.b.c`` for ``from a.b import c``; ``at_import``: at its top level alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,10 +67,24 @@ def inner(path: Path) -> set[str]:
     return found
 
 
+def test_every_folder_is_a_station_and_nothing_lies_beside_them() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ORDER)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+def test_tests_stand_in_folders_of_the_same_names() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - {"browser", "data"} <= set(ORDER)
+    loose = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert loose <= {"test_architecture.py", "test_figures_of_0_4.py"}
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_go_down(name: str) -> None:
+    own = ORDER.index(station(name))
     for other in inner(MODULES[name]) - {""}:
-        assert layer(other) <= layer(name), f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+        assert ORDER.index(station(other)) <= own, f"{name} imports {other}, which stands above it"
 
 
 def test_there_is_no_cycle() -> None:
@@ -89,38 +95,52 @@ def test_there_is_no_cycle() -> None:
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"app"}))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_nobody_imports_the_package_root(name: str) -> None:
     assert "" not in inner(MODULES[name]), f"{name} imports a name from the package root"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_only_the_interface_knows_gradio(name: str) -> None:
-    if name.split(".")[0] not in ("ui", "app"):
+    if station(name) != "ui":
         assert not [i for i in imports(MODULES[name]) if i.split(".")[0] == "gradio"]
 
 
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.split(".")[0] == "plots"))
-def test_plots_see_only_types(name: str) -> None:
-    others = {n for n in inner(MODULES[name]) if n != "types" and n.split(".")[0] != "plots"}
-    assert not others, f"{name} imports {others}"
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if station(n) == "plots"))
+def test_plots_see_only_results(name: str) -> None:
+    others = {station(n) for n in inner(MODULES[name])}
+    assert others <= {"plots", "results", "base"}, f"{name} imports from {others}"
 
 
-def test_metrics_never_see_a_diffusion_model() -> None:
-    reached, todo = set(), ["metrics"]
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if station(n) in TORCH_FREE))
+def test_results_open_before_torch_loads(name: str) -> None:
+    heavy = {i.split(".")[0] for i in imports(MODULES[name], at_import=True)} & {"torch", "diffusers", "transformers"}
+    assert not heavy or name in TORCH_NEEDED, f"{name} imports {heavy}"
+
+
+TORCH_NEEDED = ("base.checkpoints", "base.precision", "base.processes", "base.resume", "base.weights")
+"""Modules of ``base`` that work on tensors; nothing that shows stored results imports them."""
+
+
+def test_statistics_never_see_a_diffusion_model() -> None:
+    reached, todo = set(), ["measuring.metrics", "measuring.stats", "measuring.balance"]
     while todo:
         name = todo.pop()
         if name not in reached:
             reached.add(name)
             todo.extend(inner(MODULES[name]) - {""})
-    assert not reached & MODEL_MODULES
+    assert not {name for name in reached if station(name) in ("model", "lens")}
     for name in reached:
         assert not [i for i in imports(MODULES[name]) if i.split(".")[0] == "diffusers"]
 
 
 def test_the_checks_themselves_see_imports(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(
-        "from diffusion_lens import stats, DiffusionLens\n"
-        "def f():\n    import diffusion_lens.sae as s\n    from diffusion_lens.types import LensError\n"
+        "from diffusion_lens.measuring import stats\nfrom diffusion_lens import DiffusionLens\n"
+        "def f():\n    import diffusion_lens.features.sae as s\n    from diffusion_lens.base.types import LensError\n"
     )
-    assert inner(tmp_path / "m.py") == {"", "stats", "sae", "types"}
+    assert inner(tmp_path / "m.py") == {"", "measuring.stats", "features.sae", "base.types"}
+    assert imports(tmp_path / "m.py", at_import=True) == [
+        "diffusion_lens.measuring.stats",
+        "diffusion_lens.DiffusionLens",
+    ]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
 
 
 def read_pt(path: Path) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffusion_lens.types import LensError, Mode, Sampler
+from diffusion_lens.base.types import LensError
 
 C = TypeVar("C", bound="StrictConfig")
 
@@ -45,30 +45,3 @@ class StrictConfig(BaseModel):
         """Write as indented JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-class Setting(StrictConfig):
-    """The turn that a lens ships for one attribute: which features, how, and how far.
-
-    Attributes:
-        attribute: the attribute that it steers.
-        target: the class towards which a rising β leads in the shipped sweep.
-        n_features: features per pole, taken in order of attribution.
-        poles: ``one`` turns the target's features; ``both`` also turns the opposite's the other way.
-        mode, sampler, window, hold: as in ``Intervention``.
-        betas: the strengths of the shipped sweep, rising, the identity among them.
-        n_seeds_chosen_on: images per strength on which this setting was chosen (0: set by hand).
-        note: where the setting comes from, in one sentence.
-    """
-
-    attribute: str
-    target: str
-    n_features: int = Field(ge=1)
-    poles: Literal["one", "both"]
-    mode: Mode
-    sampler: Sampler
-    window: tuple[int, int] | None = None
-    hold: tuple[str, ...] = ()
-    betas: tuple[float, ...] = Field(min_length=1)
-    n_seeds_chosen_on: int = Field(default=0, ge=0)
-    note: str = ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from diffusion_lens.artifacts import atomic_path
+from diffusion_lens.base.files import atomic_path
 
 CHECKPOINT_SECONDS = 30.0
 

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
-from diffusion_lens.artifacts import atomic_path
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import atomic_path
+from diffusion_lens.base.types import LensError
 
 SHEET_SIDE = 4096
 """Longest side of a sheet in pixels: decodes fast, stays well under WebP's 16,383."""

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
 
 WEIGHTS_VARIABLE = "DIFFUSION_LENS_WEIGHTS"
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)

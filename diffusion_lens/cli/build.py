@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.cli.console import guarded, say
-from diffusion_lens.types import Attribute, LensError
 
 
 def register(app: typer.Typer) -> None:
@@ -32,8 +32,8 @@ def convert_p2(
 
     python -m diffusion_lens convert-p2 celebahq_p2.pt runs/p2
     """
-    from diffusion_lens.convert_p2 import convert
-    from diffusion_lens.p2_format import P2Config
+    from diffusion_lens.interop.convert_p2 import convert
+    from diffusion_lens.interop.p2_format import P2Config
 
     if not checkpoint.is_file():
         raise LensError(f"There is no file {checkpoint}.")
@@ -62,8 +62,8 @@ def import_difflens(
       python -m diffusion_lens import-difflens sae/ runs/p2-lens --model-id p2-celebahq --source runs/p2 \\
         --attribute gender=male,female --features gender=lists/gender --probe gender=h_gender.pt
     """
-    from diffusion_lens.import_difflens import PublishedAttribute
-    from diffusion_lens.import_difflens import import_difflens as run
+    from diffusion_lens.interop.import_difflens import PublishedAttribute
+    from diffusion_lens.interop.import_difflens import import_difflens as run
 
     folders, probes, temperatures = _pairs(features), _pairs(probe), _pairs(temperature)
     parts = []

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.words import duration
 from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import (
     BatchOption,
@@ -19,13 +22,10 @@ from diffusion_lens.cli.options import (
     checked_prompt,
     open_lens,
 )
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError
-from diffusion_lens.words import duration
 
 if TYPE_CHECKING:
-    from diffusion_lens.compare_types import CompareConfig, Comparison, MethodRow
-    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.lens.lens import DiffusionLens
+    from diffusion_lens.results.comparison import CompareConfig, Comparison, MethodRow
 
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; '' is the empty prompt.")]
 WorkOption = Annotated[Path, typer.Option(help="Folder of finished pieces; a stopped run goes on there.")]
@@ -73,8 +73,8 @@ def compare(
 
     python -m diffusion_lens compare -a age -p '' -m difflens,bypass --n 200 --out runs/age
     """
-    from diffusion_lens.compare import run_tables
-    from diffusion_lens.compare_types import CompareConfig
+    from diffusion_lens.results.comparison import CompareConfig
+    from diffusion_lens.studies.bench.run import run_tables
 
     opened = open_lens(lens, device)
     keys = tuple(k.strip() for k in methods.split(","))
@@ -99,7 +99,7 @@ def compare(
 
 
 def _prompt(lens: DiffusionLens, attribute: str, given: str | None) -> str | None:
-    from diffusion_lens.compare_plan import telling_prompt
+    from diffusion_lens.studies.bench.plan import telling_prompt
 
     if given is not None or lens.prompts == (None,):
         return checked_prompt(lens, given)
@@ -110,9 +110,9 @@ def _teller(
     lens: DiffusionLens, configs: list[CompareConfig], work: Path, bar: Bar
 ) -> Callable[[str, MethodRow], None]:
     """Say what it will cost, and after every method what it found and what is left."""
-    from diffusion_lens.compare_plan import plan, probe_speed
-    from diffusion_lens.compare_types import UNSTEERED
     from diffusion_lens.methods.registry import find_methods
+    from diffusion_lens.results.comparison import UNSTEERED
+    from diffusion_lens.studies.bench.plan import plan, probe_speed
 
     plan(lens, configs, work, 1.0)  # mistakes are found before anything is drawn
     speed = probe_speed(lens, configs[0].prompt, configs[0].batch_size)
@@ -145,8 +145,8 @@ def _stored(lens: DiffusionLens) -> Mapping[str, Comparison]:
 
 
 def _keep(comparison: Comparison, out: Path | None, lens_folder: Path | None) -> None:
-    from diffusion_lens.compare_store import add_to_lens, save_comparison
-    from diffusion_lens.compare_tables import write_tables
+    from diffusion_lens.results.comparison_store import add_to_lens, save_comparison
+    from diffusion_lens.results.comparison_tables import write_tables
 
     if out is not None:
         folder = out / comparison.attribute.name.replace(" ", "-")
@@ -158,7 +158,7 @@ def _keep(comparison: Comparison, out: Path | None, lens_folder: Path | None) ->
 
 
 def _print_table(comparison: Comparison) -> None:
-    from diffusion_lens.compare_tables import COLUMNS, PARTS, cells, verdict
+    from diffusion_lens.results.comparison_tables import COLUMNS, PARTS, cells, verdict
 
     for part, fields in PARTS.items():
         rows = [tuple(cells(row, fields)) for row in comparison.rows]

@@ -25,9 +25,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from diffusion_lens.artifacts import atomic_path
-from diffusion_lens.types import LensError, LogRatio, Share
-from diffusion_lens.words import duration
+from diffusion_lens.base.files import atomic_path
+from diffusion_lens.base.types import LensError, LogRatio, Share
+from diffusion_lens.base.words import duration
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli import portraits
 from diffusion_lens.cli.compare import PromptOption, WorkOption
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
@@ -21,13 +23,11 @@ from diffusion_lens.cli.options import (
     checked_prompt,
     with_flags,
 )
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError
 
 if TYPE_CHECKING:
-    from diffusion_lens.dissection import Dissection
-    from diffusion_lens.lens import DiffusionLens
-    from diffusion_lens.portraits.depth_result import DepthPoint
+    from diffusion_lens.lens.lens import DiffusionLens
+    from diffusion_lens.results.depth import DepthPoint
+    from diffusion_lens.results.dissection import Dissection
 
 DEPTH_STORE = Path("assets/depth.json")
 
@@ -78,10 +78,10 @@ def dissect(
 
     python -m diffusion_lens dissect --feature 12 --feature 90 -n 400 --first-seed 11000000 --work runs/confirm
     """
-    from diffusion_lens.dissect import dissect as run
-    from diffusion_lens.dissect import store_in_lens
-    from diffusion_lens.dissect_config import DissectConfig
-    from diffusion_lens.dissection import groups
+    from diffusion_lens.results.dissection import groups
+    from diffusion_lens.studies.dissect.config import DissectConfig
+    from diffusion_lens.studies.dissect.run import dissect as run
+    from diffusion_lens.studies.dissect.run import store_in_lens
 
     if by and not top:
         raise LensError("Say with --top how many features to choose.")
@@ -104,7 +104,7 @@ def dissect(
 
 
 def _show_groups(found: Dissection) -> None:
-    from diffusion_lens.dissection import evidence, groups
+    from diffusion_lens.results.dissection import evidence, groups
 
     grouped = groups(found)
     rows = [
@@ -148,8 +148,8 @@ def together(
 
     python -m diffusion_lens together -p '' --steer gender=even:1 --steer age=old:0.5 -n 400
     """
-    from diffusion_lens.joint import parse_steer, steer_together
-    from diffusion_lens.joint_result import add_to_lens
+    from diffusion_lens.results.joint import add_to_lens
+    from diffusion_lens.studies.joint import parse_steer, steer_together
 
     opened = opening.open()
     steers = dict(parse_steer(opened, text) for text in steer or [f"{a}=even:{strength:g}" for a in opened.settings])
@@ -204,10 +204,10 @@ def depth(
     import torch
     from diffusers import AutoencoderTiny
 
-    from diffusion_lens.artifacts import write_json
-    from diffusion_lens.classify import HeadsClassifier
+    from diffusion_lens.base.files import write_json
     from diffusion_lens.cli.options import hide_loading_bars, pick_device
-    from diffusion_lens.portraits.depth import DepthConfig, planned_images, run_depth
+    from diffusion_lens.judging.classify import HeadsClassifier
+    from diffusion_lens.studies.depth import DepthConfig, planned_images, run_depth
 
     autoencoder, classifier = _parts(parts)
     place = torch.device(pick_device(device))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from diffusion_lens.artifacts import atomic_path
+from diffusion_lens.base.files import atomic_path
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import Evaluation, Generation, LensError
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     guarded,
@@ -32,11 +34,9 @@ from diffusion_lens.cli.options import (
     parse_turn,
     with_flags,
 )
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import Evaluation, Generation, LensError
 
 if TYPE_CHECKING:
-    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.lens.lens import DiffusionLens
 
 PICTURES = (".png", ".webp", ".jpg", ".jpeg")
 

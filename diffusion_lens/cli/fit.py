@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import guarded, percent, progress, say, show_json, show_table
 from diffusion_lens.cli.options import DEFAULT_RUN, JsonOption, hide_loading_bars, with_flags
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import LensError
+from diffusion_lens.model.run_options import RunOptions
 
 if TYPE_CHECKING:
-    from diffusion_lens.described import Detector
-    from diffusion_lens.fit import FitConfig, Models
-    from diffusion_lens.lens import DiffusionLens
-    from diffusion_lens.processes import Processes
+    from diffusion_lens.base.processes import Processes
+    from diffusion_lens.fit.run import FitConfig, Models
+    from diffusion_lens.judging.described import Detector
+    from diffusion_lens.lens.lens import DiffusionLens
 
 MODEL, READING, SIZE = "The model", "Who reads the images", "Size; the defaults depend on the kind of model"
 ClassifierOption = Annotated[
@@ -143,8 +143,8 @@ def fit(
 
       accelerate launch --num_processes 2 -m diffusion_lens fit …
     """
-    from diffusion_lens import fit as fitting
-    from diffusion_lens.processes import launched
+    from diffusion_lens.base.processes import launched
+    from diffusion_lens.fit import run as fitting
 
     processes = launched()
     running = running.model_copy(update={"device": processes.device(running.device)})
@@ -216,9 +216,9 @@ def _from_flags(
     offline: bool,
 ) -> tuple[FitConfig, Models]:
     """The models that the flags name and the configuration that they mean, kept in ``work``."""
-    from diffusion_lens.fit import Models, open_labeller
-    from diffusion_lens.fit_defaults import default_config
-    from diffusion_lens.pipelines import load_model
+    from diffusion_lens.fit.defaults import default_config
+    from diffusion_lens.fit.run import Models, open_labeller
+    from diffusion_lens.model.pipelines import load_model
 
     hide_loading_bars()
     where = str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -238,8 +238,8 @@ def _from_flags(
 
 def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[Any, str]:
     """The classifier, and what names it in a configuration: a folder, or a description that is kept in ``work``."""
-    from diffusion_lens.described import assumed_right, build, describe, named_spec, open_classifier
-    from diffusion_lens.labelled import calibrate_from_folder
+    from diffusion_lens.judging.described import assumed_right, build, describe, named_spec, open_classifier
+    from diffusion_lens.judging.labelled import calibrate_from_folder
 
     place = Path(reading.classifier)
     if place.exists():
@@ -264,7 +264,7 @@ def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[A
 
 
 def _prompts(prompts: list[str] | None, more: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    from diffusion_lens.fit_defaults import read_prompts
+    from diffusion_lens.fit.defaults import read_prompts
 
     if more and not prompts:
         raise LensError(f"With --model, '{more[0]}' is a prompt too many; give prompts after --prompts.")
@@ -288,9 +288,9 @@ def _labels(path: Path | None) -> dict[str, dict[str, tuple[str, ...]]] | None:
 def _write_sheet(config: FitConfig, models: Models, work: Path, folder: Path, processes: Processes) -> None:
     import numpy as np
 
-    from diffusion_lens.fit import prepare, run_stage
-    from diffusion_lens.fit_stages import sampled
-    from diffusion_lens.labelled import write_label_sheet
+    from diffusion_lens.fit.run import prepare, run_stage
+    from diffusion_lens.fit.stages import sampled
+    from diffusion_lens.judging.labelled import write_label_sheet
 
     with progress("sample") as bar:
         ready = prepare(config, models, work, bar.stage if processes.is_main else None, processes)
@@ -304,7 +304,7 @@ def _write_sheet(config: FitConfig, models: Models, work: Path, folder: Path, pr
 
 def _tell_cost(config: FitConfig, models: Models, work: Path, only: bool, as_json: bool) -> bool:
     """Print the estimate and refuse a disk that is too small; whether that is all that was asked for."""
-    from diffusion_lens import fit as fitting
+    from diffusion_lens.fit import run as fitting
 
     cost = fitting.estimate(config, models.model, models.classifier)
     if only and as_json:
@@ -359,9 +359,9 @@ def calibrate(
 
     python -m diffusion_lens calibrate --classifier clip --labelled photos/labels.csv --out runs/clip
     """
-    from diffusion_lens.described import build, named_spec, open_classifier, save_classifier
-    from diffusion_lens.labelled import calibrate_from_folder, fit_from_folder
-    from diffusion_lens.photos import PhotoClassifier
+    from diffusion_lens.judging.described import build, named_spec, open_classifier, save_classifier
+    from diffusion_lens.judging.labelled import calibrate_from_folder, fit_from_folder
+    from diffusion_lens.judging.photos import PhotoClassifier
 
     hide_loading_bars()
     if Path(classifier).exists():

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
 
 if TYPE_CHECKING:
-    from diffusion_lens.lens import DiffusionLens
-    from diffusion_lens.quality import FeatureSource
-    from diffusion_lens.readers import ClipReader
-    from diffusion_lens.report_rows import Measures
+    from diffusion_lens.judging.readers import ClipReader
+    from diffusion_lens.lens.lens import DiffusionLens
+    from diffusion_lens.measuring.quality import FeatureSource
+    from diffusion_lens.studies.audit.rows import Measures
 
 OnStep = Callable[[int, int], None]
 UNEDITED = "unedited"
@@ -66,9 +66,9 @@ class QualityFlags:
         """Load what the flags name; ``None`` without any. ``on_step``: of the images of a reference folder."""
         if not (self.fid or self.inception_score or self.clip):
             return None
-        from diffusion_lens.quality import inception_source, load_reference
-        from diffusion_lens.report_rows import UNEDITED as SAME_SEEDS
-        from diffusion_lens.report_rows import Measures
+        from diffusion_lens.measuring.quality import inception_source, load_reference
+        from diffusion_lens.studies.audit.rows import UNEDITED as SAME_SEEDS
+        from diffusion_lens.studies.audit.rows import Measures
 
         device = str(lens.device)
         inception = inception_source(self.inception or None, device=device) if self.wants_inception else None
@@ -88,14 +88,14 @@ class QualityFlags:
         )
 
     def _clip(self, device: str) -> ClipReader:
-        from diffusion_lens.readers import ClipConfig, ClipReader
+        from diffusion_lens.judging.readers import ClipConfig, ClipReader
 
         # Nothing is classified here, so that no prompts are embedded.
         config = ClipConfig(model_id=self.clip, prompts={}, face_prompts={})
         return ClipReader.load(config, device=device, offline=self.offline)
 
     def _features(self, lens: DiffusionLens, inception: FeatureSource | None, clip: ClipReader | None) -> FeatureSource:
-        from diffusion_lens.quality import classifier_source, clip_source
+        from diffusion_lens.measuring.quality import classifier_source, clip_source
 
         if inception is not None and self.fid_features == "inception":
             return inception

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     Bar,
@@ -33,12 +35,10 @@ from diffusion_lens.cli.options import (
     parse_turn,
     with_flags,
 )
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError
 
 if TYPE_CHECKING:
-    from diffusion_lens.checks.result import Row
-    from diffusion_lens.report_rows import ImageQuality, QualityRow
+    from diffusion_lens.studies.audit.rows import ImageQuality, QualityRow
+    from diffusion_lens.studies.check.result import Row
 
 NOT_PASSED = 1
 
@@ -77,8 +77,8 @@ def check(
 
       python -m diffusion_lens check --part 5 --html sweeps.html
     """
-    from diffusion_lens.check import PARTS, TITLES, plain_report, row_texts, run_check
-    from diffusion_lens.counted import store_in_lens
+    from diffusion_lens.results.counted import store_in_lens
+    from diffusion_lens.studies.check.run import PARTS, TITLES, plain_report, row_texts, run_check
 
     parts = tuple(part or PARTS)
     if store and not {1, 2} & set(parts):
@@ -114,7 +114,7 @@ def check(
 
 def _say_rows(bar: Bar, rows: Sequence[Row]) -> None:
     """Tell what was measured while the rest is under way: a full check takes hours on two cores."""
-    from diffusion_lens.check import row_texts
+    from diffusion_lens.studies.check.run import row_texts
 
     for row in rows:
         _, name, bar_text, value, interval, _, verdict = row_texts(row)
@@ -149,8 +149,8 @@ def audit(
 
     python -m diffusion_lens audit --turn gender=male:0.5 -n 500 --fid unedited --fid-features classifier
     """
-    from diffusion_lens.report import audit as measure
-    from diffusion_lens.report import write_report
+    from diffusion_lens.studies.audit.run import audit as measure
+    from diffusion_lens.studies.audit.run import write_report
 
     opened = opening.open()
     prompts = [checked_prompt(opened, p) for p in prompt] if prompt else list(opened.prompts)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, cast
 import numpy as np
 import typer
 
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError, SweepPoint, SweepResult
 from diffusion_lens.cli.console import (
     guarded,
     percent,
@@ -30,9 +32,7 @@ from diffusion_lens.cli.options import (
     parse_betas,
     with_flags,
 )
-from diffusion_lens.records import to_plain
-from diffusion_lens.settings import Control
-from diffusion_lens.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.steering.settings import Control
 
 BetasOption = Annotated[str | None, typer.Option("--betas", help="Strengths, like '-1,0,1,2'; the lens's own grid.")]
 ControlOption = Annotated[
@@ -112,7 +112,7 @@ def balance(
 
     python -m diffusion_lens balance '' --attribute gender --target female --share 0.4
     """
-    from diffusion_lens.sweep import balance as find
+    from diffusion_lens.measuring.balance import balance as find
 
     opened = opening.open()
     request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)

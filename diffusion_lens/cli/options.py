@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from diffusion_lens.base.types import MAX_IMAGES, MAX_SEED, GenerationRequest, Intervention, LensError
 from diffusion_lens.cli.image_quality import QUALITY_FLAGS, QualityFlags
-from diffusion_lens.run_options import DTYPES, Dtype, RunOptions
-from diffusion_lens.run_options import pick_device as pick_device
-from diffusion_lens.types import MAX_IMAGES, MAX_SEED, GenerationRequest, Intervention, LensError
+from diffusion_lens.model.run_options import DTYPES, Dtype, RunOptions
+from diffusion_lens.model.run_options import pick_device as pick_device
 
 if TYPE_CHECKING:
-    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.lens.lens import DiffusionLens
 
 BUNDLED = Path("assets/portraits")
 BATCH = 16
@@ -170,7 +170,7 @@ def open_lens(source: str, running: RunOptions | str = "auto") -> DiffusionLens:
 
     ``running``: how its diffusion model runs, or just the device.
     """
-    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.lens.lens import DiffusionLens
 
     hide_loading_bars()
     if not source:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from diffusion_lens.artifacts import atomic_path, write_json
+from diffusion_lens.base.files import atomic_path, write_json
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import (
     DeviceOption,
@@ -20,7 +21,6 @@ from diffusion_lens.cli.options import (
     pick_device,
     seeds_of,
 )
-from diffusion_lens.types import LensError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -245,8 +245,8 @@ def _drawn(prompt: str, seeds: range) -> np.ndarray:
 
 
 def _sampled(pipeline: Path, prompt: str, seeds: range, steps: int) -> np.ndarray:
-    from diffusion_lens.generate import generate, request
-    from diffusion_lens.pipelines import load_model
+    from diffusion_lens.model.generate import generate, request
+    from diffusion_lens.model.pipelines import load_model
 
     hide_loading_bars()
     model = load_model(pipeline, offline=True)

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from diffusion_lens.bundled import lenses_to_open
 from diffusion_lens.cli.console import guarded
 from diffusion_lens.cli.options import BUNDLED, DEFAULT_RUN, open_lens, with_flags
-from diffusion_lens.run_options import RunOptions
+from diffusion_lens.lens.bundled import lenses_to_open
+from diffusion_lens.model.run_options import RunOptions
 
 
 def register(app: typer.Typer) -> None:

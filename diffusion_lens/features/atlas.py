@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import Atlas, Attribute, Attribution, Examples, FeatureCard, LensError, Predictions
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, Examples, FeatureCard, LensError, Predictions
 
 if TYPE_CHECKING:
-    from diffusion_lens.sae import SparseAutoencoder
+    from diffusion_lens.features.sae import SparseAutoencoder
 
 Batches = Callable[[], Iterator[np.ndarray]]
 """Called once per pass: yields ``h [n, step, c, y, x]`` of the pool's images in order."""

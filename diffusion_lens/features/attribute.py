@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder, image_chunks
-from diffusion_lens.types import Attribute, Attribution, LensError
+from diffusion_lens.base.types import Attribute, Attribution, LensError
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
 
 Array = np.ndarray | Tensor
 GAP_TOLERANCE = 1e-7

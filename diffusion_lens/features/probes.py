@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.plain import from_plain, to_plain
+from diffusion_lens.base.types import Attribute, LensError
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,3 +93,23 @@ class Probe:
         return cls(
             attribute, tensors["weight"], tensors["bias"], tensors["accuracy"], float(tensors["temperature"].item())
         )
+
+
+def save_probes(path: Path, probes: Mapping[str, Probe]) -> None:
+    """Write the probes of several attributes as ``<attribute>.<tensor>``."""
+    tensors = {f"{name}.{part}": value for name, probe in probes.items() for part, value in probe.tensors().items()}
+    save_tensors(path, tensors, {name: json.dumps(to_plain(probe.attribute)) for name, probe in probes.items()})
+
+
+def load_probes(path: Path, device: str = "cpu") -> dict[str, Probe]:
+    """Read what ``save_probes`` wrote, by attribute name."""
+    arrays = load_tensors(path)
+    found = {}
+    for name, attribute in load_metadata(path).items():
+        parts = {
+            key.removeprefix(f"{name}."): torch.from_numpy(value)
+            for key, value in arrays.items()
+            if key.startswith(f"{name}.")
+        }
+        found[name] = Probe.from_tensors(from_plain(Attribute, json.loads(attribute)), parts).to(device)
+    return found

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
 
 
 def autograd_scores(

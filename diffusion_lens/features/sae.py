@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import FeatureActs, LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import FeatureActs, LensError
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"

@@ -11,17 +11,18 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from diffusion_lens.classify import Classifier
-from diffusion_lens.config import Setting, StrictConfig
-from diffusion_lens.generate import Edit
-from diffusion_lens.intervene import compile
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.probes import Probe
-from diffusion_lens.records import load_point, save_point
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.settings import describe_setting, identity_beta, make_intervention
-from diffusion_lens.sweep import Baseline, measure_baseline, sweep_points
-from diffusion_lens.types import Attribution, GenerationRequest, Intervention, LensError, Mode, Sampler, SweepPoint
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Attribution, GenerationRequest, Intervention, LensError, Mode, Sampler, SweepPoint
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.measuring.sweep import Baseline, measure_baseline, sweep_points
+from diffusion_lens.model.generate import Edit
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.results.records import load_point, save_point
+from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.settings import describe_setting, identity_beta, make_intervention
 
 REACH = 1.0
 

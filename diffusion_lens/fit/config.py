@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from diffusion_lens.atlas import AtlasConfig
-from diffusion_lens.choose import ChooseConfig
-from diffusion_lens.config import Setting, StrictConfig
-from diffusion_lens.train import SAETrainConfig
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.features.atlas import AtlasConfig
+from diffusion_lens.features.train_sae import SAETrainConfig
+from diffusion_lens.fit.choose import ChooseConfig
+from diffusion_lens.results.manifest import Setting
 
 STAGES = ("sample", "label", "collect", "sae", "probes", "attribution", "atlas", "settings", "effects", "sweeps")
 """In order; each depends on all before it."""

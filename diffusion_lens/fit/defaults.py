@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens.atlas import AtlasConfig
-from diffusion_lens.choose import ChooseConfig
-from diffusion_lens.classify import Classifier
-from diffusion_lens.fit_config import FitConfig
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.train import SAETrainConfig
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.features.atlas import AtlasConfig
+from diffusion_lens.features.train_sae import SAETrainConfig
+from diffusion_lens.fit.choose import ChooseConfig
+from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.model.pipelines import DiffusionModel
 
 STORE_BYTES = 20_000_000_000
 """Budget of the activation store."""

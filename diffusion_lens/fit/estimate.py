@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from diffusion_lens.choose import candidates
-from diffusion_lens.classify import Classifier
-from diffusion_lens.denoise import BatchRun, Capture
-from diffusion_lens.fit_config import FitConfig
-from diffusion_lens.generate import request
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.train import train_sae
-from diffusion_lens.words import duration
+from diffusion_lens.base.words import duration
+from diffusion_lens.features.train_sae import train_sae
+from diffusion_lens.fit.choose import candidates
+from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.model.denoise import BatchRun, Capture
+from diffusion_lens.model.generate import request
+from diffusion_lens.model.pipelines import DiffusionModel
 
 EDITED = 1.7
 """An edited run beside an unedited one: most edits run the up path twice."""

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.choose import candidates, choose_setting, describe, measure_setting, trial_folder
-from diffusion_lens.config import Setting
-from diffusion_lens.fit_stages import Work, read_attributions, read_probes, read_sae
-from diffusion_lens.generate import request
-from diffusion_lens.intervene import compile
-from diffusion_lens.records import load_atlas, save_sweep
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.settings import Control, control_turn, describe_setting
-from diffusion_lens.sweep import Baseline, collect, measure_baseline, sweep_points
-from diffusion_lens.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention, SweepResult
+from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention, SweepResult
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.fit.choose import candidates, choose_setting, describe, measure_setting, trial_folder
+from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
+from diffusion_lens.measuring.sweep import Baseline, collect, measure_baseline, sweep_points
+from diffusion_lens.model.generate import request
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.results.records import load_atlas, save_sweep
+from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.settings import Control, control_turn, describe_setting
 
 
 def fit_settings(work: Work) -> None:

@@ -19,13 +19,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from diffusion_lens.artifacts import write_json
-from diffusion_lens.classify import Classifier
-from diffusion_lens.described import open_classifier
-from diffusion_lens.fit_config import STAGES, FitConfig, stage_hashes
-from diffusion_lens.fit_estimate import Estimate, estimate
-from diffusion_lens.fit_measure import fit_effects, fit_settings, fit_sweeps
-from diffusion_lens.fit_stages import (
+from diffusion_lens.base.files import write_json
+from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import weights_digest
+from diffusion_lens.fit.config import STAGES, FitConfig, stage_hashes
+from diffusion_lens.fit.estimate import Estimate, estimate
+from diffusion_lens.fit.measure import fit_effects, fit_settings, fit_sweeps
+from diffusion_lens.fit.stages import (
     SHARED_STAGES,
     OnStage,
     Work,
@@ -37,14 +38,13 @@ from diffusion_lens.fit_stages import (
     label,
     sample,
 )
-from diffusion_lens.fit_write import check_target, write_lens
-from diffusion_lens.labelled import HumanLabels
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.pipelines import DiffusionModel, load_model
-from diffusion_lens.processes import ALONE, Processes
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import LensError
-from diffusion_lens.weights import weights_digest
+from diffusion_lens.fit.write import check_target, write_lens
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.judging.described import open_classifier
+from diffusion_lens.judging.labelled import HumanLabels
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.pipelines import DiffusionModel, load_model
+from diffusion_lens.model.run_options import RunOptions
 
 DONE = "done.json"
 PEOPLE = "csv:"

@@ -12,22 +12,23 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from diffusion_lens import metrics
-from diffusion_lens.activations import ActivationStore, SampleSpec, collect_to
-from diffusion_lens.artifacts import load_tensors, save_tensors, write_json
-from diffusion_lens.atlas import build_atlas
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.classify import Classifier
-from diffusion_lens.fit_config import FitConfig
-from diffusion_lens.generate import generate, request
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.probes import Probe
-from diffusion_lens.processes import ALONE, Processes
-from diffusion_lens.raking import even_weights
-from diffusion_lens.records import load_attributions, load_probes, save_atlas, save_attributions, save_probes
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.train import train_probe, train_sae
-from diffusion_lens.types import Attribute, Attribution, GenerationRequest, LensError, Predictions
+from diffusion_lens.base.files import load_tensors, save_tensors, write_json
+from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.types import Attribute, Attribution, GenerationRequest, LensError, Predictions
+from diffusion_lens.features.atlas import build_atlas
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.features.probes import Probe, load_probes, save_probes
+from diffusion_lens.features.raking import even_weights
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.features.train_probe import train_probe
+from diffusion_lens.features.train_sae import train_sae
+from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.measuring import metrics
+from diffusion_lens.model.activations import ActivationStore, SampleSpec, collect_to
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.records import load_attributions, save_atlas, save_attributions
 
 OnStage = Callable[[str, int, int], None]
 SHARED_STAGES = ("sample", "label", "collect", "settings", "effects", "sweeps")

@@ -5,24 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from diffusion_lens.artifacts import (
-    MANIFEST,
-    AttributeConfig,
-    BaseModelRef,
-    Manifest,
-    load_tensors,
-    read_json,
-    write_json,
-    write_manifest,
-)
-from diffusion_lens.described import save_classifier
-from diffusion_lens.fit_config import FitConfig
-from diffusion_lens.fit_measure import read_atlas, read_settings
-from diffusion_lens.fit_stages import Work, read_attributions, read_probes, read_sae
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.records import load_sweeps, save_atlas, save_attributions, save_probes, save_sweep
-from diffusion_lens.sheets import save_sheets
-from diffusion_lens.types import LensError
+from diffusion_lens.base.files import load_tensors, read_json, write_json
+from diffusion_lens.base.sheets import save_sheets
+from diffusion_lens.base.types import LensError
+from diffusion_lens.features.probes import save_probes
+from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.fit.measure import read_atlas, read_settings
+from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
+from diffusion_lens.judging.described import save_classifier
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, write_manifest
+from diffusion_lens.results.records import load_sweeps, save_atlas, save_attributions, save_sweep
 
 OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
 OWN_FILES = (MANIFEST, "dissection.safetensors")

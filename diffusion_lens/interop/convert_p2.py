@@ -24,8 +24,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from diffusion_lens.checkpoints import read_state_dict
-from diffusion_lens.p2_format import (
+from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.types import LensError
+from diffusion_lens.interop.p2_format import (
     IMAGE_CHANNELS,
     NORM_GROUPS,
     RESNET_PARTS,
@@ -35,7 +36,6 @@ from diffusion_lens.p2_format import (
     layers,
     source_keys,
 )
-from diffusion_lens.types import LensError
 
 
 def _head_count(config: P2Config, channels: int) -> int:

@@ -18,13 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens import artifacts, records
-from diffusion_lens.artifacts import AttributeConfig, BaseModelRef, Manifest
-from diffusion_lens.checkpoints import read_pt, read_state_dict
-from diffusion_lens.config import Setting, StrictConfig
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder, from_published
-from diffusion_lens.types import Attribute, Attribution, FeatureSet, LensError
+from diffusion_lens.base.checkpoints import read_pt, read_state_dict
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Attribute, Attribution, FeatureSet, LensError
+from diffusion_lens.features.probes import Probe, save_probes
+from diffusion_lens.features.sae import SparseAutoencoder, from_published
+from diffusion_lens.results import records
+from diffusion_lens.results.manifest import AttributeConfig, BaseModelRef, Manifest, Setting, write_manifest
 
 HOOK_NAME = "mid_block"
 N_STEPS = 50
@@ -208,7 +208,7 @@ def import_difflens(
                 )
             probes[name] = probe
     sae.save(out / "sae")
-    records.save_probes(out / "probes.safetensors", probes)
+    save_probes(out / "probes.safetensors", probes)
     records.save_attributions(out / "attribution.safetensors", attributions)
     manifest = Manifest(
         name=f"DiffLens artefacts for {model_id}",
@@ -223,7 +223,7 @@ def import_difflens(
         sae_id=sae.sae_id,
         classifier_id="none",
     )
-    return artifacts.write_manifest(out, manifest)
+    return write_manifest(out, manifest)
 
 
 def _ranking(

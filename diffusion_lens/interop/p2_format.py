@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import field_validator
 from torch import Tensor
 
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import LensError
 
 IMAGE_CHANNELS = 3
 NORM_GROUPS = 32

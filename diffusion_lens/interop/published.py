@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import FeatureSet, LensError, Sampler
+from diffusion_lens.base.types import FeatureSet, LensError, Sampler
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
 
 if TYPE_CHECKING:
-    from diffusion_lens.denoise import StepContext
+    from diffusion_lens.model.denoise import StepContext
 
 RIEMANN_NODES = 10
 Turn = tuple[Sequence[int], float]

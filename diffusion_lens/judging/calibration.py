@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, LensError, Predictions
 
 UNKNOWN = -1
 """Label of an image whose class is not known; such images are left out of losses and confusion counts."""

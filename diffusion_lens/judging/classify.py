@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion_lens.calibration import UNKNOWN, fit_rules, measure, softmax
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.precision import mixed_precision
-from diffusion_lens.types import Attribute, LensError, Predictions
-from diffusion_lens.weights import weights_digest
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.precision import mixed_precision
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.weights import weights_digest
+from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure, softmax
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -14,15 +14,23 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from diffusion_lens.artifacts import read_json
-from diffusion_lens.classify import Classifier, HeadsClassifier
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.faces import FaceDetector, yunet_detector
-from diffusion_lens.fairface import FAIRFACE_FILE, PAPER_MAP, FairFaceReader
-from diffusion_lens.photos import PhotoClassifier
-from diffusion_lens.readers import CLIP_PROMPTS, FACE_PROMPTS, ClipConfig, ClipReader, HubReader, LabelMap, Reader
-from diffusion_lens.types import ASSUMED, LensError
-from diffusion_lens.weights import weights_folder
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.types import ASSUMED, LensError
+from diffusion_lens.base.weights import weights_folder
+from diffusion_lens.judging.classify import Classifier, HeadsClassifier
+from diffusion_lens.judging.faces import FaceDetector, yunet_detector
+from diffusion_lens.judging.fairface import FAIRFACE_FILE, PAPER_MAP, FairFaceReader
+from diffusion_lens.judging.photos import PhotoClassifier
+from diffusion_lens.judging.readers import (
+    CLIP_PROMPTS,
+    FACE_PROMPTS,
+    ClipConfig,
+    ClipReader,
+    HubReader,
+    LabelMap,
+    Reader,
+)
 
 DESCRIPTION = "config.json"
 WEIGHTS = "weights"

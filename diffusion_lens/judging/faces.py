@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffusion_lens.types import LensError
-from diffusion_lens.weights import weight_file
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import weight_file
 
 FaceDetector = Callable[[np.ndarray], np.ndarray]
 """``uint8[H, W, 3]`` (RGB) → face boxes ``[m, 4]`` as left, top, width, height in pixels; ``m`` may be 0."""

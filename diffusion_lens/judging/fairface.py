@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_lens.calibration import softmax
-from diffusion_lens.checkpoints import read_state_dict
-from diffusion_lens.readers import BATCH_SIZE, LabelMap, Scores, empty_scores, map_text, pool_labels
-from diffusion_lens.types import Attribute, LensError
-from diffusion_lens.weights import weight_file, weights_digest
+from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.base.weights import weight_file, weights_digest
+from diffusion_lens.judging.calibration import softmax
+from diffusion_lens.judging.readers import BATCH_SIZE, LabelMap, Scores, empty_scores, map_text, pool_labels
 
 FAIRFACE_FILE = "res34_fair_align_multi_7_20190809.pt"
 OUTPUTS: dict[str, tuple[str, ...]] = {

@@ -16,10 +16,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffusion_lens.calibration import UNKNOWN, fit_rules, measure
-from diffusion_lens.classify import check_images
-from diffusion_lens.photos import PhotoClassifier
-from diffusion_lens.types import MAX_IMAGES, Attribute, LensError, Predictions
+from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions
+from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure
+from diffusion_lens.judging.classify import check_images
+from diffusion_lens.judging.photos import PhotoClassifier
 
 MAX_PIXELS = 50_000_000
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from diffusion_lens.calibration import softmax
-from diffusion_lens.classify import check_images
-from diffusion_lens.faces import FaceDetector, face_crop
-from diffusion_lens.readers import FACES, Reader, Scores
-from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.judging.calibration import softmax
+from diffusion_lens.judging.classify import check_images
+from diffusion_lens.judging.faces import FaceDetector, face_crop
+from diffusion_lens.judging.readers import FACES, Reader, Scores
 
 NO_FACE, ONE_FACE, SEVERAL_FACES = range(len(FACES))
 THRESHOLD = 0.6

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.calibration import softmax
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import Attribute, LensError
-from diffusion_lens.weights import LOAD_ERRORS, weights_digest
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.base.weights import LOAD_ERRORS, weights_digest
+from diffusion_lens.judging.calibration import softmax
 
 BATCH_SIZE = 32
 FACES = ("no face", "one face", "several faces")

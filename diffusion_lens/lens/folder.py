@@ -17,24 +17,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from diffusion_lens.artifacts import MANIFEST, Manifest, read_json, verify
-from diffusion_lens.compare_store import stored_comparisons
-from diffusion_lens.compare_types import Comparison
-from diffusion_lens.config import Setting
-from diffusion_lens.counted import CountedShares, stored_shares
-from diffusion_lens.dissection import Dissection, stored_dissection
-from diffusion_lens.records import load_atlas, load_attributions, load_probes, load_sweeps
-from diffusion_lens.sheets import load_sheets
-from diffusion_lens.types import Atlas, Attribute, Attribution, LensError, SweepResult
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.sheets import load_sheets
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError, SweepResult
+from diffusion_lens.features.probes import load_probes
+from diffusion_lens.results.comparison import Comparison
+from diffusion_lens.results.comparison_store import stored_comparisons
+from diffusion_lens.results.counted import CountedShares, stored_shares
+from diffusion_lens.results.dissection import Dissection, stored_dissection
+from diffusion_lens.results.manifest import MANIFEST, Manifest, Setting, verify
+from diffusion_lens.results.records import load_atlas, load_attributions, load_sweeps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from diffusion_lens.classify import Classifier
-    from diffusion_lens.pipelines import DiffusionModel
-    from diffusion_lens.probes import Probe
-    from diffusion_lens.run_options import RunOptions
-    from diffusion_lens.sae import SparseAutoencoder
+    from diffusion_lens.features.probes import Probe
+    from diffusion_lens.features.sae import SparseAutoencoder
+    from diffusion_lens.judging.classify import Classifier
+    from diffusion_lens.model.pipelines import DiffusionModel
+    from diffusion_lens.model.run_options import RunOptions
 
 T = TypeVar("T")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -227,7 +228,7 @@ class LensFolder:
     def _load_model(self) -> DiffusionModel:
         import torch
 
-        from diffusion_lens.pipelines import load_model
+        from diffusion_lens.model.pipelines import load_model
 
         base = self.manifest.base_model
         return load_model(
@@ -242,7 +243,7 @@ class LensFolder:
         )
 
     def _load_sae(self) -> SparseAutoencoder:
-        from diffusion_lens.sae import SparseAutoencoder
+        from diffusion_lens.features.sae import SparseAutoencoder
 
         sae = SparseAutoencoder.load(self.folder / "sae", device=self.device)
         if sae.sae_id != self.manifest.sae_id or sae.cfg.model_id != self.manifest.base_model.id:
@@ -250,7 +251,7 @@ class LensFolder:
         return sae
 
     def _load_classifier(self) -> Classifier:
-        from diffusion_lens.described import open_classifier
+        from diffusion_lens.judging.described import open_classifier
 
         if not (self.folder / "classifier").is_dir():
             raise LensError(

@@ -13,18 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_lens.atlas import feature_card
-from diffusion_lens.config import Setting
-from diffusion_lens.lens_folder import LensFolder
-from diffusion_lens.settings import (
-    Control,
-    control_turn,
-    describe_setting,
-    feature_sets,
-    identity_beta,
-    make_intervention,
-)
-from diffusion_lens.types import (
+from diffusion_lens.base.types import (
     Attribute,
     Attribution,
     Balance,
@@ -39,9 +28,20 @@ from diffusion_lens.types import (
     SweepPoint,
     SweepResult,
 )
+from diffusion_lens.features.atlas import feature_card
+from diffusion_lens.lens.folder import LensFolder
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.steering.settings import (
+    Control,
+    control_turn,
+    describe_setting,
+    feature_sets,
+    identity_beta,
+    make_intervention,
+)
 
 if TYPE_CHECKING:
-    from diffusion_lens.generate import Edit, OnLatents, OnStep, Trajectory
+    from diffusion_lens.model.generate import Edit, OnLatents, OnStep, Trajectory
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -100,7 +100,7 @@ class DiffusionLens(LensFolder):
         (float16). ``on_step(done, total)`` may raise ``generate.Cancelled``; ``start`` is a recorded trajectory;
         ``on_latents`` sees each batch's request and latents before they are decoded.
         """
-        from diffusion_lens.generate import Capture, generate
+        from diffusion_lens.model.generate import Capture, generate
 
         return generate(
             self.model,
@@ -131,7 +131,7 @@ class DiffusionLens(LensFolder):
 
     def edit(self, *interventions: Intervention) -> Edit:
         """One edit of the bottleneck from one or several interventions; refuses features of another SAE."""
-        from diffusion_lens.intervene import compile
+        from diffusion_lens.steering.intervene import compile
 
         return compile(interventions, self.sae, self.probes)
 
@@ -143,7 +143,7 @@ class DiffusionLens(LensFolder):
         ``method``: ``integrated_gradients`` or ``gradient_x_activation`` (both through the probe), or
         ``activation_difference`` (by the classifier's reading of the images).
         """
-        from diffusion_lens import attribute
+        from diffusion_lens.features import attribute
 
         if generation.activations is None:
             raise LensError("This generation has no activations; draw it again with capture=True.")
@@ -188,7 +188,7 @@ class DiffusionLens(LensFolder):
         self, generation: Generation, attribute_name: str, *, reference: Generation | None = None
     ) -> Evaluation:
         """Shares, log ratio and FD of one attribute in these images; ``reference``: same seeds, unedited."""
-        from diffusion_lens.evaluate import evaluate
+        from diffusion_lens.measuring.evaluate import evaluate
 
         before = None
         if reference is not None:
@@ -223,7 +223,7 @@ class DiffusionLens(LensFolder):
             control: ``random`` turns as many features as active, drawn at random, ``flip`` the two poles exchanged.
             options: passed on to ``sweep.sweep_points`` (``batch_size``, ``baseline``, ``draw``, …).
         """
-        from diffusion_lens.sweep import sweep_points
+        from diffusion_lens.measuring.sweep import sweep_points
 
         name, target = self._goal(attribute, target)
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
@@ -253,7 +253,7 @@ class DiffusionLens(LensFolder):
         **options: Any,
     ) -> SweepResult:
         """All of ``sweep_points`` as one result."""
-        from diffusion_lens.sweep import collect
+        from diffusion_lens.measuring.sweep import collect
 
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
         name, target = self._goal(attribute, target)
@@ -284,7 +284,7 @@ class DiffusionLens(LensFolder):
         on_step: OnStep | None = None,
     ) -> Balance:
         """The strength (and its interval) at which the corrected share of ``target`` meets ``target_share``."""
-        from diffusion_lens.sweep import balance
+        from diffusion_lens.measuring.balance import balance
 
         result = self.sweep(prompt, attribute_name, target, betas, n=n, seeds=seeds, on_step=on_step)
         return balance(result, self.classifier.confusion[attribute_name], target_share=target_share)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.types import Change, Evaluation, GenerationRequest, Predictions
+from diffusion_lens.base.types import Change, Evaluation, GenerationRequest, Predictions
+from diffusion_lens.measuring import metrics, stats
 
 
 def evaluate(

@@ -19,15 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from diffusion_lens import metrics
-from diffusion_lens.calibration import softmax
-from diffusion_lens.checkpoints import read_state_dict
-from diffusion_lens.classify import Classifier, check_images
-from diffusion_lens.labelled import open_image
-from diffusion_lens.readers import ClipReader
-from diffusion_lens.stats import paired_bootstrap
-from diffusion_lens.types import MAX_IMAGES, LensError
-from diffusion_lens.weights import weight_file
+from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.types import MAX_IMAGES, LensError
+from diffusion_lens.base.weights import weight_file
+from diffusion_lens.judging.calibration import softmax
+from diffusion_lens.judging.classify import Classifier, check_images
+from diffusion_lens.judging.labelled import open_image
+from diffusion_lens.judging.readers import ClipReader
+from diffusion_lens.measuring import metrics
+from diffusion_lens.measuring.stats import paired_bootstrap
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION = "Inception v3"

@@ -16,7 +16,7 @@ from scipy.stats import bootstrap, norm
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.proportion import proportion_confint
 
-from diffusion_lens.types import Attribute, LensError, LogRatio, Share
+from diffusion_lens.base.types import Attribute, LensError, LogRatio, Share
 
 Interval = tuple[float, float]
 

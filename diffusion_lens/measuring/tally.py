@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from diffusion_lens import stats
-from diffusion_lens.types import Attribute, Predictions, Share
+from diffusion_lens.base.types import Attribute, Predictions, Share
+from diffusion_lens.measuring import stats
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from diffusion_lens.denoise import Edit
+from diffusion_lens.base.types import Sampler
 from diffusion_lens.methods.draws import Counter, check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.types import Sampler
+from diffusion_lens.model.denoise import Edit
 
 
 class ActivationOptions(MethodOptions):

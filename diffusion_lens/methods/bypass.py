@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit, StepContext
+from diffusion_lens.base.types import LensError, Sampler
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.types import LensError, Sampler
+from diffusion_lens.model.denoise import Edit, StepContext
 
 Ramp = Literal["linear", "cosine", "constant"]
 

@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit, StepContext
-from diffusion_lens.intervene import draw_classes
+from diffusion_lens.base.types import Attribute, GenerationRequest, Intervention, LensError, Sampler
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, turn_setting
-from diffusion_lens.settings import control_turn, opposite_set
-from diffusion_lens.types import Attribute, GenerationRequest, Intervention, LensError, Sampler
+from diffusion_lens.model.denoise import Edit, StepContext
+from diffusion_lens.steering.intervene import draw_classes
+from diffusion_lens.steering.settings import control_turn, opposite_set
 
 
 class ControlOptions(SaeOptions):

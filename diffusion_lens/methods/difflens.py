@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.denoise import Edit
+from diffusion_lens.base.types import Attribution
+from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
 from diffusion_lens.methods.sae_features import STRENGTHS, SaeOptions, attribute_draws, feature_edit, rebuild
-from diffusion_lens.types import Attribution
+from diffusion_lens.model.denoise import Edit
 
 
 class DiffLensOptions(SaeOptions):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.generate import Capture, OnStep, record_trajectory, request
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.probes import Probe
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.model.generate import Capture, OnStep, record_trajectory, request
+from diffusion_lens.model.pipelines import DiffusionModel
 
 MIN_PER_CLASS = 2
 """Examples of a class that a fit needs at least."""

@@ -10,10 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffusion_lens.denoise import StepContext
-from diffusion_lens.intervene import draw_classes
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import Attribute, LensError, Sampler
+from diffusion_lens.base.types import Attribute, LensError, Sampler
+from diffusion_lens.model.denoise import StepContext
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.steering.intervene import draw_classes
 
 
 @dataclass(frozen=True)

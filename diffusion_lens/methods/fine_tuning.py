@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit
+from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Counter, Drawn
 from diffusion_lens.methods.edits import NoEdit, WeightEdit
 from diffusion_lens.methods.lora import (
@@ -28,7 +28,7 @@ from diffusion_lens.methods.lora import (
 )
 from diffusion_lens.methods.noise import denoised, frozen, need_ddim, read_bottleneck
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.types import LensError
+from diffusion_lens.model.denoise import Edit
 
 
 class FineTuningOptions(MethodOptions):

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit, StepContext
+from diffusion_lens.base.types import LensError, Sampler
+from diffusion_lens.features.probes import Probe
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task, probe_of
-from diffusion_lens.probes import Probe
-from diffusion_lens.types import LensError, Sampler
+from diffusion_lens.model.denoise import Edit, StepContext
 
 Divergence = Literal["chi2", "kl"]
 FLOOR = 1e-6

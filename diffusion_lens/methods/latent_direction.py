@@ -9,16 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit
-from diffusion_lens.hooks import edit_output
-from diffusion_lens.methods.draws import (
-    Counter,
-    Draws,
-    check_examples,
-    class_means,
-    examples,
-    mean_differences,
-)
+from diffusion_lens.base.types import Sampler
+from diffusion_lens.methods.draws import Counter, Draws, check_examples, class_means, examples, mean_differences
 from diffusion_lens.methods.edits import ClassDraw, DirectionEdit
 from diffusion_lens.methods.noise import (
     Group,
@@ -33,7 +25,8 @@ from diffusion_lens.methods.noise import (
 )
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.types import Sampler
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.hooks import edit_output
 
 
 class LatentDirectionOptions(MethodOptions):

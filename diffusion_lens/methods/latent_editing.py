@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.denoise import Edit
-from diffusion_lens.hooks import edit_output
+from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Counter, Drawn, check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ClassDraw, DirectionEdit
 from diffusion_lens.methods.noise import denoised, frozen, need_ddim
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.hooks import edit_output
+from diffusion_lens.model.pipelines import DiffusionModel
 
 
 class LatentEditingOptions(MethodOptions):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_lens.artifacts import load_tensors
-from diffusion_lens.codec import encode_text
-from diffusion_lens.pipelines import Conditioning, DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.base.files import load_tensors
+from diffusion_lens.base.types import LensError
+from diffusion_lens.model.codec import encode_text
+from diffusion_lens.model.pipelines import Conditioning, DiffusionModel
 
 NAME = "lens"
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

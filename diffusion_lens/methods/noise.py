@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_lens.hooks import intercept
+from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Drawn
-from diffusion_lens.pipelines import Conditioning, DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.model.hooks import intercept
+from diffusion_lens.model.pipelines import Conditioning, DiffusionModel
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.base.types import Attribute, LensError
 
 TAIL = " with "
 SAID_OF_SKIN = ("tone", "skin tone")

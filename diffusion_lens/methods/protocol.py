@@ -22,15 +22,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.artifacts import Manifest, load_tensors, save_tensors
-from diffusion_lens.config import Setting, StrictConfig
-from diffusion_lens.denoise import Edit
-from diffusion_lens.generate import OnStep
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import load_tensors, save_tensors
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.methods.draws import Draws
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import Atlas, Attribute, Attribution, LensError
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.generate import OnStep
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.manifest import Manifest, Setting
 
 Kind = Literal[
     "SAE features", "neurons", "direction", "direction per step", "guidance", "weights", "bypass", "control"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.activation import Activation
 from diffusion_lens.methods.bypass import Bypass
 from diffusion_lens.methods.controls import MatchedNoise, PromptRewriting, RandomFeatures, SignFlip
@@ -16,7 +17,6 @@ from diffusion_lens.methods.latent_editing import LatentEditing
 from diffusion_lens.methods.protocol import Method
 from diffusion_lens.methods.sae_alternatives import SaeGradient, SaeLrp
 from diffusion_lens.methods.stereoclinic import StereoClinic
-from diffusion_lens.types import LensError
 
 METHODS: dict[str, Method] = {
     method.key: method

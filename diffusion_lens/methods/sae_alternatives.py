@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from pydantic import Field
 
-from diffusion_lens.attribute import gradient_x_activation
-from diffusion_lens.denoise import Edit
-from diffusion_lens.methods.lrp import Rule
-from diffusion_lens.methods.lrp_sae import lrp_attribution
+from diffusion_lens.features.attribute import gradient_x_activation
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
+from diffusion_lens.methods.relevance.lrp import Rule
+from diffusion_lens.methods.relevance.lrp_sae import lrp_attribution
 from diffusion_lens.methods.sae_features import STRENGTHS, SaeOptions, attribute_draws, feature_edit, rebuild
+from diffusion_lens.model.denoise import Edit
 
 
 class SaeLrpOptions(SaeOptions):

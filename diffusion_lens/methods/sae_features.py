@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from diffusion_lens.config import Setting
-from diffusion_lens.denoise import Edit
-from diffusion_lens.intervene import compile, draw_classes
+from diffusion_lens.base.types import Attribution, Intervention, LensError, Mode, Sampler
 from diffusion_lens.methods.draws import Counter, Drawn
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
-from diffusion_lens.settings import identity_beta, make_intervention
-from diffusion_lens.types import Attribution, Intervention, LensError, Mode, Sampler
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.steering.intervene import compile, draw_classes
+from diffusion_lens.steering.settings import identity_beta, make_intervention
 
 Change = Callable[[Intervention], Intervention]
 

@@ -12,15 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_lens.denoise import Edit
+from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Counter, Drawn, check_examples, examples
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw, NoEdit, WeightEdit
-from diffusion_lens.methods.lrp import Rule
-from diffusion_lens.methods.lrp_mid import check_mid_block, mid_block_relevance, record
-from diffusion_lens.methods.lrp_sae import encoder_relevance, feature_relevance, logit_relevance
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.methods.relevance.lrp import Rule
+from diffusion_lens.methods.relevance.lrp_mid import check_mid_block, mid_block_relevance, record
+from diffusion_lens.methods.relevance.lrp_sae import encoder_relevance, feature_relevance, logit_relevance
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.pipelines import DiffusionModel
 
 BOTTLENECK = "bottleneck"
 

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.artifacts import load_metadata, load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.denoise import BatchRun, Capture
-from diffusion_lens.generate import OnStep, check
-from diffusion_lens.memory import in_batches
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.processes import ALONE, Processes
-from diffusion_lens.types import Activations, GenerationRequest, LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.types import Activations, GenerationRequest, LensError
+from diffusion_lens.model.denoise import BatchRun, Capture
+from diffusion_lens.model.generate import OnStep, check
+from diffusion_lens.model.memory import in_batches
+from diffusion_lens.model.pipelines import DiffusionModel
 
 STORE_FILE = "store.json"
 CHUNK_BYTES = 256 * 2**20

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.hooks import UpPath, intercept
-from diffusion_lens.pipelines import Conditioning, DiffusionModel, seed_generators
-from diffusion_lens.types import Activations, Generation, GenerationRequest, LensError, Sampler
+from diffusion_lens.base.types import Activations, Generation, GenerationRequest, LensError, Sampler
+from diffusion_lens.model.hooks import UpPath, intercept
+from diffusion_lens.model.pipelines import Conditioning, DiffusionModel, seed_generators
 
 
 @dataclass(frozen=True)

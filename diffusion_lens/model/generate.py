@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
-from diffusion_lens.memory import OnStep, in_batches
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import Generation, GenerationRequest, LensError
+from diffusion_lens.base.types import Generation, GenerationRequest, LensError
+from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
+from diffusion_lens.model.memory import OnStep, in_batches
+from diffusion_lens.model.pipelines import DiffusionModel
 
 __all__ = [
     "Cancelled", "Capture", "Edit", "OnLatents", "OnStep", "StepContext", "Trajectory",

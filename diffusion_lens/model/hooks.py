@@ -15,7 +15,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
 
 Rows = slice | Tensor
 """Which images of a batch: a slice, or a 1-D tensor of row numbers."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from diffusion_lens.types import GenerationRequest
+from diffusion_lens.base.types import GenerationRequest
 
 T = TypeVar("T")
 Draw = Callable[[GenerationRequest, Callable[[int], None]], T]

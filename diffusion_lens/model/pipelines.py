@@ -22,14 +22,14 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffusion_lens.codec import decode_pixels, decode_preview, encode_text, encode_xl
-from diffusion_lens.hooks import Rows, capture, select_rows
-from diffusion_lens.memory import Room
-from diffusion_lens.placement import place
-from diffusion_lens.preview import PreviewDecoder, load_preview
-from diffusion_lens.run_options import RunOptions, is_missing_folder
-from diffusion_lens.types import LensError
-from diffusion_lens.weights import LOAD_ERRORS, reason
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import LOAD_ERRORS, reason
+from diffusion_lens.model.codec import decode_pixels, decode_preview, encode_text, encode_xl
+from diffusion_lens.model.hooks import Rows, capture, select_rows
+from diffusion_lens.model.memory import Room
+from diffusion_lens.model.placement import place
+from diffusion_lens.model.preview import PreviewDecoder, load_preview
+from diffusion_lens.model.run_options import RunOptions, is_missing_folder
 
 Kind = Literal["text", "text-xl", "pixel", "latent"]
 

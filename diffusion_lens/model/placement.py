@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.model.run_options import RunOptions
 
 RECOMPILE_LIMIT = 64
 """Compiled forms of one forward: blocks of one class count together, and so does every batch size."""

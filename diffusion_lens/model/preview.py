@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 
-from diffusion_lens.placement import decoder
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import LensError
-from diffusion_lens.weights import LOAD_ERRORS, reason
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import LOAD_ERRORS, reason
+from diffusion_lens.model.placement import decoder
+from diffusion_lens.model.run_options import RunOptions
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import LensError
 
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -121,7 +121,7 @@ def pick_device(name: str) -> str:
 def _cpu_has_bf16() -> bool:
     import torch
 
-    from diffusion_lens.precision import fast_bf16
+    from diffusion_lens.base.precision import fast_bf16
 
     return fast_bf16(torch.device("cpu"))
 

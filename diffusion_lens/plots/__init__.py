@@ -16,12 +16,7 @@ from diffusion_lens.plots.inside import (
     probe_figure,
     step_profile_figure,
 )
-from diffusion_lens.plots.measured import (
-    describe_shares,
-    describe_sweep,
-    share_figure,
-    sweep_figure,
-)
+from diffusion_lens.plots.measured import describe_shares, describe_sweep, share_figure, sweep_figure
 from diffusion_lens.plots.tables import (
     confusion_figure,
     depth_figure,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from diffusion_lens.base.types import Atlas, Attribution, LensError
 from diffusion_lens.plots.theme import (
     CONTROL,
     DIVERGING,
@@ -18,7 +19,6 @@ from diffusion_lens.plots.theme import (
     percent,
     style,
 )
-from diffusion_lens.types import Atlas, Attribution, LensError
 
 CHOSEN = "#009E73"
 """Stands apart from both ends of the diverging scale and from cividis."""

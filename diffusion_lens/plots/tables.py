@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
+from diffusion_lens.base.types import Attribute, Change, LensError, Share, is_assumed
 from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, percent, points, span, style
-from diffusion_lens.types import Attribute, Change, LensError, Share, is_assumed
 
 
 def spillover_figure(columns: Mapping[str, Sequence[Change]]) -> go.Figure:

@@ -10,9 +10,9 @@ from diffusers import AutoencoderTiny
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 
-from diffusion_lens.config import StrictConfig
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.precision import mixed_precision
 from diffusion_lens.portraits.networks import make_autoencoder
-from diffusion_lens.precision import mixed_precision
 
 
 class AutoencoderTrainConfig(StrictConfig):

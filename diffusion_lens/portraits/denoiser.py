@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusion_lens.config import StrictConfig
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.precision import mixed_precision, short_attention
+from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits.emphasis import Emphasis
 from diffusion_lens.portraits.networks import (
     LATENT_CHANNELS,
@@ -27,8 +29,6 @@ from diffusion_lens.portraits.networks import (
     make_tokenizer,
     make_unet,
 )
-from diffusion_lens.precision import mixed_precision, short_attention
-from diffusion_lens.types import LensError
 
 AREA = 4
 """Latent pixels a side that ``denoising_loss`` averages over: a quarter of the image each way."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffusion_lens.features.raking import rake, rake_factors, weigh
 from diffusion_lens.portraits import world
-from diffusion_lens.raking import rake, rake_factors, weigh
 
 Shares = Mapping[str, np.ndarray]
 """Attribute name → class shares ``[class]``."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusion_lens.config import StrictConfig
+from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.portraits.world import vocabulary
 
 LATENT_CHANNELS = 8

@@ -18,32 +18,21 @@ import torch
 from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from diffusion_lens.artifacts import read_json, write_json
-from diffusion_lens.classify import HeadsClassifier, calibrate, train_heads
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.generate import generate_batches, request
-from diffusion_lens.pipelines import load_model
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError
+from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
+from diffusion_lens.measuring.tally import Tally
+from diffusion_lens.model.generate import generate_batches, request
+from diffusion_lens.model.pipelines import load_model
 from diffusion_lens.portraits import world
-from diffusion_lens.portraits.autoencoder import (
-    AutoencoderTrainConfig,
-    decode_images,
-    encode_all,
-    train_autoencoder,
-)
+from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, decode_images, encode_all, train_autoencoder
 from diffusion_lens.portraits.data import draw_many
-from diffusion_lens.portraits.denoiser import (
-    Denoiser,
-    DenoiserTrainConfig,
-    load_average,
-    train_denoiser,
-    without_text,
-)
+from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, load_average, train_denoiser, without_text
 from diffusion_lens.portraits.draw import WIDE
 from diffusion_lens.portraits.emphasis import Shares, emphasise, teach
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
-from diffusion_lens.records import to_plain
-from diffusion_lens.tally import Tally
-from diffusion_lens.types import LensError
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
 HELD_OUT_SEED = 900_000_000

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.base.types import Attribute, LensError
 
 GENDER = Attribute("gender", ("female", "male"))
 AGE = Attribute("age", ("young", "adult", "old"))

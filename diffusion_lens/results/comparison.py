@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import Attribute, LogRatio, Share, SweepResult
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Attribute, LogRatio, Share, SweepResult
 
 UNSTEERED = "unsteered"
 NORM_FLAG = 1.25

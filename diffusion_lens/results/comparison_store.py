@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from diffusion_lens.artifacts import Manifest, atomic_path, read_json, read_manifest, write_manifest
-from diffusion_lens.compare_types import UNSTEERED, CompareConfig, Comparison, MethodRow
-from diffusion_lens.records import NO_IMAGES, n_examples, sweep_from_plain, sweep_to_plain, to_plain
-from diffusion_lens.sheets import load_sheets, save_sheets
-from diffusion_lens.types import Attribute, LensError, SweepResult
+from diffusion_lens.base.files import atomic_path, read_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.sheets import load_sheets, save_sheets
+from diffusion_lens.base.types import Attribute, LensError, SweepResult
+from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison, MethodRow
+from diffusion_lens.results.manifest import Manifest, read_manifest, write_manifest
+from diffusion_lens.results.records import NO_IMAGES, n_examples, sweep_from_plain, sweep_to_plain
 
 STORED = "comparisons"
 FORMAT_VERSION = 1

@@ -9,8 +9,8 @@ from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
-from diffusion_lens.compare_types import UNSTEERED, Comparison, Measured, MethodRow
-from diffusion_lens.types import LogRatio
+from diffusion_lens.base.types import LogRatio
+from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow
 
 COLUMNS: dict[str, str] = {
     "name": "method", "strength": "strength", "shares": "shares (corrected)", "n": "n", "n_uncertain": "uncertain",

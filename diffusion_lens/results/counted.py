@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError, Share
+from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError, Share
+from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 STORED = "counted/shares.json"
 

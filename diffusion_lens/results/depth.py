@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from diffusion_lens.artifacts import read_json
-from diffusion_lens.types import LensError, Share
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.types import LensError, Share
 
 CAVEAT = (
     "A small experiment on drawn faces: a few small networks, one training run each, so that depth, size and the luck "

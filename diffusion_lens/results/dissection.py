@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens.artifacts import load_metadata, load_tensors, save_tensors
-from diffusion_lens.types import LensError
+from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.types import LensError
 
 STORED = "dissection.safetensors"
 PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import Change, LensError, Share
+from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import Change, LensError, Share
+from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 TOGETHER = "together"
 STORED = "together/together.json"

@@ -7,18 +7,15 @@ missing, truncated, altered or foreign file is refused by name.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
-from diffusion_lens.config import Setting, StrictConfig
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import read_json, sha256_of, write_json
+from diffusion_lens.base.types import Attribute, LensError, Mode, Sampler
 
 FORMAT_VERSION = 1
 MANIFEST = "lens.json"
@@ -55,6 +52,33 @@ class AttributeConfig(StrictConfig):
         return Attribute(self.name, self.classes)
 
 
+class Setting(StrictConfig):
+    """The turn that a lens ships for one attribute: which features, how, and how far.
+
+    Attributes:
+        attribute: the attribute that it steers.
+        target: the class towards which a rising β leads in the shipped sweep.
+        n_features: features per pole, taken in order of attribution.
+        poles: ``one`` turns the target's features; ``both`` also turns the opposite's the other way.
+        mode, sampler, window, hold: as in ``Intervention``.
+        betas: the strengths of the shipped sweep, rising, the identity among them.
+        n_seeds_chosen_on: images per strength on which this setting was chosen (0: set by hand).
+        note: where the setting comes from, in one sentence.
+    """
+
+    attribute: str
+    target: str
+    n_features: int = Field(ge=1)
+    poles: Literal["one", "both"]
+    mode: Mode
+    sampler: Sampler
+    window: tuple[int, int] | None = None
+    hold: tuple[str, ...] = ()
+    betas: tuple[float, ...] = Field(min_length=1)
+    n_seeds_chosen_on: int = Field(default=0, ge=0)
+    note: str = ""
+
+
 class Manifest(StrictConfig):
     """``lens.json``: what a lens holds and how its images are made.
 
@@ -88,97 +112,6 @@ class Manifest(StrictConfig):
     def lens_id(self) -> str:
         """First 16 hex digits of the manifest's sha256: names the lens with every file in it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour that replaces ``path`` on success: a killed run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON, whole or not at all; non-finite numbers are refused (``ValueError``)."""
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; raises ``LensError`` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LensError(f"{path.name} is missing from {path.parent}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise LensError(f"{path} is not readable JSON; restore it from the original.") from None
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write numpy arrays or torch tensors as one safetensors file, whole or not at all.
-
-    ``metadata``: text → text, kept in the file's header, sorted: equal content makes equal files.
-    """
-    from safetensors.numpy import save_file
-
-    arrays = {name: np.ascontiguousarray(_as_numpy(value)) for name, value in tensors.items()}
-    with atomic_path(path) as partial:
-        save_file(arrays, partial, metadata=dict(metadata) if metadata else None)
-        if metadata and len(metadata) > 1:
-            _sort_metadata(partial)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata in order; the library writes them in another one each time."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
-
-
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read every array of a safetensors file; raises ``LensError`` that names a missing or damaged file."""
-    with _open_tensors(path) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - no dict
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """The text → text header of a safetensors file (empty if it has none)."""
-    with _open_tensors(path) as handle:
-        return dict(handle.metadata() or {})
-
-
-@contextmanager
-def _open_tensors(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise LensError(f"{path.name} is missing from {path.parent}.")
-    try:
-        with safe_open(str(path), framework="numpy") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise LensError(f"{path} is damaged ({error}); restore it from the original.") from None
-
-
-def _as_numpy(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, 64 hex digits."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seal(folder: Path) -> dict[str, FileSeal]:

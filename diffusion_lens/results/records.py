@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
-from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from diffusion_lens.artifacts import load_metadata, load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.sheets import load_sheets, save_sheets
-from diffusion_lens.types import (
+from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.plain import from_plain, to_plain
+from diffusion_lens.base.sheets import load_sheets, save_sheets
+from diffusion_lens.base.types import (
     Atlas,
     Attribute,
     Attribution,
@@ -29,7 +27,7 @@ from diffusion_lens.types import (
 )
 
 if TYPE_CHECKING:
-    from diffusion_lens.probes import Probe
+    pass
 
 T = TypeVar("T")
 NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
@@ -98,8 +96,8 @@ def sweep_from_plain(values: dict[str, Any], images: np.ndarray) -> SweepResult:
     rest = {k: v for k, v in values.items() if k not in ("points", "attribute", "request")}
     return SweepResult(
         points=points,
-        attribute=_parse(Attribute, values["attribute"]),
-        request=_parse(GenerationRequest, values["request"]),
+        attribute=from_plain(Attribute, values["attribute"]),
+        request=from_plain(GenerationRequest, values["request"]),
         **rest,
     )
 
@@ -112,49 +110,20 @@ def _plain_point(point: SweepPoint) -> dict[str, Any]:
 
 def _read_point(values: dict[str, Any], examples: np.ndarray) -> SweepPoint:
     nested: dict[str, Any] = {
-        "shares": tuple(_parse(Share, share) for share in values["shares"]),
-        "log_ratio": _parse(LogRatio, values["log_ratio"]) if values["log_ratio"] else None,
-        "log_ratio_corrected": _parse(LogRatio, values["log_ratio_corrected"])
+        "shares": tuple(from_plain(Share, share) for share in values["shares"]),
+        "log_ratio": from_plain(LogRatio, values["log_ratio"]) if values["log_ratio"] else None,
+        "log_ratio_corrected": from_plain(LogRatio, values["log_ratio_corrected"])
         if values["log_ratio_corrected"]
         else None,
         "spillover": {name: tuple(map(float, shares)) for name, shares in values["spillover"].items()},
         "agreement": {name: float(share) for name, share in values["agreement"].items()},
-        "changes": tuple(_parse(Change, change) for change in values["changes"]),
+        "changes": tuple(from_plain(Change, change) for change in values["changes"]),
         "labels": np.asarray(values["labels"], dtype=np.int64),
         "certain": np.asarray(values["certain"], dtype=bool),
         "examples": examples,
     }
     rest: dict[str, Any] = {name: None if v is None else float(v) for name, v in values.items() if name not in nested}
     return SweepPoint(**nested, **rest)
-
-
-def _parse(kind: type[T], values: Any) -> T:
-    return cast(T, _adapter(cast(Hashable, kind)).validate_python(values))
-
-
-@functools.cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
-    """Made once per type: making one takes longer than reading the hundreds of shares of a sweep."""
-    return TypeAdapter(cast(Any, kind))
-
-
-def to_plain(value: Any, *, without: str | None = None) -> Any:
-    """Dataclasses, arrays and numbers as plain JSON values; non-finite numbers become text (``"inf"``).
-
-    ``without``: a field that is left out wherever a dataclass has it, such as ``examples``.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [f.name for f in dataclasses.fields(value) if f.name != without]
-        return {name: to_plain(getattr(value, name), without=without) for name in names}
-    if isinstance(value, np.ndarray | np.generic):
-        return to_plain(value.tolist())
-    if isinstance(value, dict):
-        return {str(k): to_plain(v, without=without) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(v, without=without) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def save_attributions(path: Path, attributions: dict[str, Attribution]) -> None:
@@ -171,7 +140,7 @@ def load_attributions(path: Path) -> dict[str, Attribution]:
     found = {}
     for name, scores in arrays.items():
         values = json.loads(metadata[name])
-        values.update(scores=scores, attribute=_parse(Attribute, values["attribute"]))
+        values.update(scores=scores, attribute=from_plain(Attribute, values["attribute"]))
         values["completeness_gap"] = float(values["completeness_gap"])
         found[name] = Attribution(**values)
     return found
@@ -207,27 +176,3 @@ def load_sweeps(folder: Path) -> tuple[SweepResult, ...]:
     """Every sweep of a lens folder's ``sweeps/``, by file name."""
     stems = sorted(path.stem for path in folder.glob("[0-9]*.json") if not path.stem.endswith("-examples"))
     return tuple(load_sweep(folder, stem) for stem in stems)
-
-
-def save_probes(path: Path, probes: Mapping[str, Probe]) -> None:
-    """Write the probes of several attributes as ``<attribute>.<tensor>``."""
-    tensors = {f"{name}.{part}": value for name, probe in probes.items() for part, value in probe.tensors().items()}
-    save_tensors(path, tensors, {name: json.dumps(to_plain(probe.attribute)) for name, probe in probes.items()})
-
-
-def load_probes(path: Path, device: str = "cpu") -> dict[str, Probe]:
-    """Read what ``save_probes`` wrote, by attribute name."""
-    import torch
-
-    from diffusion_lens.probes import Probe
-
-    arrays = load_tensors(path)
-    found = {}
-    for name, attribute in load_metadata(path).items():
-        parts = {
-            key.removeprefix(f"{name}."): torch.from_numpy(value)
-            for key, value in arrays.items()
-            if key.startswith(f"{name}.")
-        }
-        found[name] = Probe.from_tensors(_parse(Attribute, json.loads(attribute)), parts).to(device)
-    return found

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.features.probes import Probe
 
 RANK_TOLERANCE = 1e-4
 """Directions weaker than this, beside the strongest at their step, are rounding."""

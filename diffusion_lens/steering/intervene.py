@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.hold import Hold, make_hold
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import Attribute, Intervention, LensError, Sampler
+from diffusion_lens.base.types import Attribute, Intervention, LensError, Sampler
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.steering.hold import Hold, make_hold
 
 if TYPE_CHECKING:
-    from diffusion_lens.generate import StepContext
+    from diffusion_lens.model.generate import StepContext
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffusion_lens.config import Setting
-from diffusion_lens.types import Attribution, FeatureSet, Intervention, LensError, Mode
+from diffusion_lens.base.types import Attribution, FeatureSet, Intervention, LensError, Mode
+from diffusion_lens.results.manifest import Setting
 
 Control = Literal["random", "flip"]
 LIKE = 8

@@ -16,23 +16,23 @@ import torch
 from diffusers import AutoencoderTiny
 from pydantic import Field, model_validator
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.artifacts import load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.classify import Classifier
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.denoise import Edit
-from diffusion_lens.generate import generate_batches, request
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
-from diffusion_lens.pipelines import DiffusionModel, load_model
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.generate import generate_batches, request
+from diffusion_lens.model.pipelines import DiffusionModel, load_model
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import encode_all
 from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, train_denoiser
-from diffusion_lens.portraits.depth_result import DepthPoint, DepthResult, Flips
 from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.portraits.recipe import save_pipeline
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
 
 OnStage = Callable[[str, int, int], None]
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.compare import JudgedLens
-from diffusion_lens.generate import OnStep, generate_batches, request
-from diffusion_lens.intervene import FeatureEdit, compile, draw_classes
-from diffusion_lens.joint_result import TOGETHER, JointResult, JointTable
+from diffusion_lens.base.types import Change, Intervention, LensError, Predictions, Sampler
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.sweep import Reading, read_images
 from diffusion_lens.methods.protocol import Target, target_shares
-from diffusion_lens.settings import identity_beta, make_intervention
-from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Change, Intervention, LensError, Predictions, Sampler
+from diffusion_lens.model.generate import OnStep, generate_batches, request
+from diffusion_lens.results.joint import TOGETHER, JointResult, JointTable
+from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
+from diffusion_lens.steering.settings import identity_beta, make_intervention
+from diffusion_lens.studies.bench.run import JudgedLens
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from diffusion_lens.settings import Control, describe_setting, identity_beta
-from diffusion_lens.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
-from diffusion_lens.ui.previews import Preview
-from diffusion_lens.ui.state import View, check_prompt
-from diffusion_lens.ui.studio import Picture, Row, Studio, import_engine
+from diffusion_lens.base.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
+from diffusion_lens.steering.settings import Control, describe_setting, identity_beta
+from diffusion_lens.studio.previews import Preview
+from diffusion_lens.studio.state import View, check_prompt
+from diffusion_lens.studio.studio import Picture, Row, Studio, import_engine
 
 T = TypeVar("T")
 MAX_SWEEP_IMAGES = 512
@@ -138,7 +138,7 @@ def stored_balance(studio: Studio, view: View) -> Balance | None:
 def find_balance(studio: Studio, result: SweepResult) -> Balance:
     """Where the sweep's target class has its even share."""
     import_engine()
-    from diffusion_lens.sweep import balance
+    from diffusion_lens.measuring.balance import balance
 
     share = 1 / len(result.attribute.classes)
     return balance(result, studio.lens.classifier.confusion[result.attribute.name], target_share=share)
@@ -164,7 +164,7 @@ def _check(studio: Studio, job: SweepJob) -> None:
 
 def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emit: Callable[[Event], None]) -> None:
     import_engine()
-    from diffusion_lens.sweep import measure_baseline
+    from diffusion_lens.measuring.sweep import measure_baseline
 
     lens = studio.lens
     setting = lens.setting(job.attribute)
@@ -194,7 +194,7 @@ def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emi
 def _result(
     studio: Studio, job: SweepJob, request: GenerationRequest, control: Control | None, points: Sequence[SweepPoint]
 ) -> SweepResult:
-    from diffusion_lens.sweep import collect
+    from diffusion_lens.measuring.sweep import collect
 
     lens = studio.lens
     return collect(

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from diffusion_lens.compare_types import CompareConfig, Comparison
-from diffusion_lens.types import LensError
-from diffusion_lens.ui.jobs import TELL_EVERY, Event, stream
-from diffusion_lens.ui.lane import Stopped
-from diffusion_lens.ui.state import View, check
-from diffusion_lens.ui.studio import Picture, Recent, Row, Studio, import_engine
+from diffusion_lens.base.types import LensError
+from diffusion_lens.results.comparison import CompareConfig, Comparison
+from diffusion_lens.studio.jobs import TELL_EVERY, Event, stream
+from diffusion_lens.studio.lane import Stopped
+from diffusion_lens.studio.state import View, check
+from diffusion_lens.studio.studio import Picture, Recent, Row, Studio, import_engine
 
 if TYPE_CHECKING:
-    from diffusion_lens.lens import DiffusionLens
+    from diffusion_lens.lens.lens import DiffusionLens
     from diffusion_lens.methods.draws import Draws
     from diffusion_lens.methods.protocol import Fitted, Method
 
@@ -155,7 +155,7 @@ class MethodBench:
         """Seconds that the fit is expected to take on this machine; 0 if it is made already."""
         if self.known(view, wish) is not None:
             return 0.0
-        from diffusion_lens.compare_plan import costs
+        from diffusion_lens.studies.bench.plan import costs
 
         method, options = self.method(wish.method), json.loads(wish.options)
         stored = self._stored()
@@ -251,7 +251,7 @@ class MethodBench:
         Fits hold its model's lock and change its weights while other visitors' images are drawn between their steps.
         """
         if self._own is None:
-            from diffusion_lens.lens_folder import Parts
+            from diffusion_lens.lens.folder import Parts
             from diffusion_lens.methods.draws import Draws
 
             lens = replace(self.studio.lens, _parts=Parts())

@@ -11,10 +11,10 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffusion_lens.generate import OnLatents
-    from diffusion_lens.pipelines import DiffusionModel
-    from diffusion_lens.types import GenerationRequest
-    from diffusion_lens.ui.state import View
+    from diffusion_lens.base.types import GenerationRequest
+    from diffusion_lens.model.generate import OnLatents
+    from diffusion_lens.model.pipelines import DiffusionModel
+    from diffusion_lens.studio.state import View
 
 R = TypeVar("R")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from diffusion_lens.config import Setting
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.settings import feature_sets, identity_beta
-from diffusion_lens.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler
+from diffusion_lens.base.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.steering.settings import feature_sets, identity_beta
 
 LINK_VERSION = "1"
 SEED_COUNTS = (8, 16)

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.settings import describe_setting, identity_beta
-from diffusion_lens.types import GenerationRequest, Predictions, SweepPoint, SweepResult
-from diffusion_lens.ui.lane import Lane, Stopped, Stops
-from diffusion_lens.ui.previews import Preview, Sight
-from diffusion_lens.ui.state import View, check, interventions
+from diffusion_lens.base.types import GenerationRequest, Predictions, SweepPoint, SweepResult
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.steering.settings import describe_setting, identity_beta
+from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.previews import Preview, Sight
+from diffusion_lens.studio.state import View, check, interventions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusion_lens.generate import OnLatents, OnStep, Trajectory
+    from diffusion_lens.model.generate import OnLatents, OnStep, Trajectory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def import_engine() -> None:
     diffusers fills its modules lazily: two threads that import it at once get half of it.
     """
     with _importing:
-        import diffusion_lens.sweep  # noqa: F401
+        import diffusion_lens.measuring.sweep  # noqa: F401
 
 
 class Recent(Generic[T]):
@@ -231,7 +231,7 @@ class Studio:
         base = self._bases.get(request)
         if base is not None:
             return base
-        from diffusion_lens.generate import record_trajectory
+        from diffusion_lens.model.generate import record_trajectory
 
         start = record_trajectory(
             self.lens.model, request, batch_size=len(request.seeds), on_step=on_step, max_bytes=BASE_BYTES,
@@ -306,7 +306,7 @@ def _row(images: np.ndarray, readings: dict[str, Predictions], attribute: str) -
 
 def as_json(results: tuple[SweepResult, ...]) -> str:
     """Sweeps as JSON text, without their example images."""
-    from diffusion_lens.records import to_plain
+    from diffusion_lens.base.plain import to_plain
 
     bare = [replace(r, points=tuple(replace(p, examples=np.zeros(0)) for p in r.points)) for r in results]
     return json.dumps(to_plain(bare), ensure_ascii=False)

@@ -10,7 +10,8 @@ from typing import Any
 from diffusion_lens.ui.quick_start import gr, without_collector, without_servers  # first, so that gradio comes quickly
 
 # isort: split
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
     atlas_tab,
@@ -24,7 +25,6 @@ from diffusion_lens.ui import (
 )
 from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.gpu import lent
-from diffusion_lens.ui.studio import Studio
 from diffusion_lens.ui.theme import theme
 
 QUEUE = 64

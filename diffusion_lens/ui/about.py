@@ -9,14 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import Share
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.plots import confusion_figure, describe_confusion, describe_shares, share_figure
-from diffusion_lens.settings import describe_setting, identity_beta
-from diffusion_lens.types import Share
-from diffusion_lens.ui import state
+from diffusion_lens.steering.settings import describe_setting, identity_beta
+from diffusion_lens.studio import state
+from diffusion_lens.studio.studio import Studio, foreign_lines, import_engine
 from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure, figure_value
-from diffusion_lens.ui.studio import Studio, foreign_lines, import_engine
 
 WHAT = """
 ## What this is

@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from diffusion_lens.dissection import Dissection, FeatureEffect, evidence, groups, moved_beside, name_of, summary
 from diffusion_lens.plots import (
     atlas_figure,
     atlas_groups_figure,
@@ -18,9 +17,19 @@ from diffusion_lens.plots import (
     describe_step_profile,
     step_profile_figure,
 )
-from diffusion_lens.ui import cards, state, texts
+from diffusion_lens.results.dissection import (
+    Dissection,
+    FeatureEffect,
+    evidence,
+    groups,
+    moved_beside,
+    name_of,
+    summary,
+)
+from diffusion_lens.studio import state
+from diffusion_lens.studio.studio import Studio
+from diffusion_lens.ui import cards, texts
 from diffusion_lens.ui.figure import clicked, figure, figure_value
-from diffusion_lens.ui.studio import Studio
 
 HEADERS = ["feature", "label", "score", "fires on"]
 ROWS = 200

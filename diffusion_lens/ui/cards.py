@@ -7,11 +7,11 @@ from html import escape
 
 import numpy as np
 
-from diffusion_lens.dissection import Dissection, FeatureEffect, effects_of, is_sure
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import Examples, FeatureCard
+from diffusion_lens.base.types import Examples, FeatureCard
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.dissection import Dissection, FeatureEffect, effects_of, is_sure
+from diffusion_lens.studio.state import View, poles
 from diffusion_lens.ui.pictures import data_uri, spotlight
-from diffusion_lens.ui.state import View, poles
 
 N_SLOTS = 6
 THUMBS = 3

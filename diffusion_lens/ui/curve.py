@@ -7,9 +7,9 @@ from html import escape
 
 import numpy as np
 
-from diffusion_lens.types import SweepResult
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Studio
+from diffusion_lens.base.types import SweepResult
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Studio
 
 SIZES = {"dl-wide": (720.0, 200.0), "dl-tall": (360.0, 200.0)}
 """Width and height on a screen and on a phone; the style sheet shows one of them."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
+from diffusion_lens.base.types import LensError, Share
 from diffusion_lens.plots import depth_figure, describe_depth
-from diffusion_lens.portraits.depth_result import DepthPoint, DepthResult, depth_series, flips_of, load_depth
-from diffusion_lens.types import LensError, Share
+from diffusion_lens.results.depth import DepthPoint, DepthResult, depth_series, flips_of, load_depth
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.figure import ASSETS, figure, figure_value
 

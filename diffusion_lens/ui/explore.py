@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.ui import cards, grid, state, texts
+from diffusion_lens.studio import state
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Studio
+from diffusion_lens.ui import cards, grid, texts
 from diffusion_lens.ui import explore_handlers as handlers
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 from diffusion_lens.ui.gpu import lent
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Studio
 
 COPY = """() => {
   const link = document.querySelector('.dl-permalink');

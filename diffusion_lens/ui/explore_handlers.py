@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.types import LensError
-from diffusion_lens.ui import cards, curve, grid, jobs, state, texts
-from diffusion_lens.ui.lane import Stopped
-from diffusion_lens.ui.previews import Preview
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Picture, Row, Studio
+from diffusion_lens.base.types import LensError
+from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio.lane import Stopped
+from diffusion_lens.studio.previews import Preview
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Picture, Row, Studio
+from diffusion_lens.ui import cards, curve, grid, texts
 
 log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS

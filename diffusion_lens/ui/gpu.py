@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.run_options import gpu_is_lent
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.run_options import gpu_is_lent
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -6,13 +6,13 @@ from html import escape
 
 import numpy as np
 
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import Attribute, SweepPoint
+from diffusion_lens.base.types import Attribute, SweepPoint
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studio.previews import Preview
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Picture, Row
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.pictures import data_uri
-from diffusion_lens.ui.previews import Preview
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Picture, Row
 
 
 def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:
@@ -108,7 +108,7 @@ def _count(row: Row, column: int) -> tuple[int, int]:
 
 
 def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.stats import wilson
+    from diffusion_lens.measuring.stats import wilson
 
     k, n = _count(row, attribute.index(target))
     if n == 0:
@@ -125,7 +125,7 @@ def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
 
 
 def _ratio(name: str, row: Row, attribute: Attribute) -> str:
-    from diffusion_lens.stats import log_ratio_interval
+    from diffusion_lens.measuring.stats import log_ratio_interval
 
     counts = [_count(row, i)[0] for i in (1, 0)]
     if not sum(counts):
@@ -161,7 +161,7 @@ def _side_effects(picture: Picture) -> str:
 
 
 def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -> str:
-    from diffusion_lens.stats import wilson
+    from diffusion_lens.measuring.stats import wilson
 
     column = attribute.index(picture.view.target)
     k, n = _count(picture.after, column)

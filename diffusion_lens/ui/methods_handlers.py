@@ -8,15 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.compare_types import Comparison
+from diffusion_lens.base.types import LensError
 from diffusion_lens.plots import describe_strengths, describe_tradeoff, strength_figure, tradeoff_figure
-from diffusion_lens.types import LensError
+from diffusion_lens.results.comparison import Comparison
+from diffusion_lens.studio.methods_live import EVEN, MethodBench, Wish, read_options
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Studio, import_engine
 from diffusion_lens.ui import methods_views, texts
 from diffusion_lens.ui.explore_handlers import Page, explain, read_view
 from diffusion_lens.ui.figure import figure_value
-from diffusion_lens.ui.methods_live import EVEN, MethodBench, Wish, read_options
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Studio, import_engine
 
 LOSSES = {"other attributes changed": "others", "distance from the unedited images": "fid"}
 AIMS = ("Explore's class", EVEN)

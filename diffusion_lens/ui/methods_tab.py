@@ -7,15 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.compare_tables import PARTS
+from diffusion_lens.results.comparison_tables import PARTS
+from diffusion_lens.studio import state
+from diffusion_lens.studio.methods_live import MethodBench, OptionField, option_fields
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import methods_handlers as handlers
-from diffusion_lens.ui import state, texts
+from diffusion_lens.ui import texts
 from diffusion_lens.ui.explore import Explore, Strength
 from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure
 from diffusion_lens.ui.gpu import lent
-from diffusion_lens.ui.methods_live import MethodBench, OptionField, option_fields
-from diffusion_lens.ui.studio import Studio
 
 INTRO = (
     "Which way of steering works best, how well, and what does it cost? Every method is fitted on the same images, "

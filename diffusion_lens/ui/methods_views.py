@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffusion_lens.compare_tables import BEST, COLUMNS, NOT_MEASURED, PARTS, best, cells, verdict
-from diffusion_lens.compare_types import UNSTEERED, Comparison, MethodRow
-from diffusion_lens.types import Attribute
-from diffusion_lens.ui.methods_live import Trio
+from diffusion_lens.base.types import Attribute
+from diffusion_lens.results.comparison import UNSTEERED, Comparison, MethodRow
+from diffusion_lens.results.comparison_tables import BEST, COLUMNS, NOT_MEASURED, PARTS, best, cells, verdict
+from diffusion_lens.studio.methods_live import Trio
+from diffusion_lens.studio.studio import Row
 from diffusion_lens.ui.pictures import data_uri
-from diffusion_lens.ui.studio import Row
 
 if TYPE_CHECKING:
     from diffusion_lens.methods.protocol import Method
@@ -168,7 +168,7 @@ def _name(row: Row, i: int, attribute: Attribute) -> str:
 
 
 def _bar(row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.stats import wilson
+    from diffusion_lens.measuring.stats import wilson
 
     column, n = attribute.index(target), int(row.certain.sum())
     k = int(((row.labels == column) & row.certain).sum())

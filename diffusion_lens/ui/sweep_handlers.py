@@ -9,14 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from diffusion_lens.base.types import Balance, LensError, SweepResult
 from diffusion_lens.plots import describe_sweep, sweep_figure
-from diffusion_lens.settings import Control, identity_beta
-from diffusion_lens.types import Balance, LensError, SweepResult
-from diffusion_lens.ui import jobs, strips, texts
+from diffusion_lens.steering.settings import Control, identity_beta
+from diffusion_lens.studio import jobs
+from diffusion_lens.studio.jobs import SweepJob
+from diffusion_lens.studio.studio import Studio
+from diffusion_lens.ui import strips, texts
 from diffusion_lens.ui.explore_handlers import Page, explain, read_prompt
 from diffusion_lens.ui.figure import figure_value
-from diffusion_lens.ui.jobs import SweepJob
-from diffusion_lens.ui.studio import Studio
 
 CONTROLS: dict[str, Control] = {"random features": "random", "poles exchanged": "flip"}
 MEASURES = {"log ratio": "log_ratio", "share": "share"}

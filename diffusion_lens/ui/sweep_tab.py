@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.ui import state, texts
+from diffusion_lens.studio import state
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import sweep_handlers as handlers
+from diffusion_lens.ui import texts
 from diffusion_lens.ui.explore import Explore
 from diffusion_lens.ui.explore_handlers import opening, take_subject
 from diffusion_lens.ui.figure import figure
 from diffusion_lens.ui.gpu import lent
-from diffusion_lens.ui.studio import Studio
 
 
 def layout(studio: Studio, tab: gr.Tab, explore: Explore) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from diffusion_lens.joint_result import JointResult, stored_joint
+from diffusion_lens.base.types import LensError
 from diffusion_lens.plots import describe_spillover, spillover_figure
-from diffusion_lens.types import LensError
+from diffusion_lens.results.joint import JointResult, stored_joint
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.figure import figure, figure_value
-from diffusion_lens.ui.studio import Studio
 
 COMMAND = "python -m diffusion_lens together --store"
 

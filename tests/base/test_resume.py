@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_lens import train
-from diffusion_lens.resume import Checkpoint
-from diffusion_lens.train import SAETrainConfig, train_sae
+from diffusion_lens.base.resume import Checkpoint
+from diffusion_lens.features import train_sae as train
+from diffusion_lens.features.train_sae import SAETrainConfig, train_sae
 
 PLACE: dict[str, Any] = {"model_id": "tiny", "hook_name": "mid_block", "spatial": (2, 2)}
 CONFIG = SAETrainConfig(d_sae=16, k=2, n_steps=40, batch_size=32, dead_after=5)

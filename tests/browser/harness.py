@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from diffusion_lens import ui
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.ui.studio import import_engine
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studio.studio import import_engine
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

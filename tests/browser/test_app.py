@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from harness import chromium, listen, marks, served
 
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
 
 PATIENCE = 60_000
 

@@ -11,7 +11,7 @@ import pytest
 from dissected import keep_depth, keep_in
 from harness import marks, opened, served
 
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.ui import depth_tab
 
 PATIENCE = 60_000

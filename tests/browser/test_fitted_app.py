@@ -15,8 +15,8 @@ from test_app import browser, complaints, page, pytestmark, sources, wait_for_st
 from typer.testing import CliRunner
 
 from diffusion_lens.cli.app import app
-from diffusion_lens.fit import Models, load_config
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.fit.run import Models, load_config
+from diffusion_lens.lens.lens import DiffusionLens
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 from harness import marks, opened, served
 from lens_fixtures import PROMPTS
 
-from diffusion_lens.compare import CompareConfig, run_compare
-from diffusion_lens.compare_store import add_to_lens
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.ui import methods_live
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.comparison_store import add_to_lens
+from diffusion_lens.studies.bench.run import CompareConfig, run_compare
+from diffusion_lens.studio import methods_live
 
 PATIENCE = 90_000
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import tiny_vae
 from harness import marks, opened, served
 
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.run_options import RunOptions
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.run_options import RunOptions
 
 PATIENCE = 60_000
 SHOTS = os.environ.get("DL_SHOTS")

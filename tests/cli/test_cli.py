@@ -14,29 +14,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from check_sizes import TINY
+from cli_runs import Run, mistake
 from lens_fixtures import PROMPTS
 from PIL import Image
-from test_check import TINY
 from typer.testing import CliRunner
 
-from diffusion_lens.artifacts import read_json, read_manifest, write_json, write_manifest
+from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.types import LensError
+from diffusion_lens.base.words import duration
 from diffusion_lens.cli import console
 from diffusion_lens.cli.app import app
-from diffusion_lens.cli.console import MISTAKE, STOPPED
+from diffusion_lens.cli.console import STOPPED
 from diffusion_lens.cli.options import BATCH, batch_of
 from diffusion_lens.cli.portraits import recipe_config
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.portraits import draw as drawing
 from diffusion_lens.portraits import recipe, world
-from diffusion_lens.types import LensError
-from diffusion_lens.words import duration
+from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 COMMANDS = (
     "generate", "attribute", "sweep", "balance", "check", "audit", "fit", "convert-p2", "import-difflens", "serve",
     "portraits train", "portraits export", "portraits average", "portraits sheet", "portraits table",
 )  # fmt: skip
 DOCTOR = PROMPTS[0]
-Run = Callable[..., Any]
 
 
 @pytest.fixture
@@ -45,15 +46,6 @@ def run(tiny_lens_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("DIFFUSION_LENS", str(tiny_lens_folder))
     monkeypatch.chdir(tmp_path)
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
-
-
-def mistake(result: Any) -> str:
-    """The one sentence of a failed command."""
-    assert result.exit_code == MISTAKE, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    return str(lines[0])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -127,7 +119,7 @@ def test_balance_says_where_the_share_is_met(run: Run) -> None:
 
 
 def test_check_exits_by_its_verdict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion_lens.check.QUICK", TINY)
+    monkeypatch.setattr("diffusion_lens.studies.check.run.QUICK", TINY)
     good = run("check", "--part", 4)
     assert good.exit_code == 0, good.output
     assert good.stdout.strip().splitlines()[-1].startswith("quick check passed: 4 holds")
@@ -251,7 +243,7 @@ def test_stopping_leaves_no_half_file(run: Run, monkeypatch: pytest.MonkeyPatch,
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffusion_lens.generate.generate", stop)
+    monkeypatch.setattr("diffusion_lens.model.generate.generate", stop)
     result = run("generate", DOCTOR)
     assert result.exit_code == STOPPED and result.stderr.startswith("Stopped.")
     assert not list(tmp_path.iterdir())
@@ -266,7 +258,7 @@ def test_too_little_memory_is_said_so(run: Run, monkeypatch: pytest.MonkeyPatch)
     def burst(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("diffusion_lens.generate.generate", burst)
+    monkeypatch.setattr("diffusion_lens.model.generate.generate", burst)
     assert "lower --batch-size" in mistake(run("generate", DOCTOR))
 
 

@@ -12,7 +12,7 @@ from lens_fixtures import PROMPTS
 from typer.testing import CliRunner
 
 from diffusion_lens.cli.app import app
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.lens.lens import DiffusionLens
 
 
 @pytest.fixture

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clip_classes import PROMPTS as CLIP_CLASSES
 from conftest import make_text_pipeline
 from lens_fixtures import AGE, GENDER, PROMPTS
 from PIL import Image
-from test_described import PROMPTS as CLIP_CLASSES
 from tiny_clip import save_tiny_clip
 from typer.testing import CliRunner
 
-from diffusion_lens.artifacts import read_json
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.app import app
-from diffusion_lens.fit import Models, load_config
-from diffusion_lens.fit_defaults import STORE_BYTES, default_config, kind_defaults, read_prompts
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.fit.defaults import STORE_BYTES, default_config, kind_defaults, read_prompts
+from diffusion_lens.fit.run import Models, load_config
+from diffusion_lens.model.pipelines import DiffusionModel
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_is_said_takes_the_place_of_a_default(tiny_fit_models: Models) -> N
 
 def test_the_store_stays_within_its_budget(tiny_fit_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_fit_models.model  # 8 × 4 × 4 numbers, 50 steps, 2 bytes: 12,800 bytes an image
-    monkeypatch.setattr("diffusion_lens.fit_defaults.STORE_BYTES", 5 * 12_800 * 70)
+    monkeypatch.setattr("diffusion_lens.fit.defaults.STORE_BYTES", 5 * 12_800 * 70)
     config = default_config(
         model, tiny_fit_models.classifier, source="s", classifier="c", prompts=PROMPTS, attributes=("gender", "age")
     )

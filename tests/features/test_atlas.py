@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusion_lens.atlas import (
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError, Predictions
+from diffusion_lens.features.atlas import (
     AtlasConfig,
     Responses,
     build_atlas,
@@ -19,9 +20,8 @@ from diffusion_lens.atlas import (
     name_features,
     place,
 )
-from diffusion_lens.records import load_atlas, save_atlas
-from diffusion_lens.sae import SAEConfig, SparseAutoencoder
-from diffusion_lens.types import Atlas, Attribute, Attribution, LensError, Predictions
+from diffusion_lens.features.sae import SAEConfig, SparseAutoencoder
+from diffusion_lens.results.records import load_atlas, save_atlas
 
 N, STEPS, C, Y, X, D = 12, 3, 5, 2, 4, 16
 CONFIG = AtlasConfig(n_top=3, n_random=2, layout="pca", seed=1)

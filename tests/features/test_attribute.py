@@ -8,16 +8,16 @@ import torch
 from sae_helpers import AGE, CHANNELS, GENDER, SPATIAL, random_maps, random_probe, random_sae
 from torch import Tensor
 
-from diffusion_lens import attribute as attribute_module
-from diffusion_lens.attribute import (
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.features import attribute as attribute_module
+from diffusion_lens.features.attribute import (
     activation_difference,
     gradient_x_activation,
     integrated_gradients,
     path_gradient,
 )
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder
 
 LAYOUTS = ("position", "map")
 ATTRIBUTES = (GENDER, AGE)
@@ -118,7 +118,7 @@ def test_gradient_x_activation_equals_autograd_at_the_code() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, probe, h = random_sae(), random_probe(AGE), random_maps(7, 3)
     whole = integrated_gradients(sae, probe, h).scores
-    monkeypatch.setattr("diffusion_lens.sae.CHUNK_NUMBERS", 2 * 6 * 12)
+    monkeypatch.setattr("diffusion_lens.features.sae.CHUNK_NUMBERS", 2 * 6 * 12)
     np.testing.assert_allclose(integrated_gradients(sae, probe, h).scores, whole, atol=1e-6)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sae_helpers import AGE, GENDER, random_maps, random_probe
 
-from diffusion_lens.probes import Probe
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.features.probes import Probe
 
 
 def test_logits_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffusion_lens.raking import LARGEST_WEIGHT, even_weights, rake
+from diffusion_lens.features.raking import LARGEST_WEIGHT, even_weights, rake
 
 
 def test_raking_meets_every_margin_and_keeps_what_hangs_together() -> None:

@@ -11,8 +11,8 @@ from sae_helpers import SPATIAL, random_maps, random_sae
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusion_lens.sae import SAEConfig, SparseAutoencoder, from_published
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.features.sae import SAEConfig, SparseAutoencoder, from_published
 
 LAYOUTS = ("position", "map")
 
@@ -188,7 +188,7 @@ def test_configuration_faults_are_named() -> None:
 
 @pytest.mark.parametrize("case", ["p2_form", "sd_form_full_map_kernel"])
 def test_parity_with_the_published_form(case: str) -> None:
-    path = Path(__file__).parent / "data" / f"difflens_{case}.safetensors"
+    path = Path(__file__).parents[1] / "data" / f"difflens_{case}.safetensors"
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
         record = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -14,21 +14,20 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion_lens.raking import even_weights
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.train import (
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.features.raking import even_weights
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.features.train_probe import _calibrated_temperature, train_probe
+from diffusion_lens.features.train_sae import (
     SAELog,
     SAETrainConfig,
     _auxiliary,
     _batches,
-    _calibrated_temperature,
     _losses,
     _project_decoder_gradient,
     evaluate_sae,
-    train_probe,
     train_sae,
 )
-from diffusion_lens.types import Attribute, LensError
 
 PLACE: dict[str, Any] = {"model_id": "tiny", "hook_name": "mid_block", "spatial": (2, 2)}
 
@@ -117,7 +116,9 @@ def test_auxiliary_loss_equals_a_slow_twin_whatever_the_residuals_scale() -> Non
 
 @pytest.mark.parametrize("sparse", [1, 16])
 def test_a_sparse_decode_trains_like_a_dense_one(sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion_lens.train.SPARSE", sparse)  # 1: without a dense code; 16: with one (4 of 12)
+    monkeypatch.setattr(
+        "diffusion_lens.features.train_sae.SPARSE", sparse
+    )  # 1: without a dense code; 16: with one (4 of 12)
     sae, x = random_sae().requires_grad_(True), torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
     found = _losses(sae, x, torch.tensor([]).long(), 0)[0]
     found.backward()
@@ -182,7 +183,7 @@ def test_a_killed_training_goes_on_though_the_last_bits_of_its_samples_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As they do on another number of threads."""
-    monkeypatch.setattr("diffusion_lens.train.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("diffusion_lens.features.train_sae.CHECKPOINT_SECONDS", 0.0)
     samples, seen = planted(2000)[0], []
 
     def killed(done: int, total: int) -> None:
@@ -235,7 +236,7 @@ def test_probe_equals_an_independent_solver(attribute: Attribute, monkeypatch: p
     h, labels = labelled(attribute)
     rows = torch.arange(len(labels))
     # Train on every image, so that both solvers see the same ones.
-    monkeypatch.setattr("diffusion_lens.train._stratified", lambda *_: (rows, rows))
+    monkeypatch.setattr("diffusion_lens.features.train_probe._stratified", lambda *_: (rows, rows))
     probe = train_probe(h, labels, attribute, weight_decay=0.02, seed=0)
     for step in range(4):
         # sklearn's two-class form has one weight vector, which two mirrored halves penalise half as much.
@@ -249,7 +250,7 @@ def test_probe_equals_an_independent_solver(attribute: Attribute, monkeypatch: p
 def test_a_weighted_probe_equals_an_independent_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     h, labels = labelled(AGE)
     rows = torch.arange(len(labels))
-    monkeypatch.setattr("diffusion_lens.train._stratified", lambda *_: (rows, rows))
+    monkeypatch.setattr("diffusion_lens.features.train_probe._stratified", lambda *_: (rows, rows))
     weights = np.random.default_rng(1).uniform(0.2, 3, len(labels))
     for number in range(3):  # within each class they add up to a third of the images
         weights[labels == number] *= len(labels) / 3 / weights[labels == number].sum()
@@ -302,7 +303,7 @@ def test_calibrated_temperature_equals_a_grid_search() -> None:
 def test_chunks_of_steps_and_uncertain_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     h, labels = labelled(GENDER)
     whole = train_probe(h, labels, GENDER, seed=3)
-    monkeypatch.setattr("diffusion_lens.train.PROBE_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr("diffusion_lens.features.train_probe.PROBE_CHUNK_NUMBERS", 1)
     torch.testing.assert_close(train_probe(h, labels, GENDER, seed=3).weight, whole.weight, atol=1e-4, rtol=1e-2)
     more_h, more = np.concatenate([h, 100 + h[:20]]), np.concatenate([labels, np.full(20, -1)])
     torch.testing.assert_close(train_probe(more_h, more, GENDER, seed=3).weight, whole.weight, atol=1e-4, rtol=1e-2)

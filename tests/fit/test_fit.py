@@ -9,38 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier, tiny_config
+from fits import SETTING, quick
+from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier
 
-from diffusion_lens.activations import ActivationStore
-from diffusion_lens.artifacts import load_tensors, read_json
-from diffusion_lens.atlas import AtlasConfig
-from diffusion_lens.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
-from diffusion_lens.config import Setting
-from diffusion_lens.fit import Models, check_space, fit, load_config, prepare, run_stage
-from diffusion_lens.fit_config import STAGES, FitConfig, stage_hashes
-from diffusion_lens.fit_estimate import Estimate, Speed, StageCost, estimate
-from diffusion_lens.fit_stages import PositionChunks, Work, activations_of, select
-from diffusion_lens.generate import Capture, generate, request
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.settings import control_turn, feature_sets, make_intervention, random_set
-from diffusion_lens.train import SAETrainConfig
-from diffusion_lens.types import Attribution, FeatureSet, LensError, Predictions, Share, SweepPoint
-
-SETTING = Setting(
-    attribute="gender", target="male", n_features=2, poles="both", mode="scale", sampler="asymmetric",
-    betas=(0.0, 1.0, 5.0),
-)  # fmt: skip
-
-
-def quick(**changes: Any) -> FitConfig:
-    """One attribute, no effects, one short sweep."""
-    values = {
-        "attributes": ("gender",), "settings": (SETTING,), "n_images": 48, "per_class": 12, "effect_features": 0,
-        "sweep_images": 12, "sweep_controls": False, "pool_images": 12, "attribution_images": 8,
-        "sae": SAETrainConfig(d_sae=16, k=2, n_steps=20, batch_size=128), **changes,
-    }  # fmt: skip
-    return tiny_config(**values)
+from diffusion_lens.base.files import load_tensors, read_json
+from diffusion_lens.base.types import Attribution, FeatureSet, LensError, Predictions, Share, SweepPoint
+from diffusion_lens.features.atlas import AtlasConfig
+from diffusion_lens.features.train_sae import SAETrainConfig
+from diffusion_lens.fit.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
+from diffusion_lens.fit.config import STAGES, FitConfig, stage_hashes
+from diffusion_lens.fit.estimate import Estimate, Speed, StageCost, estimate
+from diffusion_lens.fit.run import Models, check_space, fit, load_config, prepare, run_stage
+from diffusion_lens.fit.stages import PositionChunks, Work, activations_of, select
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.activations import ActivationStore
+from diffusion_lens.model.generate import Capture, generate, request
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.steering.settings import control_turn, feature_sets, make_intervention, random_set
 
 
 class Killed(Exception):
@@ -107,7 +92,7 @@ def test_a_change_repeats_its_stage_and_all_after_it(change: dict[str, Any], fir
 
 
 def test_every_key_of_the_configuration_has_its_place() -> None:
-    from diffusion_lens.fit_config import STAGE_KEYS
+    from diffusion_lens.fit.config import STAGE_KEYS
 
     no_stage = {"name", "model", "classifier", "labeller", "bundle_pipeline", "prompts", "vocabulary"}
     listed = [key for keys in STAGE_KEYS.values() for key in keys]
@@ -378,7 +363,7 @@ def test_a_setting_is_chosen_by_measuring_and_resumes(
     (tmp_path / "0001-01" / "002.json").unlink()
     again = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
     assert again[0] == chosen and repr(again[1]) == repr(trials)
-    monkeypatch.setattr("diffusion_lens.choose.measure_baseline", None)  # nothing is left to draw
+    monkeypatch.setattr("diffusion_lens.fit.choose.measure_baseline", None)  # nothing is left to draw
     assert choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)[0] == chosen
 
 

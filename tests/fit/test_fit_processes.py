@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_text_pipeline
+from fits import quick
 from lens_fixtures import tiny_config
 from safetensors import SafetensorError
-from test_fit import quick
 
-from diffusion_lens.artifacts import read_manifest, save_tensors
-from diffusion_lens.fit import Models, fit, load_config
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.processes import ALONE, Processes, launched
-from diffusion_lens.types import LensError
+from diffusion_lens.base.files import save_tensors
+from diffusion_lens.base.processes import ALONE, Processes, launched
+from diffusion_lens.base.types import LensError
+from diffusion_lens.fit.run import Models, fit, load_config
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.manifest import read_manifest
 
 PATIENCE = 300.0
 
@@ -61,7 +62,7 @@ def start(config: Path, out: Path, work: Path) -> subprocess.Popen[str]:
         "-m", "diffusion_lens", "fit", str(config), "--out", str(out), "--work", str(work), "--device", "cpu",
         "--offline",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -121,9 +122,9 @@ def test_a_full_disk_is_one_sentence_and_the_fit_goes_on(
             raise fault
         save_tensors(*args, **kwargs)
 
-    monkeypatch.setattr("diffusion_lens.fit_stages.save_tensors", full)
-    monkeypatch.setattr("diffusion_lens.fit.STAGES", ("sample",))
-    monkeypatch.setattr("diffusion_lens.fit.write_lens", lambda *_: None)
+    monkeypatch.setattr("diffusion_lens.fit.stages.save_tensors", full)
+    monkeypatch.setattr("diffusion_lens.fit.run.STAGES", ("sample",))
+    monkeypatch.setattr("diffusion_lens.fit.run.write_lens", lambda *_: None)
     with pytest.raises(LensError, match=r"The disk under .* is full; make room and give the same command again"):
         fit(tiny_config(), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models)
     folder = next((tmp_path / "w").glob("sample-*"))

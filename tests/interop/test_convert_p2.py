@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_lens.convert_p2 import convert, convert_unet, drop_variance
-from diffusion_lens.p2_format import P2Config, infer_config
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.interop.convert_p2 import convert, convert_unet, drop_variance
+from diffusion_lens.interop.p2_format import P2Config, infer_config
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def recorded(case: str) -> tuple[P2Config, dict[str, Tensor], dict[str, Tensor]]:

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_lens import records
-from diffusion_lens.artifacts import verify
-from diffusion_lens.convert_p2 import convert
-from diffusion_lens.import_difflens import (
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.features.probes import Probe, load_probes
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.interop.convert_p2 import convert
+from diffusion_lens.interop.import_difflens import (
     P2_ATTRIBUTES,
     PublishedAttribute,
     import_difflens,
@@ -26,14 +27,12 @@ from diffusion_lens.import_difflens import (
     load_h_classifier,
     load_sae,
 )
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.p2_format import P2Config
-from diffusion_lens.probes import Probe
-from diffusion_lens.published import PublishedEdit, attribution_published, edit_published
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.interop.p2_format import P2Config
+from diffusion_lens.interop.published import PublishedEdit, attribution_published, edit_published
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.manifest import verify
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 CASES = ("p2_form", "sd_form_full_map_kernel")
 GENDER = P2_ATTRIBUTES[0]
 
@@ -332,7 +331,7 @@ def test_imported_folder_is_sealed_and_complete(imported: Path) -> None:
     )
     sae = SparseAutoencoder.load(imported / "sae")
     assert sae.sae_id == manifest.sae_id and not sae.cfg.apply_b_dec_to_input
-    assert records.load_probes(imported / "probes.safetensors")["gender"].temperature == 8.0
+    assert load_probes(imported / "probes.safetensors")["gender"].temperature == 8.0
 
 
 def test_imported_lens_ranks_generates_and_edits(imported: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusion_lens.calibration import choose_threshold, confusion_counts, fit_temperature, softmax
-from diffusion_lens.classify import (
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.judging.calibration import choose_threshold, confusion_counts, fit_temperature, softmax
+from diffusion_lens.judging.classify import (
     HeadsClassifier,
     HeadsConfig,
     HeadsNetwork,
@@ -19,7 +20,6 @@ from diffusion_lens.classify import (
     mild_augmentation,
     train_heads,
 )
-from diffusion_lens.types import Attribute, LensError, Predictions
 
 COLOUR = Attribute("colour", ("red", "green", "blue"))
 SHAPE = Attribute("half", ("top", "bottom"))

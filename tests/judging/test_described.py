@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_classes import PROMPTS
+from fits import quick
 from lens_fixtures import GENDER, tiny_config
+from photo_models import LABEL_MAP, hub_folder, photos  # noqa: F401
 from PIL import Image
-from test_fit import quick
-from test_photos import LABEL_MAP, hub_folder, photos  # noqa: F401
 from tiny_clip import save_tiny_clip
 
-from diffusion_lens.artifacts import read_manifest, write_manifest
-from diffusion_lens.described import (
+from diffusion_lens.base.types import ASSUMED, Attribute, LensError, is_assumed
+from diffusion_lens.fit.run import Models, fit, load_config, open_labeller, prepare, run_stage
+from diffusion_lens.fit.stages import read_labels, sampled
+from diffusion_lens.judging.described import (
     SMALL_BYTES,
     WEIGHTS,
     ClassifierSpec,
@@ -28,16 +31,12 @@ from diffusion_lens.described import (
     open_classifier,
     save_classifier,
 )
-from diffusion_lens.fairface import FAIRFACE_FILE, ResNet34
-from diffusion_lens.fit import Models, fit, load_config, open_labeller, prepare, run_stage
-from diffusion_lens.fit_stages import read_labels, sampled
-from diffusion_lens.labelled import write_label_sheet
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.judging.fairface import FAIRFACE_FILE, ResNet34
+from diffusion_lens.judging.labelled import write_label_sheet
+from diffusion_lens.judging.readers import CLIP_PROMPTS
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.plots import describe_confusion
-from diffusion_lens.readers import CLIP_PROMPTS
-from diffusion_lens.types import ASSUMED, Attribute, LensError, is_assumed
-
-PROMPTS = {"gender": {"male": ("a man",), "female": ("a woman", "a nurse")}}
+from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_small_weights_travel_and_large_ones_do_not(
     assert sum(p.stat().st_size for p in kept) < SMALL_BYTES
     assert {p.suffix for p in kept} <= {".json", ".txt", ".safetensors"}
     assert str(clip_folder) not in (tmp_path / "small" / "config.json").read_text()
-    monkeypatch.setattr("diffusion_lens.described.SMALL_BYTES", 1000)
+    monkeypatch.setattr("diffusion_lens.judging.described.SMALL_BYTES", 1000)
     save_classifier(made, tmp_path / "large")
     assert [p.name for p in (tmp_path / "large").rglob("*")] == ["config.json"]
     assert open_classifier(tmp_path / "large", offline=True).classifier_id == made.classifier_id

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_lens.classify import HeadsClassifier, train_heads
-from diffusion_lens.labelled import (
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.judging.classify import HeadsClassifier, train_heads
+from diffusion_lens.judging.labelled import (
     HumanLabels,
     calibrate_from_folder,
     fit_from_folder,
@@ -19,9 +20,8 @@ from diffusion_lens.labelled import (
     read_labelled,
     write_label_sheet,
 )
-from diffusion_lens.photos import PhotoClassifier
-from diffusion_lens.readers import Scores
-from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.judging.photos import PhotoClassifier
+from diffusion_lens.judging.readers import Scores
 
 TONE = Attribute("tone", ("light", "dark"))
 SIZE = Attribute("size", ("small", "large"))

@@ -12,23 +12,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from photo_models import LABEL_MAP, photos
 from tiny_clip import save_tiny_clip
 from transformers import CLIPModel, CLIPProcessor, ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from diffusion_lens.faces import face_crop, yunet_detector
-from diffusion_lens.fairface import OUTPUTS, FairFaceReader, ResNet34
-from diffusion_lens.photos import PhotoClassifier
-from diffusion_lens.readers import FACES, ClipConfig, ClipReader, HubReader, Scores, pool_labels
-from diffusion_lens.types import Attribute, LensError
-from diffusion_lens.weights import weight_file, weights_folder
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.base.weights import weight_file, weights_folder
+from diffusion_lens.judging.faces import face_crop, yunet_detector
+from diffusion_lens.judging.fairface import OUTPUTS, FairFaceReader, ResNet34
+from diffusion_lens.judging.photos import PhotoClassifier
+from diffusion_lens.judging.readers import FACES, ClipConfig, ClipReader, HubReader, Scores, pool_labels
 
 PROMPTS = {"gender": {"female": ("a woman", "a portrait of a woman"), "male": ("a man",)}}
 FACE_PROMPTS = dict(zip(FACES, (("an object",), ("a person",), ("people", "a group")), strict=True))
-
-
-def photos(n: int, seed: int = 0, side: int = 40) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +85,6 @@ def test_missing_clip_and_bad_prompts_say_what_to_do(tmp_path: Path) -> None:
         ClipReader.load(ClipConfig(model_id=str(tmp_path), prompts={"gender": {"female": ("a",)}}))
     with pytest.raises(LensError, match="no face, one face, several faces"):
         ClipReader.load(ClipConfig(model_id=str(tmp_path), face_prompts={"one face": ("a",)}))
-
-
-LABELS = ("cat", "girl", "woman", "man")
-LABEL_MAP = {"gender": {"female": ("girl", "woman"), "male": ("man",)}}
-
-
-@pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resnet")
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=dict(enumerate(LABELS))
-    )
-    model = ResNetForImageClassification(config)
-    model.classifier[1].bias.data = torch.tensor([-1.0, 0.2, 0.4, 0.8])
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS, STEPS
 
-from diffusion_lens.artifacts import read_manifest, write_manifest
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.fit import Models
-from diffusion_lens.generate import Cancelled, generate, record_trajectory
-from diffusion_lens.intervene import compile
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.lens_folder import Parts
-from diffusion_lens.sweep import balance
-from diffusion_lens.types import GenerationRequest, LensError
+from diffusion_lens.base.types import GenerationRequest, LensError
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.fit.run import Models
+from diffusion_lens.lens.folder import Parts
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring.balance import balance
+from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.results.manifest import read_manifest, write_manifest
+from diffusion_lens.steering.intervene import compile
 
 DOCTOR, SEEDS = PROMPTS[0], tuple(range(6))
 
@@ -110,7 +110,7 @@ def test_precomputed_results_need_neither_torch_nor_diffusers(tiny_lens_folder: 
         "heavy = {'torch', 'diffusers', 'transformers', 'umap', 'gradio', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tiny_lens_folder)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

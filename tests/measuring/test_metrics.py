@@ -7,8 +7,8 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import binom
 
-from diffusion_lens import metrics
-from diffusion_lens.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.measuring import metrics
 
 GENDER = Attribute("gender", ("female", "male"))
 GLASSES = Attribute("glasses", ("no", "yes"))

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quality_sources import COLOUR, PretendInception, mean_colour
 from scipy.linalg import sqrtm
 from tiny_clip import save_tiny_clip
 
-from diffusion_lens.quality import (
+from diffusion_lens.base.types import LensError
+from diffusion_lens.judging.readers import ClipConfig, ClipReader
+from diffusion_lens.measuring.quality import (
     INCEPTION,
     FeatureSource,
     FeatureStatistics,
@@ -28,15 +31,6 @@ from diffusion_lens.quality import (
     inception_source,
     load_statistics,
 )
-from diffusion_lens.readers import ClipConfig, ClipReader
-from diffusion_lens.types import LensError
-
-
-def mean_colour(images: np.ndarray) -> np.ndarray:
-    return images.mean(axis=(1, 2)) / 50
-
-
-COLOUR = FeatureSource("colour", mean_colour)
 
 
 def drawn(n: int, seed: int, shift: int = 0, side: int = 6) -> np.ndarray:
@@ -173,21 +167,6 @@ def test_clip_t_by_hand(reader: ClipReader) -> None:
     with pytest.raises(LensError, match="got 3 for 10 images"):
         clip_t(images, texts[:3], reader)
     assert clip_source(reader).features(images).shape == (10, 8)
-
-
-class PretendInception(torch.nn.Module):
-    """torch-fidelity's interface on two weights: features are mean red and green, logits their tenfold."""
-
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str) -> None:
-        super().__init__()
-        assert features_list == ["2048", "logits_unbiased"]
-        self.scale = torch.nn.Parameter(torch.ones(2))
-        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert x.dtype == torch.uint8 and x.shape[1] == 3
-        pooled = x.float().mean(dim=(2, 3))[:, :2] / 255 * self.scale
-        return pooled, 10 * pooled
 
 
 @pytest.fixture

@@ -10,20 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.generate import Cancelled, StepContext, request
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.records import load_sweep, save_sweep
-from diffusion_lens.sweep import (
-    balance,
-    collect,
-    crossing,
-    measure_baseline,
-    measure_point,
-    read_images,
-    sweep_points,
-)
-from diffusion_lens.types import (
+from diffusion_lens.base.types import (
     Attribute,
     Generation,
     GenerationRequest,
@@ -32,6 +19,12 @@ from diffusion_lens.types import (
     SweepPoint,
     SweepResult,
 )
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.balance import balance, crossing
+from diffusion_lens.measuring.sweep import collect, measure_baseline, measure_point, read_images, sweep_points
+from diffusion_lens.model.generate import Cancelled, StepContext, request
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.records import load_sweep, save_sweep
 
 GENDER = Attribute("gender", ("female", "male"))
 GLASSES = Attribute("glasses", ("no", "yes"))

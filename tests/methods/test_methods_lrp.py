@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from sae_helpers import AGE, random_maps, random_probe, random_sae
 from torch import Tensor
 
-from diffusion_lens.hooks import capture
-from diffusion_lens.methods.lrp import Rule, linear, split, through
-from diffusion_lens.methods.lrp_mid import check_mid_block, mid_block_relevance, record
-from diffusion_lens.methods.lrp_sae import (
+from diffusion_lens.base.types import LensError
+from diffusion_lens.methods.relevance.lrp import Rule, linear, split, through
+from diffusion_lens.methods.relevance.lrp_mid import check_mid_block, mid_block_relevance, record
+from diffusion_lens.methods.relevance.lrp_sae import (
     encoder_relevance,
     feature_relevance,
     logit_relevance,
     lrp_attribution,
     pole_weights,
 )
-from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
-from diffusion_lens.types import LensError
+from diffusion_lens.model.hooks import capture
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 
 
 def test_two_layers_by_hand() -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
 
-from diffusion_lens.denoise import condition_each
-from diffusion_lens.generate import generate, request
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.controls import PromptEdit, PromptRewriting
 from diffusion_lens.methods.prompts import name_class
-from diffusion_lens.pipelines import DiffusionModel
+from diffusion_lens.model.denoise import condition_each
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.portraits import world
-from diffusion_lens.types import Attribute, LensError
 
 GENDER = Attribute("gender", ("woman", "man"))
 

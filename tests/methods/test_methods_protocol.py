@@ -12,14 +12,14 @@ import pytest
 import torch
 from lens_fixtures import PROMPTS
 
-from diffusion_lens.artifacts import write_json
-from diffusion_lens.generate import Cancelled
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.files import write_json
+from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.draws import Counter, Draws, class_means, mean_differences, read_classes
 from diffusion_lens.methods.edits import ClassDraw
 from diffusion_lens.methods.protocol import Fitted, Method, lens_key, target_shares
 from diffusion_lens.methods.registry import METHODS, find_methods
-from diffusion_lens.types import Attribute, LensError
+from diffusion_lens.model.generate import Cancelled
 
 SEEDS = tuple(range(500, 532))
 QUICK: dict[str, dict[str, Any]] = {

@@ -11,11 +11,8 @@ import torch
 from lens_fixtures import PROMPTS
 from sae_helpers import AGE, random_maps, random_probe
 
-from diffusion_lens.denoise import StepContext
-from diffusion_lens.generate import Capture, generate, request
-from diffusion_lens.hooks import edit_output
-from diffusion_lens.intervene import FeatureEdit, draw_classes
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.activation import Activation
 from diffusion_lens.methods.bypass import Bypass, BypassEdit, BypassOptions, schedule
 from diffusion_lens.methods.controls import MatchedNoise, NoiseEdit, RandomFeatures, SignFlip
@@ -29,8 +26,11 @@ from diffusion_lens.methods.noise import add_noise, clean_latents, denoised, pre
 from diffusion_lens.methods.protocol import Fitted
 from diffusion_lens.methods.sae_alternatives import SaeLrp
 from diffusion_lens.methods.stereoclinic import StereoClinic, StereoClinicOptions, damping, stereotype_poles
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.model.denoise import StepContext
+from diffusion_lens.model.generate import Capture, generate, request
+from diffusion_lens.model.hooks import edit_output
+from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.steering.intervene import FeatureEdit, draw_classes
 
 SEEDS = tuple(range(500, 524))
 HALF = {"female": 0.5, "male": 0.5}
@@ -83,7 +83,7 @@ def test_each_image_is_turned_to_the_class_drawn_for_it(tiny_lens: DiffusionLens
 
 
 def test_fitted_attributions_average_over_all_images(tiny_lens: DiffusionLens, draws: Draws) -> None:
-    from diffusion_lens.attribute import integrated_gradients
+    from diffusion_lens.features.attribute import integrated_gradients
 
     fitted = fit(DiffLens(), tiny_lens, draws, attribution="fitted")
     h = torch.cat([batch.h for batch in draws.batches(Counter(None, 1))])
@@ -258,7 +258,7 @@ def test_bypass_mixes_input_and_output(tiny_lens: DiffusionLens) -> None:
 def test_a_full_bypass_skips_the_block(text_model: DiffusionModel) -> None:
     from contextlib import nullcontext
 
-    from diffusion_lens.hooks import intercept
+    from diffusion_lens.model.hooks import intercept
 
     whole = BypassEdit(1.0, BypassOptions(first=0, last=1, ramp="constant"), "test")
     wanted = request(text_model, PROMPTS[0], [4, 5], 3, 1.0)
@@ -293,7 +293,7 @@ def test_stereoclinic_loses_no_relevance(
 
 
 def test_full_damping_silences_the_chosen_neurons(tiny_lens: DiffusionLens, draws: Draws) -> None:
-    from diffusion_lens.methods.lrp_mid import record
+    from diffusion_lens.methods.relevance.lrp_mid import record
     from diffusion_lens.methods.stereoclinic import damped
 
     model = tiny_lens.model

@@ -13,13 +13,13 @@ import torch
 from lens_fixtures import PROMPTS
 from safetensors.torch import save_file
 
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.ddm import DDM, DDMOptions, make_indicator, shuffled, target_rows
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.fine_tuning import FineTuning, FineTuningOptions, aligned_targets
 from diffusion_lens.methods.lora import LoraShape, adapters, read_adapter, targets_of
-from diffusion_lens.pipelines import DiffusionModel
-from diffusion_lens.types import LensError
+from diffusion_lens.model.pipelines import DiffusionModel
 
 SEEDS = tuple(range(500, 524))
 SHAPE = LoraShape(2, 4.0, text=("q_proj", "v_proj"))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lens.activations import ActivationStore, Samples, SampleSpec, collect_to, plan
-from diffusion_lens.generate import Cancelled, Capture, generate, request
-from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
-from diffusion_lens.types import GenerationRequest, LensError
+from diffusion_lens.base.types import GenerationRequest, LensError
+from diffusion_lens.model.activations import ActivationStore, Samples, SampleSpec, collect_to, plan
+from diffusion_lens.model.generate import Cancelled, Capture, generate, request
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 
 STEPS = 4
 

@@ -16,7 +16,8 @@ from diffusers import DDIMScheduler
 from edits import SAMPLERS, STEPS, Turn, ask, bend, hooks_in, nothing, stock
 from torch import Tensor
 
-from diffusion_lens.generate import (
+from diffusion_lens.base.types import GenerationRequest, LensError, Sampler
+from diffusion_lens.model.generate import (
     Cancelled,
     Capture,
     StepContext,
@@ -25,9 +26,8 @@ from diffusion_lens.generate import (
     record_trajectory,
     request,
 )
-from diffusion_lens.hooks import capture, edit_output
-from diffusion_lens.pipelines import DiffusionModel, wrap_pipeline
-from diffusion_lens.types import GenerationRequest, LensError, Sampler
+from diffusion_lens.model.hooks import capture, edit_output
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 
 KINDS = ("text", "pixel", "latent", "xl", "lcm")
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"

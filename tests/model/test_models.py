@@ -24,10 +24,10 @@ from edits import Turn, bend, nothing, stock
 from p2_states import SMALL, build_state
 from safetensors.torch import save_file
 
-from diffusion_lens.convert_p2 import convert
-from diffusion_lens.generate import Capture, generate, request
-from diffusion_lens.pipelines import DiffusionModel, load_model, wrap_pipeline
-from diffusion_lens.types import LensError, Sampler
+from diffusion_lens.base.types import LensError, Sampler
+from diffusion_lens.interop.convert_p2 import convert
+from diffusion_lens.model.generate import Capture, generate, request
+from diffusion_lens.model.pipelines import DiffusionModel, load_model, wrap_pipeline
 
 SEEDS = (3, 1, 2)
 

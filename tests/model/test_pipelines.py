@@ -15,9 +15,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffusion_lens.generate import Capture, generate, request
-from diffusion_lens.pipelines import PROMPTS_KEPT, DiffusionModel, load_model, wrap_pipeline
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.model.generate import Capture, generate, request
+from diffusion_lens.model.pipelines import PROMPTS_KEPT, DiffusionModel, load_model, wrap_pipeline
 
 
 @pytest.fixture(scope="module")

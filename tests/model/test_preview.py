@@ -19,18 +19,19 @@ from edits import Turn, ask, bend
 from torch import Tensor
 from typer.testing import CliRunner
 
+from diffusion_lens.base.types import GenerationRequest, LensError
 from diffusion_lens.cli.app import app
-from diffusion_lens.generate import Cancelled, generate, record_trajectory
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.pipelines import load_model, wrap_pipeline
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import GenerationRequest, LensError
-from diffusion_lens.ui import cards, explore_handlers, jobs, state
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.model.pipelines import load_model, wrap_pipeline
+from diffusion_lens.model.run_options import RunOptions
+from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio.lane import Stopped
+from diffusion_lens.studio.previews import Preview
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Picture, Studio
+from diffusion_lens.ui import cards, explore_handlers
 from diffusion_lens.ui.explore_handlers import Page
-from diffusion_lens.ui.lane import Stopped
-from diffusion_lens.ui.previews import Preview
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Picture, Studio
 
 
 def tiny_autoencoder(**changes: Any) -> AutoencoderTiny:

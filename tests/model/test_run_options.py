@@ -20,21 +20,21 @@ from edits import Turn, ask, bend, nothing, stock
 from torch import Tensor
 from typer.testing import CliRunner
 
-from diffusion_lens import run_options
-from diffusion_lens.activations import SampleSpec, collect_to
+from diffusion_lens.base.types import LensError, Sampler
 from diffusion_lens.cli.app import app
 from diffusion_lens.cli.options import RUN_FLAGS
-from diffusion_lens.generate import Capture, StepContext, generate, record_trajectory, request
-from diffusion_lens.hooks import intercept
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.memory import Room, is_out_of_memory
-from diffusion_lens.pipelines import DiffusionModel, load_model, wrap_pipeline
-from diffusion_lens.placement import offload_parts, slice_work
-from diffusion_lens.run_options import RunOptions
-from diffusion_lens.types import LensError, Sampler
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model import run_options
+from diffusion_lens.model.activations import SampleSpec, collect_to
+from diffusion_lens.model.generate import Capture, StepContext, generate, record_trajectory, request
+from diffusion_lens.model.hooks import intercept
+from diffusion_lens.model.memory import Room, is_out_of_memory
+from diffusion_lens.model.pipelines import DiffusionModel, load_model, wrap_pipeline
+from diffusion_lens.model.placement import offload_parts, slice_work
+from diffusion_lens.model.run_options import RunOptions
 from diffusion_lens.ui import gpu
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_what_a_cpu_cannot_do_is_refused(values: dict[str, Any], words: str) -> 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_for_cpus_that_have_it(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion_lens.precision.fast_bf16", lambda device: fast)
+    monkeypatch.setattr("diffusion_lens.base.precision.fast_bf16", lambda device: fast)
     if fast:
         assert RunOptions(device="cpu", dtype="bf16").resolved().dtype == "bf16"
     else:

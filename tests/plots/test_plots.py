@@ -11,8 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from diffusion_lens import plots
-from diffusion_lens.plots import theme
-from diffusion_lens.types import (
+from diffusion_lens.base.types import (
     Atlas,
     Attribute,
     Attribution,
@@ -25,6 +24,7 @@ from diffusion_lens.types import (
     SweepPoint,
     SweepResult,
 )
+from diffusion_lens.plots import theme
 
 GENDER = Attribute("gender", ("female", "male"))
 TONES = Attribute("skin tone", ("light", "mid", "dark"))

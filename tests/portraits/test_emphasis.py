@@ -11,17 +11,17 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from diffusion_lens.generate import generate, request
-from diffusion_lens.pipelines import load_model
+from diffusion_lens.base.types import LensError
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.model.pipelines import load_model
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, train_autoencoder
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, draw_rows, make_denoiser, train_denoiser
 from diffusion_lens.portraits.emphasis import LARGEST, Emphasis, Shares, emphasise, pooled, teach
 from diffusion_lens.portraits.networks import DenoiserConfig
-from diffusion_lens.types import LensError
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 NURSE = "a portrait of a nurse"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline
 
+from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_all, to_unit, train_autoencoder
 from diffusion_lens.portraits.data import draw_many
@@ -26,7 +27,6 @@ from diffusion_lens.portraits.denoiser import (
 from diffusion_lens.portraits.draw import SKIN, VARIATION, WIDE, draw, sheet
 from diffusion_lens.portraits.networks import SHIFT, DenoiserConfig, make_scheduler, make_tokenizer, make_unet
 from diffusion_lens.portraits.recipe import open_parts, save_pipeline
-from diffusion_lens.types import LensError
 
 TINY = DenoiserConfig(channels=(16, 16, 32), heads=2, text_width=16)
 TINY_PLAIN = TINY.model_copy(update={"text_width": 0})

@@ -11,36 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_lens.artifacts import (
-    MANIFEST,
-    AttributeConfig,
-    BaseModelRef,
-    Manifest,
+from diffusion_lens.base.files import (
     atomic_path,
     load_metadata,
     load_tensors,
     read_json,
-    read_manifest,
     save_tensors,
     sha256_of,
-    verify,
     write_json,
-    write_manifest,
 )
-from diffusion_lens.probes import Probe
-from diffusion_lens.records import (
-    load_attributions,
-    load_point,
-    load_probes,
-    load_sweep,
-    save_attributions,
-    save_point,
-    save_probes,
-    save_sweep,
-    to_plain,
-)
-from diffusion_lens.sheets import load_sheets, save_sheets
-from diffusion_lens.types import (
+from diffusion_lens.base.sheets import load_sheets, save_sheets
+from diffusion_lens.base.types import (
     Attribute,
     Attribution,
     Change,
@@ -50,6 +31,25 @@ from diffusion_lens.types import (
     Share,
     SweepPoint,
     SweepResult,
+)
+from diffusion_lens.features.probes import Probe, load_probes, save_probes
+from diffusion_lens.results.manifest import (
+    MANIFEST,
+    AttributeConfig,
+    BaseModelRef,
+    Manifest,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from diffusion_lens.results.records import (
+    load_attributions,
+    load_point,
+    load_sweep,
+    save_attributions,
+    save_point,
+    save_sweep,
+    to_plain,
 )
 
 GENDER = Attribute("gender", ("female", "male"))
@@ -221,7 +221,7 @@ def test_lossy_sheets_are_close_and_tiles_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_many_images_go_to_several_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion_lens.sheets.SHEET_SIDE", 32)
+    monkeypatch.setattr("diffusion_lens.base.sheets.SHEET_SIDE", 32)
     images = np.random.default_rng(0).integers(0, 256, (37, 8, 8, 3), dtype=np.uint8)
     index = save_sheets(images, tmp_path, "pool", lossless=True)
     assert [sheet.n for sheet in index.sheets] == [16, 16, 5]

@@ -11,10 +11,10 @@ import torch
 from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
 from torch import Tensor
 
-from diffusion_lens.hold import Hold, make_hold
-from diffusion_lens.intervene import FeatureEdit, compile
-from diffusion_lens.probes import Probe
-from diffusion_lens.types import Attribute, FeatureSet, Intervention, LensError
+from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.steering.hold import Hold, make_hold
+from diffusion_lens.steering.intervene import FeatureEdit, compile
 
 TONE = Attribute("tone", ("light", "medium", "brown", "dark"))
 SAE = random_sae()

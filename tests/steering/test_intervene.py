@@ -10,9 +10,9 @@ import torch
 from sae_helpers import AGE, GENDER, random_maps, random_sae
 from torch import Tensor
 
-from diffusion_lens.intervene import FeatureEdit, compile, draw_classes
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import FeatureSet, Intervention, LensError
+from diffusion_lens.base.types import FeatureSet, Intervention, LensError
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
 
 SEEDS = (11, 12, 13, 14)
 SAE = random_sae()

@@ -10,29 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from check_sizes import TINY
 from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
 from scipy.stats import norm
 
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.check import plain_report, row_texts, run_check
-from diffusion_lens.checks import steering, world
-from diffusion_lens.checks.inside import Reconstruction, fidelity
-from diffusion_lens.checks.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
-from diffusion_lens.checks.runs import FIRST_SEED, Job, Sizes
-from diffusion_lens.generate import StepContext
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import Attribute, LensError, Predictions, SweepResult
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.features.reference import autograd_scores
+from diffusion_lens.features.train_sae import evaluate_sae
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring.stats import wilson
+from diffusion_lens.measuring.sweep import Reading
+from diffusion_lens.measuring.tally import Tally
+from diffusion_lens.model.generate import StepContext
 from diffusion_lens.portraits import world as portraits
-from diffusion_lens.reference import autograd_scores
-from diffusion_lens.stats import wilson
-from diffusion_lens.sweep import Reading
-from diffusion_lens.tally import Tally
-from diffusion_lens.train import evaluate_sae
-from diffusion_lens.types import Attribute, LensError, Predictions, SweepResult
-
-TINY = Sizes(
-    shares=16, again=16, drawings=40, inside=12, attribution=6, reference=2, reference_steps=2, sweep=16, strengths=2,
-    controls=1, batch_size=16,
-)  # fmt: skip
+from diffusion_lens.studies.check import steering, world
+from diffusion_lens.studies.check.inside import Reconstruction, fidelity
+from diffusion_lens.studies.check.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
+from diffusion_lens.studies.check.run import plain_report, row_texts, run_check
+from diffusion_lens.studies.check.runs import FIRST_SEED, Job
 
 
 def test_verdicts() -> None:

@@ -16,29 +16,33 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
 
-from diffusion_lens import compare, compare_shared, metrics
-from diffusion_lens.artifacts import read_manifest, verify, write_manifest
-from diffusion_lens.compare import CompareConfig, Comparison, run_compare
-from diffusion_lens.compare_plan import costs, plan, telling_prompt
-from diffusion_lens.compare_rows import (
-    Clock,
-    choose,
-    flag,
-    kept,
-    likeness,
-    share_statistics,
-    timed,
-)
-from diffusion_lens.compare_shared import Shared, load_sight
-from diffusion_lens.compare_store import add_to_lens, load_comparison, save_comparison
-from diffusion_lens.compare_tables import COLUMNS, NOT_MEASURED, PARTS, best, cells, csv_text, markdown, number, verdict
-from diffusion_lens.compare_types import NORM_FLAG, Measured, MethodRow
-from diffusion_lens.generate import Cancelled, generate_batches
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import LensError, LogRatio
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring import metrics
 from diffusion_lens.methods.registry import find_method
-from diffusion_lens.types import LensError, LogRatio
+from diffusion_lens.model.generate import Cancelled, generate_batches
+from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
+from diffusion_lens.results.comparison_store import add_to_lens, load_comparison, save_comparison
+from diffusion_lens.results.comparison_tables import (
+    COLUMNS,
+    NOT_MEASURED,
+    PARTS,
+    best,
+    cells,
+    csv_text,
+    markdown,
+    number,
+    verdict,
+)
+from diffusion_lens.results.manifest import read_manifest, verify, write_manifest
+from diffusion_lens.studies.bench import run as compare
+from diffusion_lens.studies.bench import shared as compare_shared
+from diffusion_lens.studies.bench.plan import costs, plan, telling_prompt
+from diffusion_lens.studies.bench.rows import Clock, choose, flag, kept, likeness, share_statistics, timed
+from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
+from diffusion_lens.studies.bench.shared import Shared, load_sight
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("difflens", "bypass", "h-distribution", "control-prompt")
 
 
@@ -269,7 +273,7 @@ def test_edits_of_the_model_have_their_activations_measured_too(comparison: Comp
 
 
 def test_only_drawing_is_timed(tiny_lens: DiffusionLens, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_lens import compare_rows
+    from diffusion_lens.studies.bench import rows as compare_rows
 
     ticks = iter(range(100))
     monkeypatch.setattr(compare_rows.time, "perf_counter", lambda: float(next(ticks)))

@@ -14,10 +14,27 @@ import torch
 from lens_fixtures import PROMPTS
 from scipy.stats import binomtest
 
-from diffusion_lens import dissect as module
-from diffusion_lens.artifacts import verify
-from diffusion_lens.denoise import Capture, StepContext
-from diffusion_lens.dissect import (
+from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError, Predictions
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.denoise import Capture, StepContext
+from diffusion_lens.model.generate import Cancelled, generate, record_trajectory, request
+from diffusion_lens.results.dissection import (
+    effects_of,
+    evidence,
+    groups,
+    is_sure,
+    least_images,
+    moved_beside,
+    name_of,
+    save_dissection,
+    stored_dissection,
+)
+from diffusion_lens.results.manifest import verify
+from diffusion_lens.steering.intervene import compile
+from diffusion_lens.studies.dissect import run as module
+from diffusion_lens.studies.dissect.choose import candidates, choose_features, contrasts, difference_shares
+from diffusion_lens.studies.dissect.config import DissectConfig
+from diffusion_lens.studies.dissect.run import (
     Dissection,
     FeatureTurns,
     dissect,
@@ -29,23 +46,6 @@ from diffusion_lens.dissect import (
     store_in_lens,
     to_atlas,
 )
-from diffusion_lens.dissect_choose import candidates, choose_features, contrasts, difference_shares
-from diffusion_lens.dissect_config import DissectConfig
-from diffusion_lens.dissection import (
-    effects_of,
-    evidence,
-    groups,
-    is_sure,
-    least_images,
-    moved_beside,
-    name_of,
-    save_dissection,
-    stored_dissection,
-)
-from diffusion_lens.generate import Cancelled, generate, record_trajectory, request
-from diffusion_lens.intervene import compile
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import Attribute, FeatureSet, Intervention, LensError, Predictions
 
 GLASSES = Attribute("glasses", ("none", "glasses"))
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from lens_fixtures import AGE, GENDER, PROMPTS
 
-from diffusion_lens.artifacts import verify
-from diffusion_lens.denoise import StepContext
-from diffusion_lens.generate import Cancelled
-from diffusion_lens.intervene import draw_classes
-from diffusion_lens.joint import Steer, joint_edit, joint_table, parse_steer, steer_together
-from diffusion_lens.joint_result import TOGETHER, JointResult, add_to_lens, load_joint, stored_joint
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import LensError, Predictions
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.denoise import StepContext
+from diffusion_lens.model.generate import Cancelled
 from diffusion_lens.plots import spillover_figure
-from diffusion_lens.types import LensError, Predictions
+from diffusion_lens.results.joint import TOGETHER, JointResult, add_to_lens, load_joint, stored_joint
+from diffusion_lens.results.manifest import verify
+from diffusion_lens.steering.intervene import draw_classes
+from diffusion_lens.studies.joint import Steer, joint_edit, joint_table, parse_steer, steer_together
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import together
-from diffusion_lens.ui.studio import Studio
 
 SEEDS = range(40, 64)
 STEERS = {"gender": Steer({"female": 0.5, "male": 0.5}, 3.0), "age": Steer("old", 2.0)}

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.report import COLUMNS, Audit, audit, render, table_text, write_report
-from diffusion_lens.types import ASSUMED, LensError
+from diffusion_lens.base.types import ASSUMED, LensError
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studies.audit.run import COLUMNS, Audit, audit, render, table_text, write_report
 
 PROMPTS = ("a portrait of a doctor", "a portrait of a nurse")
 SEEDS = range(500, 524)

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_runs import Run, mistake
 from lens_fixtures import PROMPTS
 from PIL import Image
-from test_cli import Run, mistake
-from test_quality import COLOUR, PretendInception
+from quality_sources import COLOUR, PretendInception
 from tiny_clip import save_tiny_clip
 from typer.testing import CliRunner
 
-from diffusion_lens import metrics
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.app import app
-from diffusion_lens.generate import generate_batches
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.quality import (
+from diffusion_lens.judging.readers import ClipConfig, ClipReader
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring import metrics
+from diffusion_lens.measuring.quality import (
     FeatureSource,
     FeatureStatistics,
     classifier_source,
@@ -34,10 +35,9 @@ from diffusion_lens.quality import (
     inception_score,
     inception_source,
 )
-from diffusion_lens.readers import ClipConfig, ClipReader
-from diffusion_lens.report import Audit, audit, render
-from diffusion_lens.report_rows import Measures, QualityRow, Seen, image_quality
-from diffusion_lens.types import LensError
+from diffusion_lens.model.generate import generate_batches
+from diffusion_lens.studies.audit.rows import Measures, QualityRow, Seen, image_quality
+from diffusion_lens.studies.audit.run import Audit, audit, render
 
 SEEDS = range(300, 400)
 DOCTOR = PROMPTS[0]
@@ -286,7 +286,9 @@ def test_mistakes_get_one_sentence_before_anything_is_drawn(
         np.save(handle, np.zeros(3))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
-    monkeypatch.setattr("diffusion_lens.report.generate_batches", lambda *_, **__: pytest.fail("drew an image"))
+    monkeypatch.setattr(
+        "diffusion_lens.studies.audit.run.generate_batches", lambda *_, **__: pytest.fail("drew an image")
+    )
     words = tuple(clip_folder if word == "CLIP" else word for word in words)
     prompt = () if "-p" in words else ("-p", DOCTOR)
     assert sentence in mistake(run("audit", *prompt, *words))

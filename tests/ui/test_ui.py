@@ -15,17 +15,18 @@ import pytest
 from lens_fixtures import PROMPTS
 
 from diffusion_lens import ui
-from diffusion_lens.bundled import lenses_to_open
-from diffusion_lens.counted import STORED, CountedShares, store_in_lens, stored_shares
-from diffusion_lens.fit_write import check_target
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import LensError
-from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, jobs, state, sweep_handlers, texts
+from diffusion_lens.base.types import LensError
+from diffusion_lens.fit.write import check_target
+from diffusion_lens.lens.bundled import lenses_to_open
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.counted import STORED, CountedShares, store_in_lens, stored_shares
+from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Recent, Studio, foreign_lines
+from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, sweep_handlers, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
-from diffusion_lens.ui.lane import Lane, Stopped, Stops
 from diffusion_lens.ui.pictures import spotlight
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Recent, Studio, foreign_lines
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ class TestTurns:
 
     def test_a_card_turns_its_own_feature_by_its_own_strength(self, tiny_lens: DiffusionLens, view: View) -> None:
         """Whatever pole a feature stands in, its card's number is what the feature is multiplied by."""
-        from diffusion_lens.intervene import _turns
+        from diffusion_lens.steering.intervene import _turns
 
         features, opposite = state.poles(tiny_lens, view)
         assert opposite is not None

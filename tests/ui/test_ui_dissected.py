@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from dissected import NURSE, depth_result, dissection, keep_depth, keep_in
 
-from diffusion_lens.artifacts import read_manifest, verify, write_manifest
-from diffusion_lens.dissection import STORED, save_dissection
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.dissection import STORED, save_dissection
+from diffusion_lens.results.manifest import read_manifest, verify, write_manifest
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import atlas_tab, cards, depth_tab
-from diffusion_lens.ui.studio import Studio
 
 
 @pytest.fixture

@@ -13,20 +13,21 @@ import pytest
 import torch
 from lens_fixtures import PROMPTS
 
-from diffusion_lens.compare import CompareConfig, Comparison, run_compare
-from diffusion_lens.compare_store import add_to_lens
-from diffusion_lens.compare_tables import NOT_MEASURED, PARTS
-from diffusion_lens.compare_types import Measured
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
-from diffusion_lens.types import LensError
-from diffusion_lens.ui import cards, explore_handlers, methods_live, methods_views, state
+from diffusion_lens.results.comparison import Measured
+from diffusion_lens.results.comparison_store import add_to_lens
+from diffusion_lens.results.comparison_tables import NOT_MEASURED, PARTS
+from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
+from diffusion_lens.studio import methods_live, state
+from diffusion_lens.studio.lane import Stopped
+from diffusion_lens.studio.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
+from diffusion_lens.studio.state import View
+from diffusion_lens.studio.studio import Studio
+from diffusion_lens.ui import cards, explore_handlers, methods_views
 from diffusion_lens.ui import methods_handlers as handlers
 from diffusion_lens.ui.explore_handlers import N_PLAIN, Page
-from diffusion_lens.ui.lane import Stopped
-from diffusion_lens.ui.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
-from diffusion_lens.ui.state import View
-from diffusion_lens.ui.studio import Studio
 
 LOST = next(iter(handlers.LOSSES))
 

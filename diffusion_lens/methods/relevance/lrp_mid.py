@@ -21,8 +21,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
 from torch import Tensor, nn
 
-from diffusion_lens.methods.lrp import Rule, linear, split, through
-from diffusion_lens.types import LensError
+from diffusion_lens.base.types import LensError
+from diffusion_lens.methods.relevance.lrp import Rule, linear, split, through
 
 
 @dataclass

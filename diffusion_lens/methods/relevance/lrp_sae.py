@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_lens.methods.lrp import Rule, linear, through
-from diffusion_lens.probes import Probe
-from diffusion_lens.sae import SparseAutoencoder, image_chunks
-from diffusion_lens.types import Attribution
+from diffusion_lens.base.types import Attribution
+from diffusion_lens.features.probes import Probe
+from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
+from diffusion_lens.methods.relevance.lrp import Rule, linear, through
 
 
 def pole_weights(n_classes: int, target: int) -> Tensor:

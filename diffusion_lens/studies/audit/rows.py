@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.quality import (
+from diffusion_lens.base.types import Generation, LensError, Predictions
+from diffusion_lens.judging.readers import ClipReader
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.quality import (
     ClipScore,
     FeatureSource,
     FeatureStatistics,
@@ -19,8 +21,6 @@ from diffusion_lens.quality import (
     clip_score,
     frechet_of_features,
 )
-from diffusion_lens.readers import ClipReader
-from diffusion_lens.types import Generation, LensError, Predictions
 
 UNEDITED = "the unedited images of the same seeds"
 SPLITS = 10

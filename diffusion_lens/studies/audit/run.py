@@ -16,16 +16,19 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.artifacts import atomic_path, write_json
-from diffusion_lens.checks.world import has_truth
-from diffusion_lens.evaluate import evaluate
-from diffusion_lens.generate import Edit, OnStep, generate_batches
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.files import atomic_path, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
+from diffusion_lens.base.weights import weights_digest
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.evaluate import evaluate
+from diffusion_lens.measuring.stats import Estimate
+from diffusion_lens.measuring.sweep import Reading, read_images
+from diffusion_lens.model.generate import Edit, OnStep, generate_batches
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import sheet
-from diffusion_lens.records import to_plain
-from diffusion_lens.report_rows import (
+from diffusion_lens.studies.audit.rows import (
     Discrepancy,
     ImageQuality,
     Measures,
@@ -36,10 +39,7 @@ from diffusion_lens.report_rows import (
     measure_rows,
     watch,
 )
-from diffusion_lens.stats import Estimate
-from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
-from diffusion_lens.weights import weights_digest
+from diffusion_lens.studies.check.world import has_truth
 
 FILES = ("audit.html", "audit.json", "audit.csv", "measures.csv")
 EXAMPLES = 16
@@ -350,7 +350,7 @@ def _cell(text: str) -> str:
 def render(found: Audit) -> str:
     """The audit as one HTML page that needs nothing from elsewhere, no script included."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

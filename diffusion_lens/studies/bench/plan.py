@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_lens.compare import Bench
-from diffusion_lens.compare_shared import JudgedLens, Shared
-from diffusion_lens.compare_types import UNSTEERED, CompareConfig, Comparison
-from diffusion_lens.config import Setting
-from diffusion_lens.generate import generate, request
+from diffusion_lens.base.types import SweepResult
 from diffusion_lens.methods.protocol import Method
 from diffusion_lens.methods.registry import find_methods
-from diffusion_lens.settings import identity_beta
-from diffusion_lens.types import SweepResult
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison
+from diffusion_lens.results.manifest import Setting
+from diffusion_lens.steering.settings import identity_beta
+from diffusion_lens.studies.bench.run import Bench
+from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 
 DRAW = {"activation": 1.4}
 """Method → time per image, an unedited one taking 1, where it is not about 1 (measured on the bundled lens)."""

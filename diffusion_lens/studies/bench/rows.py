@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.classify import Classifier
-from diffusion_lens.compare_types import NORM_FLAG, Measured, MethodRow
-from diffusion_lens.sweep import Reading, read_images
-from diffusion_lens.types import Attribute, Generation, SweepPoint
+from diffusion_lens.base.types import Attribute, Generation, SweepPoint
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.sweep import Reading, read_images
+from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
 
 
 @dataclass

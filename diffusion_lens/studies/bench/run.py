@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from diffusion_lens.artifacts import read_json, write_json
-from diffusion_lens.compare_rows import choose, flag, measure_row
-from diffusion_lens.compare_shared import JudgedLens, OnStage, Shared
-from diffusion_lens.compare_types import RULE, UNSTEERED, CompareConfig, Comparison, MethodRow
-from diffusion_lens.denoise import Edit
-from diffusion_lens.generate import Capture, generate
+from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.judging.readers import ClipReader
+from diffusion_lens.measuring.sweep import collect, sweep_points
 from diffusion_lens.methods.protocol import Fitted, Method, Target, lens_key, target_shares
 from diffusion_lens.methods.registry import find_methods
-from diffusion_lens.readers import ClipReader
-from diffusion_lens.records import load_point, load_sweep, save_point, save_sweep, to_plain
-from diffusion_lens.sweep import collect, sweep_points
-from diffusion_lens.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.generate import Capture, generate
+from diffusion_lens.results.comparison import RULE, UNSTEERED, CompareConfig, Comparison, MethodRow
+from diffusion_lens.results.records import load_point, load_sweep, save_point, save_sweep
+from diffusion_lens.studies.bench.rows import choose, flag, measure_row
+from diffusion_lens.studies.bench.shared import JudgedLens, OnStage, Shared
 
 __all__ = [
     "Bench", "CompareConfig", "Comparison", "JudgedLens", "OnStage", "Shared", "run_compare", "run_tables",

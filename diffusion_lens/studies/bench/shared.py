@@ -14,17 +14,17 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from diffusion_lens.artifacts import load_metadata, load_tensors, save_tensors
-from diffusion_lens.classify import Classifier
-from diffusion_lens.compare_rows import Clock, Sight, look, timed
-from diffusion_lens.compare_types import CompareConfig
-from diffusion_lens.denoise import Edit
-from diffusion_lens.generate import OnStep, generate_batches, request
+from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.types import GenerationRequest, LensError, Predictions
+from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.judging.readers import ClipReader
+from diffusion_lens.measuring.sweep import Baseline, Reading
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.protocol import OpenLens, lens_key
-from diffusion_lens.readers import ClipReader
-from diffusion_lens.sweep import Baseline, Reading
-from diffusion_lens.types import GenerationRequest, LensError, Predictions
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.generate import OnStep, generate_batches, request
+from diffusion_lens.results.comparison import CompareConfig
+from diffusion_lens.studies.bench.rows import Clock, Sight, look, timed
 
 OnStage = Callable[[str, int, int], None]
 Purpose = Literal["final", "tune"]

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.attribute import integrated_gradients
-from diffusion_lens.checks.result import Row, at_least, at_most, not_applicable
-from diffusion_lens.checks.runs import Job
-from diffusion_lens.generate import Capture, StepContext, generate
-from diffusion_lens.reference import autograd_scores
-from diffusion_lens.sae import SparseAutoencoder, image_chunks
-from diffusion_lens.types import Attribute, Generation, Predictions, Sampler
+from diffusion_lens.base.types import Attribute, Generation, Predictions, Sampler
+from diffusion_lens.features.attribute import integrated_gradients
+from diffusion_lens.features.reference import autograd_scores
+from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.model.generate import Capture, StepContext, generate
+from diffusion_lens.studies.check.result import Row, at_least, at_most, not_applicable
+from diffusion_lens.studies.check.runs import Job
 
 FVU = 0.10
 DEAD = 0.10

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffusion_lens.checks.result import CheckReport, Row, Unit, show
-from diffusion_lens.checks.runs import FIRST_SEED, FULL, QUICK, Job, OnRows, OnStage, Sizes, refuse_shared_seeds
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.records import to_plain
-from diffusion_lens.types import LensError
+from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studies.check.result import CheckReport, Row, Unit, show
+from diffusion_lens.studies.check.runs import FIRST_SEED, FULL, QUICK, Job, OnRows, OnStage, Sizes, refuse_shared_seeds
 
 PARTS = (1, 2, 3, 4, 5)
 TITLES = {
@@ -65,7 +65,7 @@ def run_check(
 
 def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
     """What was measured, as fields of the report."""
-    from diffusion_lens.checks import inside, steering, world
+    from diffusion_lens.studies.check import inside, steering, world
 
     rows: list[Row] = []
     found: dict[str, Any] = {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from diffusion_lens.checks.result import Row
-from diffusion_lens.lens import DiffusionLens
-from diffusion_lens.tally import Tally
-from diffusion_lens.types import GenerationRequest, LensError
+from diffusion_lens.base.types import GenerationRequest, LensError
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring.tally import Tally
+from diffusion_lens.studies.check.result import Row
 
 FIRST_SEED = 60_000_000
 PART_SEEDS = 2_000_000
@@ -102,7 +102,7 @@ def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
 
 def tally(job: Job, request: GenerationRequest, stage: str, into: Tally | None = None) -> Tally:
     """Draw a request and count what the classifier reads; images are dropped batch by batch."""
-    from diffusion_lens.generate import generate_batches
+    from diffusion_lens.model.generate import generate_batches
 
     found = into or Tally()
     lens = job.lens

@@ -8,8 +8,13 @@ from itertools import combinations
 
 import numpy as np
 
-from diffusion_lens import metrics, stats
-from diffusion_lens.checks.result import (
+from diffusion_lens.base.types import Attribute, Balance, Predictions, SweepPoint, SweepResult
+from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.measuring.balance import balance
+from diffusion_lens.measuring.sweep import Baseline, Reading, collect, measure_baseline, measure_point, read_images
+from diffusion_lens.model.generate import generate_batches
+from diffusion_lens.steering.settings import Control, control_turn, describe_setting, identity_beta
+from diffusion_lens.studies.check.result import (
     SEVERITY,
     Interval,
     Row,
@@ -22,11 +27,7 @@ from diffusion_lens.checks.result import (
     stretch,
     worst,
 )
-from diffusion_lens.checks.runs import Job
-from diffusion_lens.generate import generate_batches
-from diffusion_lens.settings import Control, control_turn, describe_setting, identity_beta
-from diffusion_lens.sweep import Baseline, Reading, balance, collect, measure_baseline, measure_point, read_images
-from diffusion_lens.types import Attribute, Balance, Predictions, SweepPoint, SweepResult
+from diffusion_lens.studies.check.runs import Job
 
 REACH = 1.0
 MOVED = 0.05

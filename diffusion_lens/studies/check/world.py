@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import norm
 
-from diffusion_lens import stats
-from diffusion_lens.checks.result import Row, at_least, at_most, distance, not_applicable, stretch
-from diffusion_lens.checks.runs import DRAWN_SEED, Job, tally
-from diffusion_lens.counted import CountedShares
-from diffusion_lens.lens import DiffusionLens
+from diffusion_lens.base.types import Attribute, Share
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.measuring import stats
+from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.portraits import world
-from diffusion_lens.tally import Tally
-from diffusion_lens.types import Attribute, Share
+from diffusion_lens.results.counted import CountedShares
+from diffusion_lens.studies.check.result import Row, at_least, at_most, distance, not_applicable, stretch
+from diffusion_lens.studies.check.runs import DRAWN_SEED, Job, tally
 
 WITHIN = 0.04
 ACCURACY = {"gender": 0.98, "age": 0.95, "tone": 0.95}

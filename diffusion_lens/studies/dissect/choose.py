@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffusion_lens.compare import JudgedLens
-from diffusion_lens.denoise import Capture
-from diffusion_lens.dissect_config import DENSITY, DissectConfig
-from diffusion_lens.generate import generate, request
-from diffusion_lens.sae import SparseAutoencoder, image_chunks
-from diffusion_lens.types import Attribution, LensError, Predictions
+from diffusion_lens.base.types import Attribution, LensError, Predictions
+from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
+from diffusion_lens.model.denoise import Capture
+from diffusion_lens.model.generate import generate, request
+from diffusion_lens.studies.bench.run import JudgedLens
+from diffusion_lens.studies.dissect.config import DENSITY, DissectConfig
 
 STEPS = 16
 """Most steps looked at, evenly spaced."""

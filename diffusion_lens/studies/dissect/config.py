@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from diffusion_lens import stats
-from diffusion_lens.config import StrictConfig
-from diffusion_lens.types import Mode, Sampler
+from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.types import Mode, Sampler
+from diffusion_lens.measuring import stats
 
 DENSITY = "density"
 

@@ -18,19 +18,8 @@ import torch
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
-from diffusion_lens import stats
-from diffusion_lens.artifacts import load_tensors, read_json, read_manifest, save_tensors, write_json, write_manifest
-from diffusion_lens.compare import JudgedLens
-from diffusion_lens.denoise import Capture, StepContext, Trajectory
-from diffusion_lens.dissect_choose import choose_features
-from diffusion_lens.dissect_config import DissectConfig
-from diffusion_lens.dissection import STORED, Dissection, groups, name_of, save_dissection
-from diffusion_lens.generate import OnStep, generate_batches, join, record_trajectory, request
-from diffusion_lens.intervene import compile
-from diffusion_lens.methods.protocol import lens_key
-from diffusion_lens.records import load_atlas, save_atlas
-from diffusion_lens.sae import SparseAutoencoder
-from diffusion_lens.types import (
+from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.types import (
     Atlas,
     FeatureSet,
     GenerationRequest,
@@ -40,7 +29,19 @@ from diffusion_lens.types import (
     Predictions,
     Sampler,
 )
-from diffusion_lens.words import duration
+from diffusion_lens.base.words import duration
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.measuring import stats
+from diffusion_lens.methods.protocol import lens_key
+from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
+from diffusion_lens.model.generate import OnStep, generate_batches, join, record_trajectory, request
+from diffusion_lens.results.dissection import STORED, Dissection, groups, name_of, save_dissection
+from diffusion_lens.results.manifest import read_manifest, write_manifest
+from diffusion_lens.results.records import load_atlas, save_atlas
+from diffusion_lens.steering.intervene import compile
+from diffusion_lens.studies.bench.run import JudgedLens
+from diffusion_lens.studies.dissect.choose import choose_features
+from diffusion_lens.studies.dissect.config import DissectConfig
 
 Turn = tuple[int, float]
 """A feature, and the β it is turned to."""
