@@ -123,7 +123,7 @@ TORCH_NEEDED = ("base.checkpoints", "base.precision", "base.processes", "base.re
 
 
 def test_statistics_never_see_a_diffusion_model() -> None:
-    reached, todo = set(), ["measuring.metrics", "measuring.stats", "measuring.balance"]
+    reached, todo = set(), ["results.metrics", "results.stats", "measuring.balance"]
     while todo:
         name = todo.pop()
         if name not in reached:
@@ -139,8 +139,8 @@ def test_the_checks_themselves_see_imports(tmp_path: Path) -> None:
         "from diffusion_lens.measuring import stats\nfrom diffusion_lens import DiffusionLens\n"
         "def f():\n    import diffusion_lens.features.sae as s\n    from diffusion_lens.base.types import LensError\n"
     )
-    assert inner(tmp_path / "m.py") == {"", "measuring.stats", "features.sae", "base.types"}
+    assert inner(tmp_path / "m.py") == {"", "results.stats", "features.sae", "base.types"}
     assert imports(tmp_path / "m.py", at_import=True) == [
-        "diffusion_lens.measuring.stats",
+        "diffusion_lens.results.stats",
         "diffusion_lens.DiffusionLens",
     ]

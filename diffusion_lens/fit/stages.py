@@ -24,10 +24,10 @@ from diffusion_lens.features.train_probe import train_probe
 from diffusion_lens.features.train_sae import train_sae
 from diffusion_lens.fit.config import FitConfig
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.measuring import metrics
 from diffusion_lens.model.activations import ActivationStore, SampleSpec, collect_to
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results import metrics
 from diffusion_lens.results.records import load_attributions, save_atlas, save_attributions
 
 OnStage = Callable[[str, int, int], None]

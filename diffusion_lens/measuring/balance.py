@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from diffusion_lens.base.types import Balance, LensError, SweepPoint, SweepResult
-from diffusion_lens.measuring import stats
+from diffusion_lens.results import stats
 
 
 def balance(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffusion_lens.base.types import Change, Evaluation, GenerationRequest, Predictions
-from diffusion_lens.measuring import metrics, stats
+from diffusion_lens.results import metrics, stats
 
 
 def evaluate(

@@ -26,8 +26,8 @@ from diffusion_lens.judging.calibration import softmax
 from diffusion_lens.judging.classify import Classifier, check_images
 from diffusion_lens.judging.labelled import open_image
 from diffusion_lens.judging.readers import ClipReader
-from diffusion_lens.measuring import metrics
-from diffusion_lens.measuring.stats import paired_bootstrap
+from diffusion_lens.results import metrics
+from diffusion_lens.results.stats import paired_bootstrap
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION = "Inception v3"

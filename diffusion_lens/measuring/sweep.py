@@ -23,9 +23,9 @@ from diffusion_lens.base.types import (
     SweepResult,
 )
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.model.generate import Edit, OnStep, Trajectory, generate_batches, record_trajectory
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results import metrics, stats
 
 MakeEdit = Callable[[float], Edit | None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diffusion_lens.base.types import Attribute, Predictions, Share
-from diffusion_lens.measuring import stats
+from diffusion_lens.results import stats
 
 
 @dataclass

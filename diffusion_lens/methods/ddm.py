@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.measuring import metrics
 from diffusion_lens.methods.draws import Counter, check_examples, examples
 from diffusion_lens.methods.fine_tuning import adapter_edit
 from diffusion_lens.methods.lora import Adapters, LoraShape, adapters, encode
 from diffusion_lens.methods.noise import add_noise, clean_latents, denoised, frozen, need_ddim
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.model.denoise import Edit
+from diffusion_lens.results import metrics
 
 TARGET, NON_TARGET = 1, 0
 

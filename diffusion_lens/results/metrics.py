@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import qr, svdvals
 
 from diffusion_lens.base.types import Change, LensError, Predictions
-from diffusion_lens.measuring.stats import paired_difference
+from diffusion_lens.results.stats import paired_difference
 
 MIN_FRECHET = 50
 """Images below which a Fréchet distance is refused: its bias would drown what it measures."""

@@ -21,7 +21,6 @@ from diffusion_lens.base.files import load_tensors, read_json, save_tensors, wri
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Attribute, LensError, Predictions
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.generate import generate_batches, request
@@ -32,6 +31,7 @@ from diffusion_lens.portraits.data import draw_many
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, train_denoiser
 from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.portraits.recipe import save_pipeline
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
 
 OnStage = Callable[[str, int, int], None]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_lens.base.types import Change, Intervention, LensError, Predictions, Sampler
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.sweep import Reading, read_images
 from diffusion_lens.methods.protocol import Target, target_shares
 from diffusion_lens.model.generate import OnStep, generate_batches, request
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.joint import TOGETHER, JointResult, JointTable
 from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
 from diffusion_lens.steering.settings import identity_beta, make_intervention

@@ -108,7 +108,7 @@ def _count(row: Row, column: int) -> tuple[int, int]:
 
 
 def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.measuring.stats import wilson
+    from diffusion_lens.results.stats import wilson
 
     k, n = _count(row, attribute.index(target))
     if n == 0:
@@ -125,7 +125,7 @@ def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
 
 
 def _ratio(name: str, row: Row, attribute: Attribute) -> str:
-    from diffusion_lens.measuring.stats import log_ratio_interval
+    from diffusion_lens.results.stats import log_ratio_interval
 
     counts = [_count(row, i)[0] for i in (1, 0)]
     if not sum(counts):
@@ -161,7 +161,7 @@ def _side_effects(picture: Picture) -> str:
 
 
 def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -> str:
-    from diffusion_lens.measuring.stats import wilson
+    from diffusion_lens.results.stats import wilson
 
     column = attribute.index(picture.view.target)
     k, n = _count(picture.after, column)

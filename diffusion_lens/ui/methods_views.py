@@ -168,7 +168,7 @@ def _name(row: Row, i: int, attribute: Attribute) -> str:
 
 
 def _bar(row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.measuring.stats import wilson
+    from diffusion_lens.results.stats import wilson
 
     column, n = attribute.index(target), int(row.certain.sum())
     k = int(((row.labels == column) & row.certain).sum())

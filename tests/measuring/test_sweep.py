@@ -19,11 +19,11 @@ from diffusion_lens.base.types import (
     SweepPoint,
     SweepResult,
 )
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.balance import balance, crossing
 from diffusion_lens.measuring.sweep import collect, measure_baseline, measure_point, read_images, sweep_points
 from diffusion_lens.model.generate import Cancelled, StepContext, request
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.records import load_sweep, save_sweep
 
 GENDER = Attribute("gender", ("female", "male"))

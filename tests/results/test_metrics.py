@@ -8,7 +8,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import binom
 
 from diffusion_lens.base.types import Attribute, LensError, Predictions
-from diffusion_lens.measuring import metrics
+from diffusion_lens.results import metrics
 
 GENDER = Attribute("gender", ("female", "male"))
 GLASSES = Attribute("glasses", ("no", "yes"))

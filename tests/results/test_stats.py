@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from scipy.stats import binom
 
 from diffusion_lens.base.types import Attribute, LensError
-from diffusion_lens.measuring import stats
+from diffusion_lens.results import stats
 
 GENDER = Attribute("gender", ("female", "male"))
 TONES = Attribute("skin tone", ("light", "mid", "dark"))

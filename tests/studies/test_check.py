@@ -19,11 +19,11 @@ from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
 from diffusion_lens.features.train_sae import evaluate_sae
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring.stats import wilson
 from diffusion_lens.measuring.sweep import Reading
 from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.model.generate import StepContext
 from diffusion_lens.portraits import world as portraits
+from diffusion_lens.results.stats import wilson
 from diffusion_lens.studies.check import steering, world
 from diffusion_lens.studies.check.inside import Reconstruction, fidelity
 from diffusion_lens.studies.check.result import CheckReport, Row, at_least, at_most, distance, stretch, worst

@@ -18,9 +18,9 @@ from lens_fixtures import PROMPTS
 
 from diffusion_lens.base.types import LensError, LogRatio
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring import metrics
 from diffusion_lens.methods.registry import find_method
 from diffusion_lens.model.generate import Cancelled, generate_batches
+from diffusion_lens.results import metrics
 from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
 from diffusion_lens.results.comparison_store import add_to_lens, load_comparison, save_comparison
 from diffusion_lens.results.comparison_tables import (

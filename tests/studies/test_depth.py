@@ -12,11 +12,11 @@ import torch
 
 from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
-from diffusion_lens.measuring import stats
 from diffusion_lens.plots import depth_figure, describe_depth
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
 from diffusion_lens.portraits.networks import DenoiserConfig, make_autoencoder
+from diffusion_lens.results import stats
 from diffusion_lens.results.depth import CAVEAT, DepthResult, depth_series, flips_of, load_depth
 from diffusion_lens.studies import depth as module
 from diffusion_lens.studies.depth import DepthConfig, count_flips, planned_images, run_depth

@@ -24,7 +24,6 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.app import app
 from diffusion_lens.judging.readers import ClipConfig, ClipReader
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring import metrics
 from diffusion_lens.measuring.quality import (
     FeatureSource,
     FeatureStatistics,
@@ -36,6 +35,7 @@ from diffusion_lens.measuring.quality import (
     inception_source,
 )
 from diffusion_lens.model.generate import generate_batches
+from diffusion_lens.results import metrics
 from diffusion_lens.studies.audit.rows import Measures, QualityRow, Seen, image_quality
 from diffusion_lens.studies.audit.run import Audit, audit, render
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from diffusion_lens.base.types import Generation, LensError, Predictions
 from diffusion_lens.judging.readers import ClipReader
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.quality import (
     ClipScore,
     FeatureSource,
@@ -21,6 +20,7 @@ from diffusion_lens.measuring.quality import (
     clip_score,
     frechet_of_features,
 )
+from diffusion_lens.results import metrics, stats
 
 UNEDITED = "the unedited images of the same seeds"
 SPLITS = 10

@@ -21,13 +21,13 @@ from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.evaluate import evaluate
-from diffusion_lens.measuring.stats import Estimate
 from diffusion_lens.measuring.sweep import Reading, read_images
 from diffusion_lens.model.generate import Edit, OnStep, generate_batches
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import sheet
+from diffusion_lens.results import metrics, stats
+from diffusion_lens.results.stats import Estimate
 from diffusion_lens.studies.audit.rows import (
     Discrepancy,
     ImageQuality,

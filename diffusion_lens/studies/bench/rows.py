@@ -11,8 +11,8 @@ import numpy as np
 
 from diffusion_lens.base.types import Attribute, Generation, SweepPoint
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.sweep import Reading, read_images
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
 
 

@@ -13,8 +13,8 @@ from diffusion_lens.base.types import Attribute, Generation, Predictions, Sample
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
 from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.model.generate import Capture, StepContext, generate
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.studies.check.result import Row, at_least, at_most, not_applicable
 from diffusion_lens.studies.check.runs import Job
 

@@ -9,10 +9,10 @@ from itertools import combinations
 import numpy as np
 
 from diffusion_lens.base.types import Attribute, Balance, Predictions, SweepPoint, SweepResult
-from diffusion_lens.measuring import metrics, stats
 from diffusion_lens.measuring.balance import balance
 from diffusion_lens.measuring.sweep import Baseline, Reading, collect, measure_baseline, measure_point, read_images
 from diffusion_lens.model.generate import generate_batches
+from diffusion_lens.results import metrics, stats
 from diffusion_lens.steering.settings import Control, control_turn, describe_setting, identity_beta
 from diffusion_lens.studies.check.result import (
     SEVERITY,

@@ -7,9 +7,9 @@ from scipy.stats import norm
 
 from diffusion_lens.base.types import Attribute, Share
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring import stats
 from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.portraits import world
+from diffusion_lens.results import stats
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.studies.check.result import Row, at_least, at_most, distance, not_applicable, stretch
 from diffusion_lens.studies.check.runs import DRAWN_SEED, Job, tally

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.types import Mode, Sampler
-from diffusion_lens.measuring import stats
+from diffusion_lens.results import stats
 
 DENSITY = "density"
 

@@ -31,10 +31,10 @@ from diffusion_lens.base.types import (
 )
 from diffusion_lens.base.words import duration
 from diffusion_lens.features.sae import SparseAutoencoder
-from diffusion_lens.measuring import stats
 from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
 from diffusion_lens.model.generate import OnStep, generate_batches, join, record_trajectory, request
+from diffusion_lens.results import stats
 from diffusion_lens.results.dissection import STORED, Dissection, groups, name_of, save_dissection
 from diffusion_lens.results.manifest import read_manifest, write_manifest
 from diffusion_lens.results.records import load_atlas, save_atlas
