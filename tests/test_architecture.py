@@ -136,7 +136,7 @@ def test_statistics_never_see_a_diffusion_model() -> None:
 
 def test_the_checks_themselves_see_imports(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(
-        "from diffusion_lens.measuring import stats\nfrom diffusion_lens import DiffusionLens\n"
+        "from diffusion_lens.results import stats\nfrom diffusion_lens import DiffusionLens\n"
         "def f():\n    import diffusion_lens.features.sae as s\n    from diffusion_lens.base.types import LensError\n"
     )
     assert inner(tmp_path / "m.py") == {"", "results.stats", "features.sae", "base.types"}
