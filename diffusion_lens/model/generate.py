@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError
 from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
 from diffusion_lens.model.memory import OnStep, in_batches
@@ -25,10 +26,6 @@ __all__ = [
 
 _Recorded = tuple[Generation, dict[int, Tensor], dict[int, tuple[Tensor, ...]]]
 TRAJECTORY_BYTES = 256 * 2**20
-
-
-class Cancelled(Exception):
-    """Raised by an ``on_step`` callback to stop a generation; hooks are removed on the way out."""
 
 
 def request(
