@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from diffusion_lens.portraits.recipe import RecipeConfig
 
-STAGES = ("autoencoder", "pipeline", "unconditional", "classifier")
+DENOISERS = ("pipeline", "unconditional", "mmdit")
+STAGES = ("autoencoder", *DENOISERS, "classifier")
 MAX_TRIES = 200_000
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def train(
     ] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train the bundled models from nothing: autoencoder, text-to-image pipeline, unconditional pipeline, classifier.
+    """Train the bundled models from nothing: autoencoder, U-Nets with and without a prompt, transformer, classifier.
 
     Hours on two cores, minutes on a graphics card; the same command on both. A stopped run goes on with --resume.
 
@@ -77,6 +78,8 @@ def train(
       python -m diffusion_lens portraits train --stage pipeline --from assets/portraits/pipeline --steps 10000
 
       python -m diffusion_lens portraits train --stage pipeline --from runs/first/pipeline --match 1000 --steps 1500
+
+      python -m diffusion_lens portraits train --stage mmdit --from assets/portraits/pipeline
     """
     import torch
 
@@ -86,8 +89,8 @@ def train(
     strange = next((name for name in chosen if name not in STAGES), None)
     if strange is not None:
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
-    if start is not None and chosen not in (("pipeline",), ("unconditional",)):
-        raise LensError("With --from, name the one --stage to train further: pipeline or unconditional.")
+    if start is not None and (len(chosen) != 1 or chosen[0] not in DENOISERS):
+        raise LensError("With --from, name the one --stage to train further: pipeline, unconditional or mmdit.")
     if match and start is None:
         raise LensError("--match measures the shares of a finished pipeline: name it with --from.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings, lr, focus), recipe.Paths(work)
@@ -96,7 +99,7 @@ def train(
     for name in STAGES:
         if name not in chosen:
             continue
-        if stage is None and name in ("pipeline", "unconditional") and _is_finished(paths.pipeline(name)):
+        if stage is None and name in DENOISERS and _is_finished(paths.pipeline(name)):
             say(f"{name}: already in {paths.pipeline(name)}; name it with --stage to train it again.")
             continue
         with progress(name) as bar:
@@ -104,6 +107,8 @@ def train(
                 recipe.autoencoder_stage(config, paths, place, bar.stage)
             elif name == "classifier":
                 recipe.classifier_stage(config, paths, place, bar.stage)
+            elif name == "mmdit":
+                recipe.transformer_stage(config, paths, place, bar.stage, resume=resume, start=start, match=match)
             else:
                 recipe.denoiser_stage(
                     config,
@@ -143,8 +148,8 @@ def recipe_config(
     if len(stages) != 1:
         raise LensError("Name one --stage to set its steps, batch size, learning rate or focus.")
     name = {"pipeline": "denoiser"}.get(stages[0], stages[0])
-    if focus is not None and name not in ("denoiser", "unconditional"):
-        raise LensError("Only the denoisers have a focus: --stage pipeline or --stage unconditional.")
+    if focus is not None and stages[0] not in DENOISERS:
+        raise LensError(f"Only the denoisers have a focus: --stage {', '.join(DENOISERS)}.")
     if name != "classifier":
         part = getattr(config, name)
         return config.model_copy(update={name: part.model_copy(update=changes)})
@@ -156,22 +161,28 @@ def recipe_config(
 @app.command("export")
 @guarded
 def export(
-    unconditional: Annotated[bool, typer.Option("--unconditional", help="The pipeline that takes no prompt.")] = False,
+    stage: Annotated[str, typer.Option(help=f"Whose: {', '.join(DENOISERS)}.")] = "pipeline",
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="The pipeline that takes no prompt: --stage unconditional.")
+    ] = False,
     work: Annotated[Path, typer.Option(help="Folder of stages and checkpoints.")] = Path("runs/portraits"),
 ) -> None:
     """Write the moving averages of a training that still runs, or was stopped, as a stock pipeline.
 
     python -m diffusion_lens portraits export
+
+    python -m diffusion_lens portraits export --stage mmdit
     """
     from diffusion_lens.portraits.recipe import Paths, RecipeConfig, export_stage
 
-    name = "unconditional" if unconditional else "pipeline"
-    paths = Paths(work)
+    name, paths = "unconditional" if unconditional else stage, Paths(work)
+    if name not in DENOISERS:
+        raise LensError(f"There is no stage '{name}' to export; choose among {', '.join(DENOISERS)}.")
     for needed in (paths.autoencoder, paths.checkpoint(name)):
         if not needed.is_dir():
             raise LensError(f"{needed} is missing; train first, with: python -m diffusion_lens portraits train.")
     hide_loading_bars()
-    say(f"Wrote {export_stage(RecipeConfig(), paths, unconditional=unconditional)}")
+    say(f"Wrote {export_stage(RecipeConfig(), paths, name)}")
 
 
 @app.command("average")

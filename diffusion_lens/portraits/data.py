@@ -39,6 +39,13 @@ def _draw_chunk(seeds: range, *, balanced: bool, variation: Variation) -> tuple[
     return images, labels, [world.sample_caption(record) for record in records]
 
 
+def describe(n: int, *, first_seed: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels ``int64[n, attribute]`` and captions of the portraits that ``draw_many`` draws, without drawing them."""
+    records = [world.sample_record(seed) for seed in range(first_seed, first_seed + n)]
+    labels = np.array([record.classes for record in records], dtype=np.int64)
+    return labels, tuple(world.sample_caption(record) for record in records)
+
+
 def draw_many(
     n: int,
     *,

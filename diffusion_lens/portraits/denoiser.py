@@ -72,9 +72,14 @@ class Denoiser:
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer | None
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What is trained, U-Net first."""
+        return (self.unet,) if self.text_encoder is None else (self.unet, self.text_encoder)
+
     def parameters(self) -> list[nn.Parameter]:
-        """All trained parameters, U-Net first."""
-        return [*self.unet.parameters(), *(self.text_encoder.parameters() if self.text_encoder else ())]
+        """All trained parameters, in the order of ``modules``."""
+        return [p for module in self.modules for p in module.parameters()]
 
 
 def make_denoiser(config: DenoiserConfig, seed: int) -> Denoiser:
@@ -130,9 +135,8 @@ def train_denoiser(
     nothing to resume or the checkpoint is of another shape.
     """
     nets = make_denoiser(config.shape, config.seed) if start is None else start
-    for module in (nets.unet, nets.text_encoder):
-        if module is not None:
-            module.to(device).train()
+    for module in nets.modules:
+        module.to(device).train()
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     nets.unet.to(memory_format=layout)
     silenced = keep_silent(nets.unet)
@@ -148,7 +152,7 @@ def train_denoiser(
     if resume:
         if checkpoint is None:
             raise LensError("Name the checkpoint folder to resume from.")
-        first = _load_state(checkpoint, parameters, ema, optimiser)
+        first = load_state(checkpoint, parameters, ema, optimiser)
     schedule = get_cosine_schedule_with_warmup(
         optimiser, config.n_steps // 30, config.n_steps, last_epoch=first - 1 if first else -1
     )
@@ -185,7 +189,7 @@ def train_denoiser(
         ema.step(parameters)
         done = step + 1
         if checkpoint is not None and (done % checkpoint_every == 0 or done == config.n_steps):
-            _save_state(checkpoint, parameters, ema, optimiser, done)
+            save_state(checkpoint, parameters, ema, optimiser, done)
         if on_step and (done % 50 == 0 or done == config.n_steps):
             on_step(done, config.n_steps, float(loss.detach()))
     for handle in (*silenced, *([reading.handle] if reading else ())):
@@ -263,32 +267,35 @@ def draw_timesteps(n: int, n_train: int, focus_share: float, focus: float, gener
 def load_average(checkpoint: Path, shape: DenoiserConfig) -> Denoiser:
     """The moving averages of an unfinished training, ready to sample; raises ``LensError`` for another shape."""
     nets = make_denoiser(shape, 0)
-    tensors = _read_state(checkpoint)
+    tensors = read_state(checkpoint)
     try:
         for i, p in enumerate(nets.parameters()):
             p.data.copy_(tensors[f"ema.{i}"])
     except (KeyError, RuntimeError):
-        raise _other_shape(checkpoint) from None
+        raise other_shape(checkpoint) from None
     nets.unet.eval()
     if nets.text_encoder is not None:
         nets.text_encoder.eval()
     return nets
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint; raises ``LensError`` where there is none."""
     path = folder / "state.safetensors"
     if not path.exists():
         raise LensError(f"There is no checkpoint in {folder}; train first, or start without --resume.")
     return load_file(path)
 
 
-def _other_shape(folder: Path) -> LensError:
+def other_shape(folder: Path) -> LensError:
+    """What to say of a checkpoint that does not fit the networks."""
     return LensError(f"The checkpoint in {folder} is of another shape; give its settings or start afresh.")
 
 
-def _save_state(
+def save_state(
     folder: Path, parameters: list[nn.Parameter], ema: EMAModel, optimiser: torch.optim.Optimizer, step: int
 ) -> None:
+    """Write a training's state after ``step`` steps: weights, their averages and AdamW's moments."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
     for i, (p, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
@@ -300,13 +307,14 @@ def _save_state(
     scratch.replace(folder / "state.safetensors")  # a kill while writing leaves the previous one whole
 
 
-def _load_state(
+def load_state(
     folder: Path,
     parameters: list[nn.Parameter],
     ema: EMAModel,
     optimiser: torch.optim.Optimizer,
 ) -> int:
-    tensors = _read_state(folder)
+    """Set a training to its checkpoint and return its step; raises ``LensError`` where it does not fit."""
+    tensors = read_state(folder)
     step = int(tensors["step"])
     try:
         for i, p in enumerate(parameters):
@@ -318,6 +326,6 @@ def _load_state(
                 "exp_avg_sq": tensors[f"second.{i}"].to(p.device),
             }
     except (KeyError, RuntimeError):
-        raise _other_shape(folder) from None
+        raise other_shape(folder) from None
     ema.optimization_step = step
     return step

@@ -82,23 +82,26 @@ def _merged(part: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
-    """A two-layer CLIP text encoder of ``width`` for ``MAX_TOKENS`` tokens."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Shape of a two-layer CLIP text encoder of ``width`` for ``MAX_TOKENS`` tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
     )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+    """A fresh text encoder of the shape that ``text_config`` says."""
+    return CLIPTextModel(text_config(tokenizer, width))
 
 
 def make_autoencoder(width: int) -> AutoencoderTiny:

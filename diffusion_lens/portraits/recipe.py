@@ -1,37 +1,46 @@
 """The recipe: from nothing to the stock pipelines in ``assets/``, stage by stage, each resumable.
 
-``draw → autoencoder → latents → denoiser (text-conditional) → denoiser (unconditional) → classifier``. A stage
-whose result lies in the work folder is read, not made again.
+``draw → autoencoder → latents → denoiser (text-conditional) → denoiser (unconditional) → transformer → classifier``. A
+stage whose result lies in the work folder is read, not made again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.model.generate import generate_batches, request
 from diffusion_lens.model.pipelines import load_model
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, decode_images, encode_all, train_autoencoder
-from diffusion_lens.portraits.data import draw_many
+from diffusion_lens.portraits.data import describe, draw_many
 from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, load_average, train_denoiser, without_text
 from diffusion_lens.portraits.draw import WIDE
 from diffusion_lens.portraits.emphasis import Shares, emphasise, teach
+from diffusion_lens.portraits.mmdit import (
+    TransformerParts,
+    TransformerTrainConfig,
+    load_average_parts,
+    make_flow_scheduler,
+    sample_transformer,
+    train_transformer,
+)
 from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
@@ -39,9 +48,11 @@ HELD_OUT_SEED = 900_000_000
 CLASSIFIER_SEED = 500_000_000
 MATCH_SEED = 300_000_000
 MAX_MATCH = 10_000
+DRAWN_AT_ONCE = 20_000
 N_STEPS = 16
 
 Report = Callable[[str, int, int], None]
+Nets = Denoiser | TransformerParts
 
 
 class RecipeConfig(StrictConfig):
@@ -59,6 +70,7 @@ class RecipeConfig(StrictConfig):
     autoencoder: AutoencoderTrainConfig = AutoencoderTrainConfig()
     denoiser: DenoiserTrainConfig = DenoiserTrainConfig()
     unconditional: DenoiserTrainConfig = DenoiserTrainConfig(shape=DenoiserConfig(text_width=0), caption_dropout=0.0)
+    mmdit: TransformerTrainConfig = TransformerTrainConfig()
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,11 @@ class Paths:
     def classifier(self) -> Path:
         """The trained classifier."""
         return self.work / "classifier"
+
+    @property
+    def latents(self) -> Path:
+        """Latents of the training drawings, with the autoencoder and the number that they are of."""
+        return self.work / "latents.safetensors"
 
     def checkpoint(self, name: str) -> Path:
         """A denoiser's training state."""
@@ -103,6 +120,27 @@ def _drawings(n: int, first_seed: int, report: Report) -> Tensor:
     return torch.from_numpy(draw_many(n, first_seed=first_seed, on_step=lambda i, m: report("drawing", i, m)).images)
 
 
+def latents_stage(
+    config: RecipeConfig, paths: Paths, vae: AutoencoderTiny, device: torch.device, report: Report
+) -> Tensor:
+    """Latents ``float16[n_drawings, 8, 16, 16]`` of the training drawings; those in the work folder, if ``vae``'s."""
+    wanted = {"of": weights_digest(vae, str(config.n_drawings))}
+    if paths.latents.is_file() and load_metadata(paths.latents) == wanted:
+        return torch.from_numpy(load_tensors(paths.latents)["latents"])
+    parts = []
+    for first in range(0, config.n_drawings, DRAWN_AT_ONCE):
+        n = min(DRAWN_AT_ONCE, config.n_drawings - first)
+
+        def told(done: int, _: int, first: int = first) -> None:
+            report("drawing", first + done, config.n_drawings)
+
+        images = draw_many(n, first_seed=first, on_step=told).images
+        parts.append(encode_all(vae, torch.from_numpy(images), device=device).cpu())
+    latents = torch.cat(parts)
+    save_tensors(paths.latents, {"latents": latents}, wanted)
+    return latents
+
+
 def denoiser_stage(
     config: RecipeConfig,
     paths: Paths,
@@ -121,30 +159,82 @@ def denoiser_stage(
     every prompt are drawn from it first, and drawings that it makes too seldom are shown more often; what it was so
     taught is written beside the new pipeline, and another match goes on from there.
     """
-    taught = None
-    if start is not None and match:
-        prompts = ("",) if unconditional else world.PROMPTS
-        drawn = drawn_shares(config, paths, device, report, start, match, prompts)
-        taught = teach(drawn, match, read_taught(start))
-    before = None if start is None else open_parts(start)
-    if before is not None and unconditional and before[0].text_encoder is not None:
-        before = without_text(before[0], config.unconditional.shape, config.unconditional.seed), before[1]
-    vae = autoencoder_stage(config, paths, device, report) if before is None else before[1].to(device)
+    taught = _to_teach(config, paths, device, report, start, match, ("",) if unconditional else world.PROMPTS)
+    before, vae = (None, None) if start is None else open_parts(start)
+    if isinstance(before, TransformerParts):
+        raise LensError(f"{start} holds a transformer; train it further as --stage mmdit.")
+    if before is not None and unconditional and before.text_encoder is not None:
+        before = without_text(before, config.unconditional.shape, config.unconditional.seed)
+    vae = autoencoder_stage(config, paths, device, report) if vae is None else vae.to(device)
     name = "unconditional" if unconditional else "pipeline"
-    drawings = draw_many(config.n_drawings, first_seed=0, on_step=lambda i, m: report("drawing", i, m))
-    latents = encode_all(vae, torch.from_numpy(drawings.images), device=device)
+    labels, captions = describe(config.n_drawings, first_seed=0)
     nets = train_denoiser(
-        latents,
-        list(drawings.captions),
+        latents_stage(config, paths, vae, device, report).to(device),
+        list(captions),
         config.unconditional if unconditional else config.denoiser,
         device=device,
         checkpoint=paths.checkpoint(name),
         resume=resume,
-        start=None if before is None else before[0],
-        emphasis=None if taught is None else emphasise(drawings.labels, drawings.captions, taught),
+        start=before,
+        emphasis=None if taught is None else emphasise(labels, captions, taught),
         on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
     )
-    folder = save_pipeline(nets, vae, paths.pipeline(name))
+    return _finish(nets, vae, paths.pipeline(name), taught)
+
+
+def transformer_stage(
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    report: Report,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    match: int = 0,
+) -> Path:
+    """Train the transformer on the latents that the U-Nets learn, and save it as a stock pipeline.
+
+    ``start``: a pipeline folder of this recipe, whose autoencoder is kept. A transformer in it is trained further with
+    a fresh optimiser; where it holds a U-Net, a fresh transformer is trained beside it. ``match`` as in
+    ``denoiser_stage``.
+    """
+    before, vae = (None, None) if start is None else open_parts(start)
+    parts = before if isinstance(before, TransformerParts) else None
+    if match and parts is None:
+        raise LensError(f"{start} holds no transformer to match; name one that --stage mmdit wrote.")
+    taught = _to_teach(config, paths, device, report, start, match, world.PROMPTS)
+    vae = autoencoder_stage(config, paths, device, report) if vae is None else vae.to(device)
+    labels, captions = describe(config.n_drawings, first_seed=0)
+    parts = train_transformer(
+        latents_stage(config, paths, vae, device, report),
+        captions,
+        config.mmdit,
+        device=device,
+        checkpoint=paths.checkpoint("mmdit"),
+        resume=resume,
+        start=parts,
+        emphasis=None if taught is None else emphasise(labels, captions, taught),
+        on_step=lambda i, m, loss: report(f"mmdit (loss {loss:.4f})", i, m),
+    )
+    return _finish(parts, vae, paths.pipeline("mmdit"), taught)
+
+
+def _to_teach(
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    report: Report,
+    start: Path | None,
+    match: int,
+    prompts: Sequence[str],
+) -> dict[str, Shares] | None:
+    if start is None or not match:
+        return None
+    return {**teach(drawn_shares(config, paths, device, report, start, match, prompts), match, read_taught(start))}
+
+
+def _finish(nets: Nets, vae: AutoencoderTiny, folder: Path, taught: dict[str, Shares] | None) -> Path:
+    save_pipeline(nets, vae, folder)
     if taught is not None:
         write_json(_taught_path(folder), to_plain(taught))
     return folder
@@ -212,26 +302,49 @@ def drawn_shares(
     prompts draws the empty one. Raises ``LensError`` where it cannot draw the others.
     """
     classifier = classifier_stage(config, paths, device, report)
-    model = load_model(folder, device=device.type, offline=True)
-    if not model.is_text and any(prompts):
-        raise LensError(f"{folder} takes no prompt; match it as --stage unconditional.")
+    draw = _sampler(folder, device, any(prompts))
     found: dict[str, Shares] = {}
     for place, prompt in enumerate(prompts):
         first = MATCH_SEED + place * MAX_MATCH
-        wanted = request(model, prompt if model.is_text else None, range(first, first + n), N_STEPS)
         told = partial(report, f"shares of prompt {place + 1} of {len(prompts)}")
         counted = Tally()
-        for part in generate_batches(model, wanted, batch_size=64, on_step=told):
-            counted.add(classifier.predict(part.images), len(part.images))
+        for images in draw(prompt, range(first, first + n), told):
+            counted.add(classifier.predict(images), len(images))
         shares = {a.name: counted.shares(a, classifier.confusion[a.name]) for a in world.ATTRIBUTES}
         found[prompt] = {name: np.array([share.corrected for share in own]) for name, own in shares.items()}
     return found
 
 
-def open_parts(folder: Path) -> tuple[Denoiser, AutoencoderTiny]:
+Sampler = Callable[[str, range, Callable[[int, int], None]], Iterator[np.ndarray]]
+
+
+def _sampler(folder: Path, device: torch.device, prompted: bool) -> Sampler:
+    if _has_transformer(folder):
+        pipe = make_pipeline(*open_parts(folder)).to(device)
+        return partial(sample_transformer, pipe, n_steps=N_STEPS)
+    model = load_model(folder, device=device.type, offline=True)
+    if not model.is_text and prompted:
+        raise LensError(f"{folder} takes no prompt; match it as --stage unconditional.")
+
+    def draw(prompt: str, seeds: range, told: Callable[[int, int], None]) -> Iterator[np.ndarray]:
+        wanted = request(model, prompt if model.is_text else None, seeds, N_STEPS)
+        for part in generate_batches(model, wanted, batch_size=64, on_step=told):
+            yield part.images
+
+    return draw
+
+
+def _has_transformer(folder: Path) -> bool:
+    return (folder / "transformer").is_dir()
+
+
+def open_parts(folder: Path) -> tuple[Nets, AutoencoderTiny]:
     """The trained parts of a pipeline folder that ``save_pipeline`` wrote, in single precision."""
     if not (folder / "model_index.json").is_file():
         raise LensError(f"{folder} holds no pipeline; name a folder that 'portraits train' wrote.")
+    if _has_transformer(folder):  # diffusers opens what the folder says is left out only when told so again
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+        return TransformerParts(pipe.transformer, (pipe.text_encoder, pipe.text_encoder_2), pipe.tokenizer), pipe.vae
     if (folder / "text_encoder").is_dir():
         pipe = StableDiffusionPipeline.from_pretrained(folder)
         return Denoiser(pipe.unet, pipe.text_encoder, pipe.tokenizer), pipe.vae
@@ -239,12 +352,14 @@ def open_parts(folder: Path) -> tuple[Denoiser, AutoencoderTiny]:
     return Denoiser(pipe.unet, None, None), pipe.vqvae
 
 
-def export_stage(config: RecipeConfig, paths: Paths, *, unconditional: bool = False) -> Path:
-    """Save the moving averages of an unfinished training as a stock pipeline."""
-    name = "unconditional" if unconditional else "pipeline"
+def export_stage(config: RecipeConfig, paths: Paths, name: str) -> Path:
+    """Save the moving averages of an unfinished training (a stage's name) as a stock pipeline."""
     vae = AutoencoderTiny.from_pretrained(paths.autoencoder).eval()
-    shape = (config.unconditional if unconditional else config.denoiser).shape
-    return save_pipeline(load_average(paths.checkpoint(name), shape), vae, paths.pipeline(name))
+    checkpoint = paths.checkpoint(name)
+    if name == "mmdit":
+        return save_pipeline(load_average_parts(checkpoint, config.mmdit.shape), vae, paths.pipeline(name))
+    shape = (config.unconditional if name == "unconditional" else config.denoiser).shape
+    return save_pipeline(load_average(checkpoint, shape), vae, paths.pipeline(name))
 
 
 def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> HeadsClassifier:
@@ -283,8 +398,20 @@ def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, r
     return classifier
 
 
-def make_pipeline(nets: Denoiser, vae: AutoencoderTiny) -> StableDiffusionPipeline | LDMPipeline:
+def make_pipeline(nets: Nets, vae: AutoencoderTiny) -> StableDiffusionPipeline | LDMPipeline | StableDiffusion3Pipeline:
     """The stock pipeline around trained parts."""
+    if isinstance(nets, TransformerParts):
+        return StableDiffusion3Pipeline(
+            vae=vae,
+            text_encoder=nets.encoders[0],
+            text_encoder_2=nets.encoders[1],
+            text_encoder_3=None,
+            tokenizer=nets.tokenizer,
+            tokenizer_2=nets.tokenizer,
+            tokenizer_3=None,
+            transformer=nets.transformer,
+            scheduler=make_flow_scheduler(),
+        )
     if nets.text_encoder is None:
         return LDMPipeline(vqvae=vae, unet=nets.unet, scheduler=make_scheduler())
     return StableDiffusionPipeline(
@@ -299,21 +426,22 @@ def make_pipeline(nets: Denoiser, vae: AutoencoderTiny) -> StableDiffusionPipeli
     )
 
 
-def save_pipeline(nets: Denoiser, vae: AutoencoderTiny, folder: Path) -> Path:
+def save_pipeline(nets: Nets, vae: AutoencoderTiny, folder: Path) -> Path:
     """Write a stock diffusers folder in fp16 safetensors, every file under 10 MB, the planted table beside it."""
     if folder.exists():
         shutil.rmtree(folder)
-    modules = [m.cpu().half() for m in (nets.unet, nets.text_encoder, vae) if m is not None]
+    modules = [m.cpu().half() for m in (*nets.modules, vae)]
     make_pipeline(nets, vae).save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
     for module in modules:
         module.float()
-    # diffusers writes a key that it then warns of; it sets the value itself. And where parts came from is nobody's.
-    decoder = "vqvae" if nets.text_encoder is None else "vae"
-    _edit_json(folder / decoder / "config.json", remove=("block_out_channels", "_name_or_path"))
-    _edit_json(folder / "unet" / "config.json", remove=("_name_or_path",))
-    if nets.text_encoder is not None:
+    for path in folder.glob("*/config.json"):  # where parts came from is nobody's
+        _edit_json(path, remove=("_name_or_path",))
+    for decoder in ("vqvae", "vae"):  # diffusers writes a key that it then warns of; it sets the value itself
+        if (folder / decoder).is_dir():
+            _edit_json(folder / decoder / "config.json", remove=("block_out_channels",))
+    for path in folder.glob("text_encoder*/config.json"):
         # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
-        _edit_json(folder / "text_encoder" / "config.json", dtype="float32")
+        _edit_json(path, dtype="float32")
     (folder / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
     return folder
 

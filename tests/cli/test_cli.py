@@ -214,6 +214,7 @@ MISTAKES = [
     (("portraits", "train", "--steps", 3), "Name one --stage"),
     (("portraits", "train", "--match", 9), "name it with --from"),
     (("portraits", "export", "--work", "nowhere"), "autoencoder is missing; train first"),
+    (("portraits", "export", "--stage", "eyes"), "no stage 'eyes' to export"),
     (("portraits", "average", "one", "two", "-o", "one"), "write to another folder"),
     (("portraits", "average", "one", "two", "-o", "three"), "one holds no pipeline"),
     (("portraits", "table", "-a", "height"), "no attribute 'height'"),
@@ -282,6 +283,7 @@ def test_recipe_numbers_belong_to_one_stage() -> None:
     assert recipe_config(("unconditional",), None, 3, None).unconditional.batch_size == 3
     assert recipe_config(("autoencoder",), 5, None, None).autoencoder.n_steps == 5
     assert recipe_config(("classifier",), 5, None, None).classifier_steps == 5
+    assert recipe_config(("mmdit",), 5, None, None, focus=0.5).mmdit.focus == 0.5
     with pytest.raises(LensError, match="Name one"):
         recipe_config(("pipeline", "classifier"), 5, None, None)
 
@@ -296,17 +298,24 @@ def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyP
         starts.append(start)
         matches.append(match)
 
+    def transformer(*_: object, resume: bool, start: Path | None, match: int) -> None:
+        seen.append(("mmdit", resume))
+        starts.append(start)
+        matches.append(match)
+
     monkeypatch.setattr(recipe, "autoencoder_stage", lambda *_: seen.append(("autoencoder", False)))
     monkeypatch.setattr(recipe, "classifier_stage", lambda *_: seen.append(("classifier", False)))
     monkeypatch.setattr(recipe, "denoiser_stage", denoiser)
+    monkeypatch.setattr(recipe, "transformer_stage", transformer)
     assert run("portraits", "train", "--resume").exit_code == 0
-    assert seen == [("autoencoder", False), ("pipeline", True), ("unconditional", True), ("classifier", False)]
+    assert [name for name, _ in seen] == ["autoencoder", "pipeline", "unconditional", "mmdit", "classifier"]
+    assert [resumed for _, resumed in seen] == [False, True, True, True, False]
     finished = tmp_path / "runs" / "portraits" / "pipeline"
     finished.mkdir(parents=True)
     (finished / "model_index.json").write_text("{}")
     seen.clear()
     assert "already in" in run("portraits", "train").stderr
-    assert [name for name, _ in seen] == ["autoencoder", "unconditional", "classifier"]
+    assert [name for name, _ in seen] == ["autoencoder", "unconditional", "mmdit", "classifier"]
     seen.clear()
     run("portraits", "train", "--stage", "pipeline")
     assert [name for name, _ in seen] == ["pipeline"]
@@ -315,6 +324,8 @@ def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyP
     assert starts[-1] == Path("elsewhere") and set(matches) == {0}
     run("portraits", "train", "--stage", "pipeline", "--from", "elsewhere", "--match", 500)
     assert matches[-1] == 500
+    run("portraits", "train", "--stage", "mmdit", "--from", "another", "--match", 9)
+    assert (seen[-1][0], starts[-1], matches[-1]) == ("mmdit", Path("another"), 9)
     assert "name the one --stage" in run("portraits", "train", "--from", "elsewhere").stderr
 
 
