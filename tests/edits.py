@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffusion_lens.base.types import GenerationRequest, Sampler
+from diffusion_lens.base.types import EditSpec, GenerationRequest, Sampler
 from diffusion_lens.model.generate import StepContext, request
 from diffusion_lens.model.pipelines import DiffusionModel, seed_generators
 
@@ -24,8 +24,11 @@ class Turn:
     fn: Callable[[Tensor, StepContext], Tensor]
     sampler: Sampler = "symmetric"
     window: tuple[int, int] | None = None
-    description: str = "turn"
     seen: list[StepContext] = field(default_factory=list)
+
+    @property
+    def spec(self) -> EditSpec:
+        return EditSpec.of_custom("turn")
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         self.seen.append(context)

@@ -26,7 +26,9 @@ def to_plain(value: Any, *, without: str | None = None) -> Any:
         return to_plain(value.tolist())
     if isinstance(value, dict):
         return {str(k): to_plain(v, without=without) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted(to_plain(v, without=without) for v in value)
+    if isinstance(value, list | tuple):
         return [to_plain(v, without=without) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -7,7 +7,11 @@ result can be kept, compared and plotted without torch. The ordered tuple
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -15,6 +19,8 @@ import numpy as np
 Mode = Literal["scale", "add", "suppress"]
 Sampler = Literal["asymmetric", "symmetric"]
 GuidanceBranch = Literal["conditional", "both"]
+Plain = str | int | float | bool | None
+"""What an option of a method may be."""
 
 MAX_SEED = 2**63 - 1
 ASSUMED = 1_000_000
@@ -201,17 +207,140 @@ class Intervention:
         if self.window is not None and not 0 <= self.window[0] < self.window[1]:
             raise LensError(f"The step window {self.window} is empty; it runs from a first step to a later one.")
 
+    def coefficients(self) -> Iterator[tuple[int, float, float]]:
+        """``(feature, scale, shift)`` for both poles: ``s`` becomes ``scale · s + shift``.
+
+        An override replaces β before the opposite pole mirrors it.
+        """
+        own = dict(self.overrides)
+        for features, mirrored in ((self.features, False), (self.opposite, True)):
+            for feature in features.ids if features is not None else ():
+                beta = own.get(feature, self.beta)
+                if self.mode == "scale":
+                    yield feature, 2 - beta if mirrored else beta, 0.0
+                elif self.mode == "add":
+                    yield feature, 1.0, -beta if mirrored else beta
+                else:
+                    yield feature, 1 + beta if mirrored else 1 - beta, 0.0
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """Which method was fitted, to what and on what: all that decides its edits but their strength.
+
+    Attributes:
+        key, name: the method's, as typed and as shown. lens_key: of the lens that it was fitted to.
+        target: the share aimed at of each of ``classes``.
+        options: ``(name, value)`` of every option. prompts, seeds: the images that the fit drew.
+        digest: 12 hex digits over all this and the fitted tensors, which are kept elsewhere.
+    """
+
+    key: str
+    name: str
+    lens_key: str
+    attribute: str
+    classes: tuple[str, ...]
+    target: tuple[float, ...]
+    options: tuple[tuple[str, Plain], ...]
+    prompts: tuple[str | None, ...]
+    seeds: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class CustomEdit:
+    """An edit that only the program that made it can make again; ``digest`` tells it from others of its name."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EditSpec:
+    """An edit as data: what makes it again, names it in a cache, and says where a result comes from.
+
+    It is one of three: interventions on SAE features, a fitted method at a strength, or an edit of one's own. Two are
+    equal where they edit alike: order of features within a pole, scores and names of classes do not count.
+    ``edits.describe`` makes the sentence for a person.
+
+    Attributes:
+        interventions: of a feature edit, in the order in which they act.
+        hold_digest: of the probes that the edit holds still (``holds`` names them); empty for none.
+        method: fitted, with ``strength`` (0 is the identity).
+        custom: an edit that cannot be made again from this.
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    hold_digest: str = ""
+    method: FittedMethod | None = None
+    strength: float = 0.0
+    custom: CustomEdit | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.interventions) + (self.method is not None) + (self.custom is not None) != 1:
+            raise LensError("An edit is made of interventions, or is one of a fitted method, or one of your own.")
+
+    @classmethod
+    def of_custom(cls, name: str, *decisive: object) -> EditSpec:
+        """The spec of an edit of one's own: a name, and the JSON values that tell it from others of that name."""
+        return cls(custom=CustomEdit(name, hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]))
+
+    @property
+    def sae_id(self) -> str | None:
+        """The SAE whose features are edited; ``None`` for other edits."""
+        return self.interventions[0].features.sae_id if self.interventions else None
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """Attributes that the edit holds still, sorted: what any intervention holds, but for those it steers."""
+        steered = {i.features.attribute for i in self.interventions}
+        return tuple(sorted({name for i in self.interventions for name in i.hold} - steered))
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits over everything that decides the edit; the same in every process."""
+        return hashlib.sha256(self._decisive.encode()).hexdigest()[:12]
+
+    @cached_property
+    def _decisive(self) -> str:
+        """Everything that decides the edit, as one text."""
+        if self.method is not None:
+            return json.dumps(["method", self.method.digest, float(self.strength)])
+        if self.custom is not None:
+            return json.dumps(["custom", self.custom.name, self.custom.digest])
+        details = [
+            [sorted(i.coefficients()), i.window, i.sampler, None if i.only_seeds is None else sorted(i.only_seeds)]
+            for i in self.interventions
+        ]
+        return json.dumps(["features", self.sae_id, details, self.hold_digest])
+
+    def __eq__(self, other: object) -> bool:
+        return self._decisive == other._decisive if isinstance(other, EditSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._decisive)
+
+    def __repr__(self) -> str:
+        if self.method is not None:
+            kind = f"{self.method.key}, strength {self.strength:g}"
+        elif self.custom is not None:
+            kind = self.custom.name
+        else:
+            kind = f"{len(self.interventions)} intervention{'s' * (len(self.interventions) > 1)}"
+        return f"EditSpec({kind} · {self.digest})"
+
 
 @dataclass(frozen=True)
 class Generation:
-    """Images ``uint8[n, H, W, 3]`` with everything needed to make them again.
+    """Images ``uint8[n, H, W, 3]`` with everything needed to make them again (``DiffusionLens.reproduce``).
 
-    ``activation_ratio`` is the mean ``|h'| / |h|`` over edited images and steps; ``None`` where nothing was edited.
+    ``edit`` is ``None`` for unedited images. ``activation_ratio`` is the mean ``|h'| / |h|`` over edited images and
+    steps; ``None`` where nothing was edited.
     """
 
     images: np.ndarray
     request: GenerationRequest
-    edit: str | None = None
+    edit: EditSpec | None = None
     activations: Activations | None = None
     activation_ratio: float | None = None
 
@@ -468,7 +597,7 @@ class Evaluation:
     agreement: dict[str, float]
     changes: tuple[Change, ...]
     request: GenerationRequest
-    edit: str | None
+    edit: EditSpec | None
     classifier_id: str
 
 

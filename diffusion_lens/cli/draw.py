@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Evaluation, Generation, LensError
@@ -87,7 +88,8 @@ def generate(
     written = save_images(drawn, out)
     found = {a.name: opened.evaluate(drawn[-1], a.name, reference=base if turns else None) for a in opened.attributes}
     if as_json:
-        show_json({"request": to_plain(request), "edit": drawn[-1].edit, "files": written, "read": to_plain(found)})
+        in_words = describe(drawn[-1].edit) if drawn[-1].edit else None
+        show_json({"request": to_plain(request), "edit": in_words, "files": written, "read": to_plain(found)})
         return
     for name, evaluation in found.items():
         show_evaluation(name, evaluation)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import FeatureSet, LensError, Sampler
+from diffusion_lens.base.types import EditSpec, FeatureSet, LensError, Sampler
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 
@@ -71,12 +71,11 @@ class PublishedEdit:
                 raise LensError(f"The features of {features.target} belong to another SAE ({features.sae_id}).")
 
     @property
-    def description(self) -> str:
-        """Stable text that names the edit."""
-        turns = "; ".join(f"{f.attribute}={f.target} β={beta:g} {f.ids}" for f, beta in self.turns)
-        return (
-            f"DiffLens as published: {self.mode}, {self.sampler}, steps {self.window}, SAE {self.sae.sae_id}: {turns}"
-        )
+    def spec(self) -> EditSpec:
+        """Names the edit; what makes it again is this class."""
+        decisive = [self.mode, self.sampler, self.window, self.sae.sae_id, [(f.ids, beta) for f, beta in self.turns]]
+        goals = ", ".join(f"{f.attribute}={f.target} by beta {beta:g}" for f, beta in self.turns)
+        return EditSpec.of_custom(f"DiffLens as published: {self.mode} {goals}", *decisive)
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """The edited bottleneck, ``[n, c, y, x]``."""

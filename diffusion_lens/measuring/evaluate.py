@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffusion_lens.base.types import Change, Evaluation, GenerationRequest, Predictions
+from diffusion_lens.base.types import Change, EditSpec, Evaluation, GenerationRequest, Predictions
 from diffusion_lens.results import metrics, stats
 
 
@@ -15,7 +15,7 @@ def evaluate(
     attribute_name: str,
     confusion: Mapping[str, np.ndarray],
     request: GenerationRequest,
-    edit: str | None,
+    edit: EditSpec | None,
     *,
     reference: Mapping[str, Predictions] | None = None,
 ) -> Evaluation:

@@ -52,4 +52,4 @@ class Activation(Method):
         gains = torch.ones_like(scores)
         gains.scatter_(1, top.indices, torch.where(top.values > 0, 1 + strength, 1.0))
         draw = ClassDraw(fitted.attribute, fitted.record.target, options.draw_seed)
-        return ChannelEdit(gains, draw, options.sampler, None, fitted.describe(strength))
+        return ChannelEdit(gains, draw, options.sampler, None, fitted.spec(strength))

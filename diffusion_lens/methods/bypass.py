@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffusion_lens.base.types import LensError, Sampler
+from diffusion_lens.base.types import EditSpec, LensError, Sampler
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.model.denoise import Edit, StepContext
 
@@ -46,7 +46,7 @@ class BypassEdit:
 
     strength: float
     options: BypassOptions
-    description: str
+    spec: EditSpec
     sampler: Sampler = "symmetric"
     window: tuple[int, int] | None = None
 
@@ -87,4 +87,4 @@ class Bypass(Method):
         """``strength`` is λ_max, from 0 to 1."""
         if not 0 <= strength <= 1:
             raise LensError(f"λ lies between 0 and 1; it is {strength:g}.")
-        return BypassEdit(strength, fitted.options, fitted.describe(strength))
+        return BypassEdit(strength, fitted.options, fitted.spec(strength))

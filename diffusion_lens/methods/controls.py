@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, GenerationRequest, Intervention, LensError, Sampler
+from diffusion_lens.base.types import Attribute, EditSpec, GenerationRequest, Intervention, LensError, Sampler
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
@@ -99,7 +99,7 @@ class NoiseEdit:
 
     inner: Edit
     seed: int
-    description: str
+    spec: EditSpec
     sampler: Sampler
     window: tuple[int, int] | None
 
@@ -133,7 +133,7 @@ class MatchedNoise(_SaeControl):
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
         """Noise of the size of the feature edit at ``strength``."""
         inner = self._edit(fitted, strength, seeds, None)
-        return NoiseEdit(inner, fitted.options.control_seed, fitted.describe(strength), inner.sampler, inner.window)
+        return NoiseEdit(inner, fitted.options.control_seed, fitted.spec(strength), inner.sampler, inner.window)
 
 
 class PromptOptions(MethodOptions):
@@ -149,7 +149,7 @@ class PromptEdit:
     attribute: Attribute
     classes: dict[int, str]
     template: str
-    description: str
+    spec: EditSpec
     sampler: Sampler = "symmetric"
     window: tuple[int, int] | None = None
 
@@ -196,7 +196,7 @@ class PromptRewriting(Method):
         if not 0 <= strength <= 1:
             raise LensError(f"The share of rewritten prompts lies from 0 to 1; it is {strength:g}.")
         if strength == 0:
-            return NoEdit(fitted.describe(strength))
+            return NoEdit(fitted.spec(strength))
         target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
         drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
         classes = {
@@ -205,4 +205,4 @@ class PromptRewriting(Method):
             for seed in group
             if np.random.default_rng([fitted.options.draw_seed, seed, 1]).random() < strength
         }
-        return PromptEdit(fitted.attribute, classes, fitted.options.template, fitted.describe(strength))
+        return PromptEdit(fitted.attribute, classes, fitted.options.template, fitted.spec(strength))

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, LensError, Sampler
+from diffusion_lens.base.types import Attribute, EditSpec, LensError, Sampler
 from diffusion_lens.model.denoise import StepContext
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.steering.intervene import draw_classes
@@ -50,7 +50,7 @@ def at_step(table: Tensor, context: StepContext) -> Tensor:
 class NoEdit:
     """Changes nothing."""
 
-    description: str
+    spec: EditSpec
     sampler: Sampler = "symmetric"
     window: tuple[int, int] | None = None
 
@@ -68,7 +68,7 @@ class DirectionEdit:
     draw: ClassDraw
     sampler: Sampler
     window: tuple[int, int] | None
-    description: str
+    spec: EditSpec
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """The edited ``h [n, c, y, x]``."""
@@ -86,7 +86,7 @@ class ChannelEdit:
     draw: ClassDraw
     sampler: Sampler
     window: tuple[int, int] | None
-    description: str
+    spec: EditSpec
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """The edited ``h [n, c, y, x]``."""
@@ -98,7 +98,7 @@ class WeightEdit:
     """A change of the model itself while a batch is drawn; the bottleneck is left as the changed model makes it."""
 
     model_context: Callable[[DiffusionModel], AbstractContextManager[object]]
-    description: str
+    spec: EditSpec
     sampler: Sampler = "symmetric"
     window: tuple[int, int] | None = None
 

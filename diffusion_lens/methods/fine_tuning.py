@@ -101,13 +101,13 @@ class FineTuning(Method):
 
 def adapter_edit(fitted: Fitted, strength: float) -> Edit:
     """The fitted adapter at a scale; 0 leaves the model alone."""
-    text = fitted.describe(strength)
+    spec = fitted.spec(strength)
     if strength == 0:
-        return NoEdit(text)
+        return NoEdit(spec)
     notes = fitted.record.notes
     unet, text_layers = (targets_of(fitted.tensors, part) for part in ("unet", "text"))
     shape = LoraShape(int(notes["rank"]), float(notes["alpha"]), unet, text_layers)
-    return WeightEdit(partial(applied, shape=shape, tensors=fitted.tensors, scale=strength), text)
+    return WeightEdit(partial(applied, shape=shape, tensors=fitted.tensors, scale=strength), spec)
 
 
 def train_aligned(task: Task) -> tuple[dict[str, Tensor], list[float]]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.base.types import LensError, Sampler
+from diffusion_lens.base.types import EditSpec, LensError, Sampler
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task, probe_of
 from diffusion_lens.model.denoise import Edit, StepContext
@@ -55,7 +55,7 @@ class HDistributionEdit:
     target: Tensor
     strength: float
     options: HDistributionOptions
-    description: str
+    spec: EditSpec
     sampler: Sampler
     window: tuple[int, int] | None = None
 
@@ -107,5 +107,5 @@ class HDistribution(Method):
         options = fitted.options
         return HDistributionEdit(
             probe_of(fitted.lens, fitted.record.attribute), torch.tensor(fitted.record.target), strength, options,
-            fitted.describe(strength), options.sampler,
+            fitted.spec(strength), options.sampler,
         )  # fmt: skip

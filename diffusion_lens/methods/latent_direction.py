@@ -83,7 +83,7 @@ class LatentDirection(Method):
         """``h + strength · c``."""
         draw = ClassDraw(fitted.attribute, fitted.record.target, fitted.options.draw_seed)
         directions = fitted.tensors["directions"]
-        return DirectionEdit(directions, strength, draw, fitted.options.sampler, None, fitted.describe(strength))
+        return DirectionEdit(directions, strength, draw, fitted.options.sampler, None, fitted.spec(strength))
 
 
 def train_direction(task: Task, groups: list[Group], counter: Counter) -> tuple[Tensor, list[float]]:

@@ -82,7 +82,7 @@ class LatentEditing(Method):
             raise LensError(f"The directions of {self.name} are damaged; fit it again.")
         draw = ClassDraw(fitted.attribute, fitted.record.target, fitted.options.draw_seed)
         window = edit_window(model, directions.shape[1], fitted.options.t_edit)
-        return DirectionEdit(directions, strength, draw, "asymmetric", window, fitted.describe(strength))
+        return DirectionEdit(directions, strength, draw, "asymmetric", window, fitted.spec(strength))
 
 
 def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, counter: Counter) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import load_tensors, save_tensors
-from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, EditSpec, FittedMethod, LensError
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.methods.draws import Draws
@@ -168,10 +168,14 @@ class Fitted:
             raise LensError(f"A strength is a finite number up to {MAX_STRENGTH:g}; it is {strength}.")
         return self.method.build(self, float(strength), tuple(int(s) for s in seeds))
 
-    def describe(self, strength: float) -> str:
-        """Stable text for an edit: method, goal, strength, and a digest of the rest."""
-        goal = ", ".join(f"{c} {s:.0%}" for c, s in zip(self.record.classes, self.record.target, strict=True) if s)
-        return f"{self.method.name} towards {self.record.attribute} {goal}, strength {strength:g} · {self.digest}"
+    def spec(self, strength: float) -> EditSpec:
+        """The edit of this strength as data: everything but the tensors, which its digest names."""
+        record = self.record
+        method = FittedMethod(
+            record.method, self.method.name, record.lens_key, record.attribute, record.classes, record.target,
+            tuple(sorted(record.options.items())), record.prompts, record.seeds, self.digest,
+        )  # fmt: skip
+        return EditSpec(method=method, strength=float(strength))
 
     def save(self, folder: Path) -> None:
         """Write ``method.json`` and, where there are tensors, ``method.safetensors``."""

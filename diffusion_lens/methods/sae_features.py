@@ -69,7 +69,8 @@ def feature_edit(
             only = None if target[label] == 1 else group
             turns.append(make_intervention(attribution, setting, label, beta, only_seeds=only, hold=hold))
     turns = turns if change is None else [change(turn) for turn in turns]
-    return compile(turns, fitted.lens.sae, fitted.lens.probes) if turns else NoEdit(fitted.describe(strength))
+    spec = fitted.spec(strength)
+    return replace(compile(turns, fitted.lens.sae, fitted.lens.probes), spec=spec) if turns else NoEdit(spec)
 
 
 def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:

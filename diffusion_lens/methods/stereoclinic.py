@@ -104,15 +104,15 @@ class StereoClinic(Method):
         """Damp by γ = 1 − ``strength``, from 0 to 1."""
         if not 0 <= strength <= 1:
             raise LensError(f"Damping takes a strength from 0 to 1; it is {strength:g}.")
-        text = fitted.describe(strength)
+        spec = fitted.spec(strength)
         if strength == 0:
-            return NoEdit(text)
+            return NoEdit(spec)
         gains = damping(fitted.tensors, fitted.options.top, 1 - strength)
         if fitted.options.neurons == BOTTLENECK:
             rows = gains[BOTTLENECK].expand(len(fitted.record.classes), -1)
             draw = ClassDraw(fitted.attribute, fitted.record.target, 0)
-            return ChannelEdit(rows, draw, "symmetric", None, text)
-        return WeightEdit(partial(damped, gains=gains), text)
+            return ChannelEdit(rows, draw, "symmetric", None, spec)
+        return WeightEdit(partial(damped, gains=gains), spec)
 
 
 def neuron_relevance(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import Activations, Generation, GenerationRequest, LensError, Sampler
+from diffusion_lens.base.types import Activations, EditSpec, Generation, GenerationRequest, LensError, Sampler
 from diffusion_lens.model.hooks import UpPath, intercept
 from diffusion_lens.model.pipelines import Conditioning, DiffusionModel, seed_generators
 
@@ -42,7 +42,7 @@ class StepContext:
 
 
 class Edit(Protocol):
-    """A change of the bottleneck. ``description`` is stable text: provenance and cache key.
+    """A change of the bottleneck. ``spec`` is the same as data: provenance and cache key.
 
     An edit may also have ``model_context``, a callable ``DiffusionModel -> context manager`` for edits of weights;
     it is entered once per batch; and ``prompts``, a callable ``GenerationRequest -> one prompt per image``, for edits
@@ -61,8 +61,8 @@ class Edit(Protocol):
         ...
 
     @property
-    def description(self) -> str:
-        """Stable text that says what the edit does."""
+    def spec(self) -> EditSpec:
+        """Everything that decides what the edit does."""
         ...
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
@@ -177,8 +177,8 @@ class BatchRun:
                 on_latents(self.request, latents)
             images = model.decode(latents, len(self.request.seeds))
         activations = None if self.capture is None else self._activations(scheduler, self.capture)
-        told = None if edit is None else edit.description
-        return Generation(images, self.request, told, activations, self.stats.mean)
+        spec = None if edit is None else edit.spec
+        return Generation(images, self.request, spec, activations, self.stats.mean)
 
     def read(self, on_step: Callable[[int], None]) -> Activations:
         """Run to the last captured step and no further; nothing is decoded. Needs a ``capture``."""

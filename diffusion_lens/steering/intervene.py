@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, Intervention, LensError, Sampler
+from diffusion_lens.base.types import Attribute, EditSpec, Intervention, LensError, Sampler
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.steering.hold import Hold, make_hold
@@ -30,7 +28,7 @@ class FeatureEdit:
 
     Attributes:
         hold: what the whole edit leaves alone; ``None`` for nothing.
-        description: says in words what is done, and ends in a digest of every detail: equal text, equal edit.
+        spec: the interventions, or the fitted method that made them.
         sampler: one for all. window: the steps that any intervention touches; ``None`` is every step.
     """
 
@@ -38,7 +36,7 @@ class FeatureEdit:
     interventions: tuple[Intervention, ...]
     sampler: Sampler
     window: tuple[int, int] | None
-    description: str
+    spec: EditSpec
     hold: Hold | None = None
 
     @torch.no_grad()
@@ -70,13 +68,13 @@ class FeatureEdit:
     def _coefficients(self, step: int, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``ids [m]``, ``scale, shift [n, m]`` (float64): in image i, feature ``ids[j]`` becomes scale·s + shift."""
         active = [i for i in self.interventions if i.window is None or i.window[0] <= step < i.window[1]]
-        ids = sorted({feature for i in active for feature, _, _ in _turns(i)})
+        ids = sorted({feature for i in active for feature, _, _ in i.coefficients()})
         column = {feature: j for j, feature in enumerate(ids)}
         scale, shift = np.ones((len(seeds), len(ids))), np.zeros((len(seeds), len(ids)))
         for intervention in active:
             chosen = intervention.only_seeds
             rows = np.array([chosen is None or seed in chosen for seed in seeds])
-            for feature, gain, add in _turns(intervention):
+            for feature, gain, add in intervention.coefficients():
                 j = column[feature]
                 scale[rows, j] *= gain
                 shift[rows, j] = shift[rows, j] * gain + add
@@ -102,11 +100,10 @@ def compile(
     samplers = {i.sampler for i in interventions}
     if len(samplers) > 1:
         raise LensError("Interventions applied together need one sampler; choose asymmetric or symmetric for all.")
-    turned = {i.features.attribute for i in interventions}
-    hold = make_hold(probes, [name for i in interventions for name in i.hold if name not in turned])
-    words = "; ".join(_words(i) for i in interventions) + ("" if hold is None else f"; holding {', '.join(hold.names)}")
-    description = f"{words} · {_digest(interventions, sae, hold)}"
-    return FeatureEdit(sae, tuple(interventions), samplers.pop(), _hull(interventions), description, hold)
+    spec = EditSpec(interventions=tuple(interventions))
+    hold = make_hold(probes, spec.holds)
+    spec = spec if hold is None else replace(spec, hold_digest=hold.digest)
+    return FeatureEdit(sae, tuple(interventions), samplers.pop(), _hull(interventions), spec, hold)
 
 
 def draw_classes(
@@ -135,20 +132,6 @@ def draw_classes(
     return {label: frozenset(images) for label, images in drawn.items()}
 
 
-def _turns(intervention: Intervention) -> Iterator[tuple[int, float, float]]:
-    """``(feature, scale, shift)`` for both poles. An override replaces β before the opposite pole mirrors it."""
-    own = dict(intervention.overrides)
-    for features, mirrored in ((intervention.features, False), (intervention.opposite, True)):
-        for feature in features.ids if features is not None else ():
-            beta = own.get(feature, intervention.beta)
-            if intervention.mode == "scale":
-                yield feature, 2 - beta if mirrored else beta, 0.0
-            elif intervention.mode == "add":
-                yield feature, 1.0, -beta if mirrored else beta
-            else:
-                yield feature, 1 + beta if mirrored else 1 - beta, 0.0
-
-
 def _check(intervention: Intervention, sae: SparseAutoencoder) -> None:
     poles = [p for p in (intervention.features, intervention.opposite) if p is not None]
     for pole in poles:
@@ -171,31 +154,3 @@ def _hull(interventions: Sequence[Intervention]) -> tuple[int, int] | None:
     if len(known) < len(windows):
         return None
     return min(w[0] for w in known), max(w[1] for w in known)
-
-
-def _words(intervention: Intervention) -> str:
-    features = intervention.features
-    mirror = f" and {len(intervention.opposite.ids)} mirrored" if intervention.opposite is not None else ""
-    window = intervention.window
-    steps = "every step" if window is None else f"steps {window[0]}-{window[1] - 1}"
-    images = "" if intervention.only_seeds is None else f", {len(intervention.only_seeds)} chosen images"
-    own = f", {len(intervention.overrides)} set apart" if intervention.overrides else ""
-    return (
-        f"{intervention.mode} {len(features.ids)}{mirror} features for {features.attribute}={features.target}"
-        f" by beta {intervention.beta:g}{own}, {steps}, {intervention.sampler}{images}"
-    )
-
-
-def _digest(interventions: Sequence[Intervention], sae: SparseAutoencoder, hold: Hold | None) -> str:
-    """12 hex digits over everything that decides the edit."""
-    details = [
-        [
-            list(_turns(i)),
-            i.window,
-            i.sampler,
-            None if i.only_seeds is None else sorted(i.only_seeds),
-        ]
-        for i in interventions
-    ]
-    held = [] if hold is None else [hold.digest]
-    return hashlib.sha256(json.dumps([sae.sae_id, details, *held]).encode()).hexdigest()[:12]

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, EditSpec, LensError, Predictions
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
 from diffusion_lens.model.denoise import Edit
@@ -166,7 +166,7 @@ def _read(
     path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         seeds = range(config.first_seed, config.first_seed + config.n)
-        edit: Edit | None = BypassEdit(config.bypass, config.bypass_options, "bypass") if bypassed else None
+        edit: Edit | None = _bypass(config) if bypassed else None
         stage = f"{name}{', bypassed' if bypassed else ''}, guidance {scale:g}"
         drawn = generate_batches(
             model, request(model, prompt, seeds, config.n_steps, scale), edit=edit, batch_size=config.batch_size,
@@ -260,6 +260,12 @@ def _folder(work: Path, name: str) -> Path:
 
 def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+
+
+def _bypass(config: DepthConfig) -> BypassEdit:
+    options = config.bypass_options
+    spec = EditSpec.of_custom("mid-block bypass", config.bypass, options.model_dump(mode="json"))
+    return BypassEdit(config.bypass, options, spec)
 
 
 def _step(on_stage: OnStage | None, stage: str) -> Callable[[int, int], None] | None:

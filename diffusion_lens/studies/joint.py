@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Change, Intervention, LensError, Predictions, Sampler
 from diffusion_lens.measuring.sweep import Reading, read_images
 from diffusion_lens.methods.protocol import Target, target_shares
@@ -157,7 +158,7 @@ def _result(
         interference={name: _interference(spillover, name) for name in names},
         shared_features=tuple(sorted(shared)),
         order_matters=_differ(readings[TOGETHER], readings["reversed"]),
-        description=both.description,
+        description=describe(both.spec),
         steered={name: _told(lens, name, steer) for name, steer in steers.items()},
         prompt=prompt,
         sae_id=lens.sae.sae_id,

@@ -212,7 +212,7 @@ class Studio:
             base = self._base(request, on_step, sight.unedited() if sight else None)
             before = _row(base.start.generation.images, base.readings, view.attribute)
             edit = self.lens.edit(*turns) if turns else None
-            key = (request, edit.description if edit else None)
+            key = (request, edit.spec.digest if edit else None)
             drawn = self._rows.get(key)
             if drawn is None:
                 drawn = (base.start.generation.images, base.readings, None)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.features.probes import Probe, load_probes
 from diffusion_lens.features.sae import SparseAutoencoder
@@ -347,7 +348,7 @@ def test_imported_lens_ranks_generates_and_edits(imported: Path) -> None:
     assert not np.array_equal(published.images, base.images)
     assert not np.array_equal(corrected.images, base.images)
     assert not np.array_equal(published.images, corrected.images)
-    assert published.edit is not None and "as published" in published.edit
+    assert published.edit is not None and "as published" in describe(published.edit)
 
 
 def test_published_edit_refuses_a_foreign_sae(imported: Path, case: Case) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_lens.base.types import (
     Attribute,
+    EditSpec,
     Generation,
     GenerationRequest,
     LensError,
@@ -43,8 +44,8 @@ class FakeEdit:
     window: tuple[int, int] | None = None
 
     @property
-    def description(self) -> str:
-        return f"fake {self.beta}"
+    def spec(self) -> EditSpec:
+        return EditSpec.of_custom(f"fake {self.beta}")
 
     def apply(self, h: torch.Tensor, context: StepContext) -> torch.Tensor:
         return h
@@ -66,7 +67,7 @@ class FakeWorld:
         on_step: Any = None,
         start: Any = None,
     ) -> Iterator[Generation]:
-        self.runs.append(edit.description if edit else None)
+        self.runs.append(edit.spec.custom.name if edit else None)
         total = request.n_steps * -(-len(request.seeds) // batch_size)
         for batch, offset in enumerate(range(0, len(request.seeds), batch_size)):
             seeds = request.seeds[offset : offset + batch_size]
@@ -320,7 +321,10 @@ class Shift:
     beta: float
     sampler: str = "symmetric"
     window: tuple[int, int] | None = (2, 4)
-    description: str = "shift"
+
+    @property
+    def spec(self) -> EditSpec:
+        return EditSpec.of_custom("shift", self.beta)
 
     def apply(self, h: torch.Tensor, context: StepContext) -> torch.Tensor:
         return h + self.beta

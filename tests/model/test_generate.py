@@ -56,7 +56,7 @@ def test_symmetric_edits_equal_a_hook_in_the_stock_pipeline(kind: str, tiny_mode
     with guided_edit(model, asked, edit):
         assert np.array_equal(edited.images, stock(model.pipeline, asked))
     assert not np.array_equal(edited.images, generate(model, asked).images)
-    assert edited.edit == "turn"
+    assert edited.edit == edit.spec
 
 
 def slow_asymmetric(model: DiffusionModel, asked: GenerationRequest, edit: Turn) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
 from torch import Tensor
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.steering.hold import Hold, make_hold
@@ -92,11 +93,11 @@ def test_what_is_turned_is_not_held() -> None:
     assert compile([replace(gender, hold=("gender",))], SAE, PROBES).hold is None
 
 
-def test_holding_shows_in_the_description() -> None:
-    plain, held = compile([turn()], SAE).description, compile([turn(hold=("tone", "age"))], SAE, PROBES).description
-    assert "holding age, tone" in held and plain.split(" · ")[1] != held.split(" · ")[1]
-    assert compile([turn(hold=("age", "tone", "age"))], SAE, PROBES).description == held
-    other = compile([turn(hold=("age", "tone"))], SAE, {**PROBES, "age": probe(AGE, 60)}).description
+def test_holding_shows_in_the_spec() -> None:
+    plain, held = compile([turn()], SAE).spec, compile([turn(hold=("tone", "age"))], SAE, PROBES).spec
+    assert held.holds == ("age", "tone") and "holding age, tone" in describe(held) and plain.digest != held.digest
+    assert compile([turn(hold=("age", "tone", "age"))], SAE, PROBES).spec == held
+    other = compile([turn(hold=("age", "tone"))], SAE, {**PROBES, "age": probe(AGE, 60)}).spec
     assert other != held  # the same words, other probes
 
 

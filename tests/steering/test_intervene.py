@@ -10,6 +10,7 @@ import torch
 from sae_helpers import AGE, GENDER, random_maps, random_sae
 from torch import Tensor
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import FeatureSet, Intervention, LensError
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
@@ -150,11 +151,11 @@ def test_faults_are_named() -> None:
         compile([], SAE)
 
 
-def test_description_tells_edits_apart() -> None:
+def test_specs_tell_edits_apart() -> None:
     base = turn("scale", 2.0, 1, 2)
-    same = compile([turn("scale", 2.0, 1, 2)], SAE).description
-    assert compile([base], SAE).description == same
-    assert "gender=male" in same and "beta 2" in same
+    same = compile([turn("scale", 2.0, 1, 2)], SAE).spec
+    assert compile([base], SAE).spec == same
+    assert "gender=male" in describe(same) and "beta 2" in describe(same)
     others = [
         replace(base, beta=2.0000001),
         replace(base, mode="add"),
@@ -166,8 +167,9 @@ def test_description_tells_edits_apart() -> None:
         replace(base, only_seeds=frozenset({1})),
         replace(base, only_seeds=frozenset({2})),
     ]
-    assert len({same, *(compile([other], SAE).description for other in others)}) == 10
-    assert compile([base, others[1]], SAE).description != compile([others[1], base], SAE).description
+    specs = {same, *(compile([other], SAE).spec for other in others)}
+    assert len(specs) == len({spec.digest for spec in specs}) == len({describe(spec) for spec in specs}) == 10
+    assert compile([base, others[1]], SAE).spec != compile([others[1], base], SAE).spec
 
 
 def test_drawn_classes_meet_the_target_and_part_the_images() -> None:

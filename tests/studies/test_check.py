@@ -104,7 +104,7 @@ def test_reconstruction_puts_the_saes_output_in_place() -> None:
     context = StepContext(0, 4, 900, (1, 2), None, 0.5, torch.zeros(2, 4, 8, 8))
     out = Reconstruction(sae).apply(h, context)
     assert torch.equal(out, sae.from_samples(sae(sae.to_samples(h))))
-    assert sae.sae_id in Reconstruction(sae).description
+    assert Reconstruction(sae).spec != Reconstruction(random_sae(seed=1)).spec
 
 
 def test_thinned_grids_keep_both_ends_and_the_identity() -> None:

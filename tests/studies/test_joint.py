@@ -11,6 +11,7 @@ import pytest
 import torch
 from lens_fixtures import AGE, GENDER, PROMPTS
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.denoise import StepContext
@@ -55,7 +56,7 @@ def test_both_tables_count_the_same_images(result: JointResult, tiny_lens: Diffu
                 slow[read["gender"].labels[i], read["age"].labels[i]] += 1
         np.testing.assert_array_equal(table.counts, slow)
     assert [s.count for s in result.shares["age"]] == steered["age"].counts.tolist()
-    assert result.description == both.description
+    assert result.description == describe(both.spec)
 
 
 def test_spillover_and_interference(result: JointResult) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import ASSUMED, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studies.audit.run import COLUMNS, Audit, audit, render, table_text, write_report
@@ -35,7 +36,7 @@ def test_numbers_are_those_of_evaluate(found: Audit, tiny_lens: DiffusionLens) -
     base = tiny_lens.generate(PROMPTS[1], seeds=SEEDS)
     edited = tiny_lens.generate(base.request, tiny_lens.intervention("gender", "male", 3.0))
     plain, turned = found.findings[2:]
-    assert (plain.prompt, plain.edit, turned.edit) == (PROMPTS[1], None, edited.edit)
+    assert (plain.prompt, plain.edit, turned.edit) == (PROMPTS[1], None, describe(edited.edit))
     for name in ("gender", "age"):
         assert plain.evaluations[name].shares == tiny_lens.evaluate(base, name).shares
         expected = tiny_lens.evaluate(edited, name, reference=base)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import atomic_path, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
@@ -174,7 +175,7 @@ def audit(
         reference = readings[-1] if e is not None else None
         readings.append(reading)
         findings.append(_finding(lens, request, reading, reference, e, truth))
-    named = [(prompt, None if e is None else e.description) for prompt, e in runs]
+    named = [(prompt, None if e is None else describe(e.spec)) for prompt, e in runs]
     steered = tuple(a.name for a in lens.attributes)
     return Audit(
         title=title or f"Audit of {lens.manifest.name}",
@@ -211,16 +212,16 @@ def _finding(
     edit: Edit | None,
     truth: bool,
 ) -> Finding:
-    words = None if edit is None else edit.description
+    spec = None if edit is None else edit.spec
     before = None if reference is None else reference.predictions
     evaluations = {
-        a.name: evaluate(reading.predictions, a.name, lens.classifier.confusion, request, words, reference=before)
+        a.name: evaluate(reading.predictions, a.name, lens.classifier.confusion, request, spec, reference=before)
         for a in lens.classifier.attributes
     }
     planted: dict[str, dict[str, float]] = {}
     if truth and edit is None:
         planted = _planted(request.prompt or "")
-    return Finding(request.prompt, words, evaluations, reading.examples, planted)
+    return Finding(request.prompt, describe(spec) if spec else None, evaluations, reading.examples, planted)
 
 
 def _planted(prompt: str) -> dict[str, dict[str, float]]:
@@ -243,7 +244,7 @@ def _facts(lens: DiffusionLens, seeds: Sequence[int], edit: Edit | None) -> dict
         "Classifier": lens.classifier.classifier_id,
         "Sampler": f"{scheduler}, {m.n_steps} steps, guidance {m.guidance_scale:g}",
         "Images": f"{len(seeds)} per prompt, seeds {run}",
-        "Edit": "none" if edit is None else edit.description,
+        "Edit": "none" if edit is None else describe(edit.spec),
         "Software": ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]),
         "Device": f"{lens.device}, {platform.machine()}",
     }
@@ -261,7 +262,7 @@ def _groups(runs: Runs, readings: Sequence[Reading]) -> dict[str | None, list[Re
     """Edit in words (``None``: unedited) → its readings, prompt by prompt."""
     groups: dict[str | None, list[Reading]] = {}
     for (_, edit), reading in zip(runs, readings, strict=True):
-        groups.setdefault(None if edit is None else edit.description, []).append(reading)
+        groups.setdefault(None if edit is None else describe(edit.spec), []).append(reading)
     return groups
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, Generation, Predictions, Sampler
+from diffusion_lens.base.types import Attribute, EditSpec, Generation, Predictions, Sampler
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
 from diffusion_lens.features.sae import SparseAutoencoder, image_chunks
@@ -33,9 +33,9 @@ class Reconstruction:
     window: tuple[int, int] | None = None
 
     @property
-    def description(self) -> str:
-        """Stable text that names the edit."""
-        return f"h replaced by its reconstruction · SAE {self.sae.sae_id}"
+    def spec(self) -> EditSpec:
+        """Names the edit by its SAE."""
+        return EditSpec.of_custom("h replaced by the SAE's reconstruction", self.sae.sae_id)
 
     @torch.no_grad()
     def apply(self, h: Tensor, context: StepContext) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.types import (
     Atlas,
+    EditSpec,
     FeatureSet,
     GenerationRequest,
     Intervention,
@@ -70,7 +71,19 @@ class FeatureTurns:
     mode: Mode
     sampler: Sampler
     window: tuple[int, int]
-    description: str = "single features, one per image"
+
+    @property
+    def spec(self) -> EditSpec:
+        """One intervention per image."""
+        return EditSpec(
+            tuple(
+                replace(
+                    _alone(self.sae, feature, self.mode, beta, self.sampler), window=self.window,
+                    only_seeds=frozenset({seed}),
+                )
+                for seed, (feature, beta) in self.turn.items()
+            )
+        )  # fmt: skip
 
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """The edited ``h [n, c, y, x]`` of the images ``context.seeds``."""
@@ -370,9 +383,12 @@ def store_in_lens(found: Dissection, lens_folder: Path) -> Path:
 
 
 def _check_turn(lens: JudgedLens, config: DissectConfig, feature: int) -> None:
-    alone = FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id)
     for beta in config.betas:
-        compile([Intervention(alone, config.mode, beta, sampler=config.sampler)], lens.sae)
+        compile([_alone(lens.sae, feature, config.mode, beta, config.sampler)], lens.sae)
+
+
+def _alone(sae: SparseAutoencoder, feature: int, mode: Mode, beta: float, sampler: Sampler) -> Intervention:
+    return Intervention(FeatureSet((feature,), (0.0,), "", "", sae.sae_id), mode, beta, sampler=sampler)
 
 
 def _claim(folder: Path, identity: list[object]) -> None:
