@@ -20,7 +20,6 @@ import numpy as np
 from diffusion_lens.base.files import read_json
 from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError, SweepResult
-from diffusion_lens.features.probes import load_probes
 from diffusion_lens.results.comparison import Comparison
 from diffusion_lens.results.comparison_store import stored_comparisons
 from diffusion_lens.results.counted import CountedShares, stored_shares
@@ -187,7 +186,7 @@ class LensFolder:
     @property
     def probes(self) -> dict[str, Probe]:
         """Attribute → its per-step probe on the bottleneck."""
-        return self._parts.get("probes", partial(load_probes, self.folder / "probes.safetensors", self.device))
+        return self._parts.get("probes", self._load_probes)
 
     @property
     def attributions(self) -> dict[str, Attribution]:
@@ -249,6 +248,11 @@ class LensFolder:
         if sae.sae_id != self.manifest.sae_id or sae.cfg.model_id != self.manifest.base_model.id:
             raise LensError(f"sae/ in {self.folder} belongs to another lens; restore it from the original.")
         return sae
+
+    def _load_probes(self) -> dict[str, Probe]:
+        from diffusion_lens.features.probes import load_probes
+
+        return load_probes(self.folder / "probes.safetensors", self.device)
 
     def _load_classifier(self) -> Classifier:
         from diffusion_lens.judging.described import open_classifier
