@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import numbers
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from itertools import islice
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -22,6 +25,8 @@ GuidanceBranch = Literal["conditional", "both"]
 Plain = str | int | float | bool | None
 """What an option of a method may be."""
 
+Seeds = int | Iterable[int]
+"""One seed or several: a number, a range, a list, or a vector of numpy or torch; see ``as_seeds``."""
 MAX_SEED = 2**63 - 1
 ASSUMED = 1_000_000
 """Images per class of a confusion matrix that was assumed, not measured; see ``is_assumed``."""
@@ -32,6 +37,58 @@ MAX_BETA = 100.0
 
 class LensError(ValueError):
     """A mistake a person can mend; its message is one clear sentence that says how."""
+
+
+def as_whole(value: object, what: str) -> int:
+    """A whole number as a plain ``int``, also from numpy, torch or a float such as ``3.0``; else a ``LensError``."""
+    number = as_number(value, what)
+    if number != int(number):
+        raise LensError(f"{what} must be a whole number; it is {value!r}.")
+    return int(value) if isinstance(value, numbers.Integral) else int(number)
+
+
+def as_number(value: object, what: str, *, finite: bool = True) -> float:
+    """A number as a plain ``float``, also from numpy or torch; anything else is a ``LensError``."""
+    if hasattr(value, "ndim") and hasattr(value, "item") and value.ndim == 0:
+        value = value.item()  # of numpy or torch
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise LensError(f"{what} must be a number; it is {_shown(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if finite and not math.isfinite(number):
+        raise LensError(f"{what} must be a finite number; it is {_shown(value)}.")
+    return number
+
+
+def as_seeds(value: object) -> tuple[int, ...]:
+    """Seeds as plain ``int``: from one number, a range, a list, or a numpy or torch vector.
+
+    Raises ``LensError`` for none, more than ``MAX_IMAGES``, or anything but whole numbers from 0 to ``MAX_SEED``.
+    """
+    rule = "Seeds are whole numbers from 0 to 2^63 - 1"
+    if isinstance(value, str | bytes | dict) or value is None:
+        raise LensError(f"{rule}, e.g. range(16); these are {_shown(value)}.")
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # of numpy or torch
+    items = list(islice(value, MAX_IMAGES + 1)) if isinstance(value, Iterable) else [value]
+    n = len(value) if isinstance(value, range | list | tuple) else len(items)
+    if not 1 <= n <= MAX_IMAGES:
+        raise LensError(f"Ask for 1 to {MAX_IMAGES:,} images; this request has {n:,}.")
+    try:
+        seeds = tuple(as_whole(item, "A seed") for item in items)
+    except LensError as error:
+        raise LensError(f"{rule}. {error}") from None
+    if not all(0 <= seed <= MAX_SEED for seed in seeds):
+        raise LensError(f"{rule}.")
+    return seeds
+
+
+def _shown(value: object) -> str:
+    """What was given, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
@@ -55,7 +112,10 @@ class Attribute:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to draw: one image per seed. ``prompt`` is ``None`` for unconditional models."""
+    """What to draw: one image per seed. ``prompt`` is ``None`` for unconditional models.
+
+    ``seeds`` may be given as anything that ``as_seeds`` takes; numbers of numpy become plain ones.
+    """
 
     prompt: str | None
     seeds: tuple[int, ...]
@@ -64,14 +124,47 @@ class GenerationRequest:
     model_id: str
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.seeds) <= MAX_IMAGES:
-            raise LensError(f"Ask for 1 to {MAX_IMAGES:,} images; this request has {len(self.seeds):,}.")
-        if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s <= MAX_SEED for s in self.seeds):
-            raise LensError("Seeds are whole numbers from 0 to 2^63 - 1.")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise LensError(f"A request has one prompt, a text; draw several one by one. It is {_shown(self.prompt)}.")
+        if not isinstance(self.model_id, str):
+            raise LensError(f"A request names its model by a text; it is {_shown(self.model_id)}.")
+        object.__setattr__(self, "seeds", as_seeds(self.seeds))
+        object.__setattr__(self, "n_steps", as_whole(self.n_steps, "n_steps"))
+        object.__setattr__(self, "guidance_scale", as_number(self.guidance_scale, "guidance_scale", finite=False))
         if not 1 <= self.n_steps <= MAX_STEPS:
             raise LensError(f"n_steps must lie between 1 and {MAX_STEPS}; it is {self.n_steps}.")
-        if not (np.isfinite(self.guidance_scale) and 0 <= self.guidance_scale <= 50):
-            raise LensError(f"guidance_scale must lie between 0 and 50; it is {self.guidance_scale}.")
+        if not 0 <= self.guidance_scale <= 50:
+            raise LensError(f"guidance_scale must lie between 0 and 50; it is {self.guidance_scale:g}.")
+
+
+class Requested(Protocol):
+    """Whatever was drawn from a request: a ``Generation``, or what was measured in one."""
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What was asked for."""
+        ...
+
+
+def same_request_but_edit(a: Requested, b: Requested) -> None:
+    """Raise ``LensError`` that names what differs, unless ``a`` and ``b`` were drawn from the same request.
+
+    Only then do images of the same seed differ by the edit alone, and only then may they be compared in pairs.
+    """
+    for name, words in _REQUEST_WORDS.items():
+        mine, other = getattr(a.request, name), getattr(b.request, name)
+        if mine != other:
+            shown = "" if name == "seeds" else f" ({_shown(other)} and not {_shown(mine)})"
+            raise LensError(f"The reference has {words}{shown}; draw it from the same request, without the edit.")
+
+
+_REQUEST_WORDS = {
+    "model_id": "another model",
+    "prompt": "another prompt",
+    "n_steps": "another number of steps",
+    "guidance_scale": "another guidance scale",
+    "seeds": "other seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -196,7 +289,7 @@ class Intervention:
 
     def __post_init__(self) -> None:
         for beta in (self.beta, *(b for _, b in self.overrides)):
-            if not (np.isfinite(beta) and abs(beta) <= MAX_BETA):
+            if not abs(as_number(beta, "beta", finite=False)) <= MAX_BETA:
                 raise LensError(f"beta must be a finite number between -{MAX_BETA:g} and {MAX_BETA:g}; it is {beta}.")
         if self.mode not in ("scale", "add", "suppress"):
             raise LensError(f"mode must be scale, add or suppress; it is '{self.mode}'.")

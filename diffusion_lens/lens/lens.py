@@ -25,8 +25,12 @@ from diffusion_lens.base.types import (
     Intervention,
     LensError,
     Predictions,
+    Seeds,
     SweepPoint,
     SweepResult,
+    as_seeds,
+    as_whole,
+    same_request_but_edit,
 )
 from diffusion_lens.features.atlas import feature_card
 from diffusion_lens.lens.folder import LensFolder
@@ -69,7 +73,7 @@ class DiffusionLens(LensFolder):
     def request(
         self,
         prompt: str | None,
-        seeds: Sequence[int],
+        seeds: Seeds,
         *,
         n_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -77,7 +81,7 @@ class DiffusionLens(LensFolder):
         """What to draw, with the lens's own steps and guidance unless told otherwise."""
         return GenerationRequest(
             prompt,
-            tuple(int(seed) for seed in seeds),
+            as_seeds(seeds),
             self.manifest.n_steps if n_steps is None else n_steps,
             self.manifest.guidance_scale if guidance_scale is None else guidance_scale,
             self.manifest.base_model.id,
@@ -87,7 +91,7 @@ class DiffusionLens(LensFolder):
         self,
         prompt: str | GenerationRequest | None,
         *edits: Intervention | Edit,
-        seeds: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
         capture: bool = False,
         batch_size: int = 16,
         on_step: OnStep | None = None,
@@ -113,7 +117,7 @@ class DiffusionLens(LensFolder):
             on_latents=on_latents,
         )
 
-    def _request(self, prompt: str | GenerationRequest | None, seeds: Sequence[int] | None) -> GenerationRequest:
+    def _request(self, prompt: str | GenerationRequest | None, seeds: Seeds | None) -> GenerationRequest:
         if isinstance(prompt, GenerationRequest):
             if seeds is not None:
                 raise LensError("Give seeds with a prompt, or a finished request; not both.")
@@ -187,13 +191,12 @@ class DiffusionLens(LensFolder):
     def evaluate(
         self, generation: Generation, attribute_name: str, *, reference: Generation | None = None
     ) -> Evaluation:
-        """Shares, log ratio and FD of one attribute in these images; ``reference``: same seeds, unedited."""
+        """Shares, log ratio and FD of one attribute in these images; ``reference``: the same request, unedited."""
         from diffusion_lens.measuring.evaluate import evaluate
 
         before = None
         if reference is not None:
-            if reference.request.seeds != generation.request.seeds:
-                raise LensError("The reference has other seeds; draw it with the same ones.")
+            same_request_but_edit(generation, reference)
             before = self.classify(reference.images)
         readings = self.classify(generation.images)
         if attribute_name not in readings:
@@ -209,7 +212,7 @@ class DiffusionLens(LensFolder):
         betas: Sequence[float] | None = None,
         *,
         n: int = 100,
-        seeds: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
         control: Control | None = None,
         control_seed: int = 0,
         on_step: OnStep | None = None,
@@ -226,7 +229,7 @@ class DiffusionLens(LensFolder):
         from diffusion_lens.measuring.sweep import sweep_points
 
         name, target = self._goal(attribute, target)
-        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
+        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         chosen = self.setting(name).betas if betas is None else betas
 
         def make_edit(beta: float) -> Edit | None:
@@ -247,7 +250,7 @@ class DiffusionLens(LensFolder):
         betas: Sequence[float] | None = None,
         *,
         n: int = 100,
-        seeds: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
         control: Control | None = None,
         control_seed: int = 0,
         **options: Any,
@@ -255,7 +258,7 @@ class DiffusionLens(LensFolder):
         """All of ``sweep_points`` as one result."""
         from diffusion_lens.measuring.sweep import collect
 
-        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds or range(n))
+        request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         name, target = self._goal(attribute, target)
         points = self.sweep_points(
             request, attribute, target, betas, control=control, control_seed=control_seed, **options
@@ -280,7 +283,7 @@ class DiffusionLens(LensFolder):
         target_share: float = 0.5,
         betas: Sequence[float] | None = None,
         n: int = 100,
-        seeds: Sequence[int] | None = None,
+        seeds: Seeds | None = None,
         on_step: OnStep | None = None,
     ) -> Balance:
         """The strength (and its interval) at which the corrected share of ``target`` meets ``target_share``."""
@@ -316,3 +319,8 @@ class DiffusionLens(LensFolder):
         """Everything known of one feature."""
         nuisances = [a.attribute() for a in self.manifest.nuisances]
         return feature_card(self.atlas, self.attributions, self.pool, feature_id, nuisances=nuisances)
+
+
+def seeds_of(n: int, seeds: Seeds | None) -> Seeds:
+    """The seeds given, or the first ``n``; none is an error, not a reason to draw others."""
+    return range(as_whole(n, "n")) if seeds is None else seeds

@@ -21,6 +21,7 @@ from diffusion_lens.base.types import (
     Predictions,
     SweepPoint,
     SweepResult,
+    as_number,
 )
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.model.generate import Edit, OnStep, Trajectory, generate_batches, record_trajectory
@@ -261,7 +262,7 @@ def _decided_shares(predictions: Predictions) -> tuple[float, ...]:
 
 
 def _check_grid(betas: Sequence[float]) -> list[float]:
-    grid = sorted(float(b) for b in betas)
+    grid = sorted(as_number(beta, "beta", finite=False) for beta in np.ravel(np.asarray(betas, dtype=object)))
     if not grid or len(set(grid)) != len(grid) or not np.isfinite(grid).all():
         raise LensError("A sweep needs one or more different, finite betas.")
     return grid

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.base.progress import Cancelled
-from diffusion_lens.base.types import Generation, GenerationRequest, LensError
+from diffusion_lens.base.types import Generation, GenerationRequest, LensError, Seeds, as_seeds, as_whole
 from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
 from diffusion_lens.model.memory import OnStep, in_batches
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -29,10 +29,10 @@ TRAJECTORY_BYTES = 256 * 2**20
 
 
 def request(
-    model: DiffusionModel, prompt: str | None, seeds: Sequence[int], n_steps: int, guidance_scale: float = 1.0
+    model: DiffusionModel, prompt: str | None, seeds: Seeds, n_steps: int, guidance_scale: float = 1.0
 ) -> GenerationRequest:
     """A ``GenerationRequest`` for this model."""
-    return GenerationRequest(prompt, tuple(int(s) for s in seeds), n_steps, guidance_scale, model.model_id)
+    return GenerationRequest(prompt, as_seeds(seeds), n_steps, guidance_scale, model.model_id)
 
 
 def generate(
@@ -151,7 +151,7 @@ def check(
         raise LensError(f"This model {needs}.")
     if model.hook_name != "mid_block" and (edit is not None or capture is not None):
         _ = model.hook_shape  # refuses modules that cannot be read
-    if batch_size < 1:
+    if as_whole(batch_size, "batch_size") < 1:
         raise LensError(f"batch_size must be at least 1; it is {batch_size}.")
     if edit is None:
         return

@@ -25,7 +25,7 @@ from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
 from diffusion_lens.results.manifest import read_manifest, write_manifest
 from diffusion_lens.steering.intervene import compile
 
-DOCTOR, SEEDS = PROMPTS[0], tuple(range(6))
+DOCTOR, NURSE, SEEDS = PROMPTS[0], PROMPTS[1], tuple(range(6))
 
 
 def test_a_lens_has_its_parts(tiny_lens: DiffusionLens) -> None:
@@ -243,8 +243,28 @@ def test_an_evaluation_counts_what_the_classifier_reads(tiny_lens: DiffusionLens
     assert tiny_lens.evaluate(base, "age").log_ratio is None and tiny_lens.evaluate(base, "age").agreement == {}
     with pytest.raises(LensError, match="other seeds"):
         tiny_lens.evaluate(edited, "gender", reference=tiny_lens.generate(DOCTOR, seeds=range(3)))
+    with pytest.raises(LensError, match="another prompt"):
+        tiny_lens.evaluate(edited, "gender", reference=tiny_lens.generate(NURSE, seeds=range(24)))
     with pytest.raises(LensError, match="does not read 'hat'"):
         tiny_lens.evaluate(edited, "hat")
+
+
+def test_seeds_and_prompts_as_people_give_them(tiny_lens: DiffusionLens) -> None:
+    plain = tiny_lens.generate(DOCTOR, seeds=(0, 1)).images
+    np.testing.assert_array_equal(tiny_lens.generate(DOCTOR, seeds=np.arange(2)).images, plain)
+    np.testing.assert_array_equal(tiny_lens.generate(DOCTOR, seeds=1).images, plain[1:])
+    assert tiny_lens.sweep(DOCTOR, "gender", betas=np.array([1.0]), seeds=np.arange(2)).request.seeds == (0, 1)
+    with pytest.raises(LensError, match="one prompt"):
+        tiny_lens.generate([DOCTOR, NURSE], seeds=[0, 1])  # type: ignore[arg-type]
+    for seeds in ([], np.array([])):
+        with pytest.raises(LensError, match="this request has 0"):
+            tiny_lens.sweep(DOCTOR, "gender", betas=[1.0], seeds=seeds)
+    for n in (0, 2.5, "8"):
+        with pytest.raises(LensError, match=r"this request has 0|n must be"):
+            tiny_lens.sweep(DOCTOR, "gender", betas=[1.0], n=n)  # type: ignore[arg-type]
+    for betas in ("1,2", [None], [[1.0, "x"]]):
+        with pytest.raises(LensError, match="beta must be a number"):
+            tiny_lens.sweep(DOCTOR, "gender", betas=betas, n=2)  # type: ignore[arg-type]
 
 
 def test_a_sweep_measures_the_shipped_turn(tiny_lens: DiffusionLens) -> None:
