@@ -10,9 +10,9 @@ import numpy as np
 from diffusion_lens.base.files import write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Share
+from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
-from diffusion_lens.results.dissection import STORED, Dissection, save_dissection
-from diffusion_lens.results.manifest import read_manifest, write_manifest
+from diffusion_lens.results.dissection import Dissection
 
 NURSE = "a portrait of a nurse"
 
@@ -38,10 +38,9 @@ def dissection(sae_id: str, **changes: Any) -> Dissection:
 
 
 def keep_in(folder: Path) -> None:
-    """Store ``dissection`` in a lens folder and seal it."""
-    manifest = read_manifest(folder)
-    save_dissection(folder / STORED, dissection(manifest.sae_id))
-    write_manifest(folder, manifest)
+    """Store ``dissection`` in a lens folder."""
+    lens = DiffusionLens.from_pretrained(folder)
+    lens.store(dissection(lens.manifest.sae_id))
 
 
 def depth_result() -> DepthResult:

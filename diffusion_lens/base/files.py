@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +16,93 @@ import numpy as np
 
 from diffusion_lens.base.types import LensError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_SIGNS = ("os error 28", "os error 122", "No space left", "failed writing file", "unexpected pos")
+"""How safetensors and torch tell of a full disk, in words of their own."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while writing to ``path``, by whatever library it is noticed, as one ``LensError`` sentence."""
+    try:
+        yield
+    except LensError:
+        raise
+    except Exception as error:
+        told = _disk_error(error, path)
+        if told is None:
+            raise
+        raise LensError(told) from error
+
+
+def _disk_error(error: Exception, path: Path) -> str | None:
+    """The sentence for an error of the disk; ``None`` for any other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    place = path
+    if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
+        place = Path(error.filename)
+    folder = next((p for p in (place, *place.absolute().parents) if p.is_dir()), place)
+    if code in FULL or any(sign in str(error) for sign in FULL_SIGNS):
+        return f"The disk under {folder} is full ({_free(folder)} free); make room there, or choose another place."
+    if code == errno.EROFS:
+        return f"The disk under {folder} is read-only; choose another place."
+    if code in (errno.EACCES, errno.EPERM):
+        return f"You may not write to {place}; choose another place, or change who may write there."
+    if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return f"{place} cannot be written: a file stands where a folder should be, or the other way round."
+    if code is not None and type(error) not in (FileNotFoundError, BrokenPipeError, ConnectionError):
+        return f"{place} cannot be written: {error.strerror or error}."  # type: ignore[attr-defined]
+    return None
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+    except OSError:
+        return "nothing"
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour that replaces ``path`` on success: a killed run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    """Yield a temporary neighbour that replaces ``path`` on success: a killed run leaves no half file.
+
+    Its bytes are on the disk before it takes the name. Raises ``LensError`` for a full, read-only or forbidden disk.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        try:
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Return when a file's bytes are on the disk, and not in the system's memory alone."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """The same for a folder's list of files; systems that cannot do it do nothing."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        os.replace(partial, path)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise ``LensError`` where ``folder`` is there and holds anything but hidden files."""
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
+        raise LensError(f"{folder} is not empty; choose a new folder.")
 
 
 def write_json(path: Path, values: Any) -> None:

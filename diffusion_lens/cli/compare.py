@@ -91,11 +91,14 @@ def compare(
     with progress("compare") as bar:
         found = run_tables(opened, configs, work, on_stage=bar.stage, on_row=_teller(opened, configs, work, bar))
     for comparison in found.values():
-        _keep(comparison, out, opened.folder if store else None)
+        if out is not None:
+            _write(comparison, out)
         if not as_json:
             _print_table(comparison)
     if as_json:
         show_json(to_plain({name: comparison.rows for name, comparison in found.items()}))
+    for comparison in found.values() if store else ():
+        say(f"Wrote {opened.store(comparison)}")
 
 
 def _prompt(lens: DiffusionLens, attribute: str, given: str | None) -> str | None:
@@ -144,17 +147,14 @@ def _stored(lens: DiffusionLens) -> Mapping[str, Comparison]:
         return {}
 
 
-def _keep(comparison: Comparison, out: Path | None, lens_folder: Path | None) -> None:
-    from diffusion_lens.results.comparison_store import add_to_lens, save_comparison
+def _write(comparison: Comparison, out: Path) -> None:
+    from diffusion_lens.results.comparison_store import save_comparison
     from diffusion_lens.results.comparison_tables import write_tables
 
-    if out is not None:
-        folder = out / comparison.attribute.name.replace(" ", "-")
-        save_comparison(comparison, folder)
-        write_tables(comparison, folder)
-        say(f"Wrote {folder}")
-    if lens_folder is not None:
-        say(f"Wrote {add_to_lens(comparison, lens_folder)}")
+    folder = out / comparison.attribute.name.replace(" ", "-")
+    save_comparison(comparison, folder)
+    write_tables(comparison, folder)
+    say(f"Wrote {folder}")
 
 
 def _print_table(comparison: Comparison) -> None:

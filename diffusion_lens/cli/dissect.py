@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
     from diffusion_lens.results.depth import DepthPoint
     from diffusion_lens.results.dissection import Dissection
+    from diffusion_lens.results.joint import JointResult
 
 DEPTH_STORE = Path("assets/depth.json")
 
@@ -81,7 +82,6 @@ def dissect(
     from diffusion_lens.results.dissection import groups
     from diffusion_lens.studies.dissect.config import DissectConfig
     from diffusion_lens.studies.dissect.run import dissect as run
-    from diffusion_lens.studies.dissect.run import store_in_lens
 
     if by and not top:
         raise LensError("Say with --top how many features to choose.")
@@ -95,12 +95,12 @@ def dissect(
     config = DissectConfig.parse(values, where="the dissection")
     with progress("dissecting") as bar:
         found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), on_step=bar.step)
-    if store:
-        say(f"Wrote {store_in_lens(found, opened.folder)}")
     if as_json:
         show_json(to_plain(groups(found)))
-        return
-    _show_groups(found)
+    else:
+        _show_groups(found)
+    if store:
+        say(f"Wrote {opened.store(found)}")
 
 
 def _show_groups(found: Dissection) -> None:
@@ -148,7 +148,6 @@ def together(
 
     python -m diffusion_lens together -p '' --steer gender=even:1 --steer age=old:0.5 -n 400
     """
-    from diffusion_lens.results.joint import add_to_lens
     from diffusion_lens.studies.joint import parse_steer, steer_together
 
     opened = opening.open()
@@ -159,11 +158,15 @@ def together(
             opened, _prompt(opened, prompt), steers, series.seeds, sampler=None if alike else "symmetric",
             batch_size=batch_of(opened, series.batch_size), on_step=bar.step,
         )  # fmt: skip
-    if store:
-        say(f"Wrote {add_to_lens(result, opened.folder)}")
     if as_json:
         show_json(to_plain(result))
-        return
+    else:
+        _show_together(result)
+    if store:
+        say(f"Wrote {opened.store(result)}")
+
+
+def _show_together(result: JointResult) -> None:
     moves = list(result.spillover.values())
     rows = [
         (f"{c.attribute}: {c.label}", *(_points(own[i].difference, own[i].interval) for own in moves))

@@ -77,7 +77,6 @@ def check(
 
       python -m diffusion_lens check --part 5 --html sweeps.html
     """
-    from diffusion_lens.results.counted import store_in_lens
     from diffusion_lens.studies.check.run import PARTS, TITLES, plain_report, row_texts, run_check
 
     parts = tuple(part or PARTS)
@@ -104,7 +103,7 @@ def check(
                 if row.note:
                     typer.echo(f"   {row.name}: {row.note}")
     if store and report.counted is not None:
-        say(f"Wrote {store_in_lens(report.counted, opened.folder)}")
+        say(f"Wrote {opened.store(report.counted)}")
     if as_json:
         say(report.summary)
     else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from diffusion_lens.base.files import load_tensors, read_json, write_json
+from diffusion_lens.base.files import disk_errors, load_tensors, read_json, write_json
 from diffusion_lens.base.sheets import save_sheets
+from diffusion_lens.base.transaction import Change, changing
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.probes import save_probes
 from diffusion_lens.fit.config import FitConfig
@@ -14,18 +15,25 @@ from diffusion_lens.fit.measure import read_atlas, read_settings
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.judging.described import save_classifier
 from diffusion_lens.model.pipelines import DiffusionModel
-from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, write_manifest
+from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, commit_whole, content
 from diffusion_lens.results.records import load_sweeps, save_atlas, save_attributions, save_sweep
 
 OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
-OWN_FILES = (MANIFEST, "dissection.safetensors")
 PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
 
 
 def write_lens(work: Work, out: Path) -> Manifest:
-    """Put the finished parts into the lens folder ``out``, replacing a lens that is there."""
-    config, sae, classifier = work.config, read_sae(work), work.classifier
-    _clear(out)
+    """Put the finished parts into the lens folder ``out``; a lens that is there is replaced as a whole at the end."""
+    with changing(out) as change:
+        check_target(out)
+        with disk_errors(out):
+            adopted = _write_parts(work, change)
+        return commit_whole(change, _manifest(work), adopted=adopted)
+
+
+def _write_parts(work: Work, change: Change) -> list[str]:
+    """Stage every file of the lens; returns those of a pipeline that lies in the lens folder already."""
+    config, sae, classifier, out = work.config, read_sae(work), work.classifier, change.staged
     sae.save(out / "sae")
     # One that cannot be stored is given to from_pretrained instead.
     save_classifier(classifier, out / "classifier")
@@ -36,12 +44,15 @@ def write_lens(work: Work, out: Path) -> Manifest:
     for number, sweep in enumerate(load_sweeps(work.folders["sweeps"])):
         suffix = "-control" if sweep.is_control else ""
         save_sweep(sweep, out / "sweeps", f"{number:03d}-{sweep.attribute.name}{suffix}")
-    if config.bundle_pipeline:
-        _bundle(config, work.model, out / "pipeline")
     _write_log(work, out / "fit")
+    return _bundle(config, work.model, change)
+
+
+def _manifest(work: Work) -> Manifest:
+    config, classifier = work.config, work.classifier
     steered = [work.attribute(name) for name in config.attributes]
     others = [a for a in classifier.attributes if a not in steered]
-    manifest = Manifest(
+    return Manifest(
         name=config.name,
         base_model=BaseModelRef(
             id=config.model_id,
@@ -58,11 +69,10 @@ def write_lens(work: Work, out: Path) -> Manifest:
         prompts=config.prompts,
         vocabulary=config.vocabulary,
         settings=read_settings(work),
-        sae_id=sae.sae_id,
+        sae_id=read_sae(work).sae_id,
         classifier_id=classifier.classifier_id,
         labeller_id=work.labeller.classifier_id,
     )
-    return write_manifest(out, manifest)
 
 
 def check_target(out: Path) -> None:
@@ -74,16 +84,6 @@ def check_target(out: Path) -> None:
         raise LensError(f"{out} holds '{strangers[0]}', which is no part of a lens; choose another folder.")
 
 
-def _clear(out: Path) -> None:
-    """Remove a former lens's own parts, its pipeline excepted."""
-    check_target(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in OWN_FILES:
-        (out / name).unlink(missing_ok=True)
-    for name in OWN_FOLDERS:
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
 def _write_examples(work: Work, folder: Path) -> None:
     stored = load_tensors(work.folders["atlas"] / "pool.safetensors")
     save_sheets(stored["images"], folder, "pool")
@@ -91,19 +91,22 @@ def _write_examples(work: Work, folder: Path) -> None:
     write_json(folder / "origin.json", [list(rows[row]) for row in stored["rows"]])
 
 
-def _bundle(config: FitConfig, model: DiffusionModel, target: Path) -> None:
-    """Copy a local pipeline as it is; write one from the hub or from memory in shards under 10 MB."""
-    source = Path(config.model)
-    if source.is_dir() and target.is_dir() and source.resolve() == target.resolve():
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    if not source.is_dir():
+def _bundle(config: FitConfig, model: DiffusionModel, change: Change) -> list[str]:
+    """Copy a local pipeline as it is; write one from the hub or from memory in shards under 10 MB.
+
+    Returns the names of the pipeline's files where the model that was fitted is the lens's own: they stay.
+    """
+    source, target = Path(config.model), change.staged / "pipeline"
+    if source.is_dir() and source.resolve() == (change.folder / "pipeline").resolve():
+        return [name for name in content(change.folder) if name.startswith("pipeline/")]
+    if config.bundle_pipeline and not source.is_dir():
         model.pipeline.save_pretrained(target, safe_serialization=True, max_shard_size="9MB")
-        return
-    for path in source.rglob("*"):
-        if path.is_file() and path.suffix in PIPELINE_FILES:
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.relative_to(source))
+    elif config.bundle_pipeline:
+        for path in source.rglob("*"):
+            if path.is_file() and path.suffix in PIPELINE_FILES:
+                (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / path.relative_to(source))
+    return []
 
 
 def _write_log(work: Work, folder: Path) -> None:

@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.files import check_empty
 from diffusion_lens.base.types import LensError
 from diffusion_lens.interop.p2_format import (
     IMAGE_CHANNELS,
@@ -200,8 +201,7 @@ def convert(checkpoint: Path, out: Path, config: P2Config | None = None, *, keep
     Raises:
         LensError: the checkpoint or config does not fit (one sentence), or ``out`` is in use.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f"{out} already holds something; choose a new folder.")
+    check_empty(out)
     state = read_state_dict(checkpoint)
     config = config or infer_config(state)
     unet = convert_unet(state, config)

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from diffusion_lens.base.checkpoints import read_pt, read_state_dict
 from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import check_empty
+from diffusion_lens.base.transaction import changing
 from diffusion_lens.base.types import Attribute, Attribution, FeatureSet, LensError
 from diffusion_lens.features.probes import Probe, save_probes
 from diffusion_lens.features.sae import SparseAutoencoder, from_published
 from diffusion_lens.results import records
-from diffusion_lens.results.manifest import AttributeConfig, BaseModelRef, Manifest, Setting, write_manifest
+from diffusion_lens.results.manifest import AttributeConfig, BaseModelRef, Manifest, Setting, commit_whole
 
 HOOK_NAME = "mid_block"
 N_STEPS = 50
@@ -193,8 +195,7 @@ def import_difflens(
     """
     if not attributes:
         raise LensError("Name at least one attribute to import.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LensError(f"{out} already holds something; choose a new folder.")
+    check_empty(out)
     sae = load_sae(sae_dir, model_id=model_id, spatial=spatial)
     probes, attributions = {}, {}
     for part in attributes:
@@ -207,9 +208,6 @@ def import_difflens(
                     f"{part.classifier.name} reads {probe.weight.shape[2]} numbers; the SAE's map has others."
                 )
             probes[name] = probe
-    sae.save(out / "sae")
-    save_probes(out / "probes.safetensors", probes)
-    records.save_attributions(out / "attribution.safetensors", attributions)
     manifest = Manifest(
         name=f"DiffLens artefacts for {model_id}",
         base_model=BaseModelRef(id=model_id, source=source or model_id),
@@ -223,7 +221,11 @@ def import_difflens(
         sae_id=sae.sae_id,
         classifier_id="none",
     )
-    return write_manifest(out, manifest)
+    with changing(out) as change:
+        sae.save(change.staged / "sae")
+        save_probes(change.staged / "probes.safetensors", probes)
+        records.save_attributions(change.staged / "attribution.safetensors", attributions)
+        return commit_whole(change, manifest)
 
 
 def _ranking(

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from diffusion_lens.base.files import read_json
+from diffusion_lens.base.files import check_empty, disk_errors, read_json
 from diffusion_lens.base.sheets import load_sheets
+from diffusion_lens.base.transaction import changing, read_whole
 from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError, SweepResult
 from diffusion_lens.results.comparison import Comparison
-from diffusion_lens.results.comparison_store import stored_comparisons
-from diffusion_lens.results.counted import CountedShares, stored_shares
-from diffusion_lens.results.dissection import Dissection, stored_dissection
-from diffusion_lens.results.manifest import MANIFEST, Manifest, Setting, verify
-from diffusion_lens.results.records import load_atlas, load_attributions, load_sweeps
+from diffusion_lens.results.counted import CountedShares
+from diffusion_lens.results.dissection import Dissection, to_atlas
+from diffusion_lens.results.joint import JointResult
+from diffusion_lens.results.kinds import kind_of, load_stored
+from diffusion_lens.results.manifest import MANIFEST, Manifest, Setting, commit, read_manifest, verify
+from diffusion_lens.results.records import load_atlas, load_attributions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +62,10 @@ class Parts:
     def put(self, name: str, value: Any) -> None:
         """Set a value that is already made."""
         self._values[name] = value
+
+    def drop(self, name: str) -> None:
+        """Forget a value: it is made again when it is asked for."""
+        self._values.pop(name, None)
 
     def has(self, name: str) -> bool:
         """Whether the value is there without waiting."""
@@ -113,14 +119,53 @@ class LensFolder:
         return lens
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the lens into a new or empty folder and check the copy; raises ``LensError`` if it is not empty."""
+        """Copy the lens into a new or empty folder, whole or not at all, and check the copy.
+
+        Raises ``LensError`` where the folder is not empty, or where this lens is no longer as it was opened.
+        """
         target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise LensError(f"{target} is not empty; choose a new folder.")
-        for name in (*self.manifest.files, MANIFEST):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.folder / name, target / name)
-        verify(target)
+        check_empty(target)
+        with changing(target) as change:
+            with disk_errors(target):
+                for name in (*self.manifest.files, MANIFEST):
+                    (change.staged / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.folder / name, change.staged / name)
+            verify(change.staged)
+            change.commit(last=MANIFEST)
+
+    def store(self, result: Any) -> Path:
+        """Keep a result in the lens folder, whole or not at all, in place of an earlier one of the same thing.
+
+        What can be stored: a ``Comparison``, ``Dissection``, ``JointResult``, ``CountedShares`` or ``SweepResult``.
+        Only its own files are sealed; one writer at a time, others wait. Returns its main file.
+
+        Raises:
+            LensError: a result measured on another model, SAE or classifier, another type, or a folder that cannot be
+                written.
+        """
+        kind = kind_of(type(result))
+        with changing(self.folder) as change:
+            manifest = read_manifest(self.folder)
+            kind.check(result, manifest)
+            stem = kind.stem(result)
+            kind.save(result, change.staged / kind.folder, stem)
+            sealed = commit(change, manifest, removed=kind.files(stem, manifest))
+        object.__setattr__(self, "manifest", sealed)  # the lens on the disk is now this one
+        self._parts.drop(kind.result.__name__)
+        self._parts.drop("atlas")
+        return self.folder / kind.main(stem)
+
+    def stored(self, kind: type[T]) -> Mapping[str, T]:
+        """The results of one type that the lens keeps, e.g. ``lens.stored(Comparison)``, by the stem of their files.
+
+        Raises ``LensError`` for a type that no lens keeps, a damaged file, or a result of another lens.
+        """
+        known = kind_of(kind)
+
+        def read() -> dict[str, T]:
+            return dict(load_stored(self.folder, known, read_manifest(self.folder), self.manifest))
+
+        return self._parts.get(kind.__name__, lambda: read_whole(self.folder, MANIFEST, read))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the lens to the Hugging Face hub with the logged-in account; returns the commit's address."""
@@ -196,8 +241,8 @@ class LensFolder:
 
     @property
     def atlas(self) -> Atlas:
-        """The map and examples of all features."""
-        return self._parts.get("atlas", partial(load_atlas, self.folder / "atlas.safetensors"))
+        """The map and examples of all features, with the effects and names of a stored dissection."""
+        return self._parts.get("atlas", self._load_atlas)
 
     @property
     def pool(self) -> np.ndarray:
@@ -206,23 +251,32 @@ class LensFolder:
 
     @property
     def sweeps(self) -> tuple[SweepResult, ...]:
-        """Sweeps computed when the lens was made."""
-        return self._parts.get("sweeps", partial(load_sweeps, self.folder / "sweeps"))
+        """Sweeps computed when the lens was made, and those stored since."""
+        return tuple(self.stored(SweepResult).values())
 
     @property
     def comparisons(self) -> Mapping[str, Comparison]:
-        """Attribute → the stored table of all methods; empty where none was stored, refused if another SAE's."""
-        return self._parts.get("comparisons", partial(stored_comparisons, self.folder, self.manifest))
+        """Attribute → the stored table of all methods; empty where none was stored."""
+        return {found.attribute.name: found for found in self.stored(Comparison).values()}
 
     @property
     def dissection(self) -> Dissection | None:
-        """What single features control, where ``dissect --store`` measured it on this SAE."""
-        return self._parts.get("dissection", partial(stored_dissection, self.folder, self.manifest.sae_id))
+        """What single features control, where ``dissect --store`` measured it."""
+        return next(iter(self.stored(Dissection).values()), None)
 
     @property
     def counted(self) -> CountedShares | None:
         """What the model draws unedited under every prompt, where ``check --store`` counted it."""
-        return self._parts.get("counted", partial(stored_shares, self.folder, self.manifest.classifier_id))
+        return next(iter(self.stored(CountedShares).values()), None)
+
+    @property
+    def together(self) -> JointResult | None:
+        """Several attributes steered at once, where ``together --store`` measured it."""
+        return next(iter(self.stored(JointResult).values()), None)
+
+    def _load_atlas(self) -> Atlas:
+        atlas, dissection = load_atlas(self.folder / "atlas.safetensors"), self.dissection
+        return atlas if dissection is None else to_atlas(dissection, atlas)
 
     def _load_model(self) -> DiffusionModel:
         import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.sheets import load_sheets, save_sheets
 from diffusion_lens.base.types import Attribute, LensError, SweepResult
 from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison, MethodRow
-from diffusion_lens.results.manifest import Manifest, read_manifest, write_manifest
 from diffusion_lens.results.records import NO_IMAGES, n_examples, sweep_from_plain, sweep_to_plain
 
-STORED = "comparisons"
 FORMAT_VERSION = 1
 
 
@@ -102,43 +99,3 @@ def _check(found: Comparison) -> Comparison:
         if not row.note and tuple(share.label for share in row.shares) != found.attribute.classes:
             raise ValueError(f"the shares of {row.method} are of other classes")
     return found
-
-
-def add_to_lens(comparison: Comparison, lens_folder: Path) -> Path:
-    """Store a comparison in a lens, as ``comparisons/<attribute>.json``, and seal the lens anew.
-
-    Raises ``LensError`` where it was measured on another model or SAE.
-    """
-    manifest = read_manifest(lens_folder)
-    _check_lens(comparison, manifest, "This comparison")
-    folder, stem = lens_folder / STORED, comparison.attribute.name.replace(" ", "-")
-    for old in (*folder.glob(f"{stem}.json"), *folder.glob(f"{stem}-examples*")):
-        old.unlink()
-    path = save_comparison(comparison, folder, stem)
-    write_manifest(lens_folder, manifest)
-    return path
-
-
-def stored_comparisons(lens_folder: Path, manifest: Manifest) -> Mapping[str, Comparison]:
-    """Attribute → the comparison stored in a lens; empty where none is.
-
-    Raises ``LensError`` for a damaged file, and for one that was measured on another model or SAE.
-    """
-    found = {}
-    for path in sorted((lens_folder / STORED).glob("*.json")):
-        if not path.stem.endswith("-examples"):
-            comparison = load_comparison(path.parent, path.stem)
-            _check_lens(comparison, manifest, f"{STORED}/{path.name}")
-            found[comparison.attribute.name] = comparison
-    return found
-
-
-def _check_lens(comparison: Comparison, manifest: Manifest, name: str) -> None:
-    told = (("model", comparison.model_id, manifest.base_model.id), ("SAE", comparison.sae_id, manifest.sae_id))
-    for what, own, wanted in told:
-        if own != wanted:
-            raise LensError(
-                f"{name} was measured on another {what} ({own}, this lens has {wanted}); run: compare --store."
-            )
-    if comparison.attribute not in [a.attribute() for a in (*manifest.attributes, *manifest.nuisances)]:
-        raise LensError(f"{name} measures {comparison.attribute.name}, which this lens does not read.")

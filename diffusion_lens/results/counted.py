@@ -11,9 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 from diffusion_lens.base.files import read_json, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError, Share
-from diffusion_lens.results.manifest import read_manifest, write_manifest
-
-STORED = "counted/shares.json"
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,3 @@ def load_shares(path: Path) -> CountedShares:
         return _READER.validate_python(read_json(path))
     except ValidationError:
         raise LensError(f"{path} holds no counted shares; run check --full --part 1 --store again.") from None
-
-
-def stored_shares(lens_folder: Path, classifier_id: str) -> CountedShares | None:
-    """The shares kept in a lens folder; ``None`` where there are none, or another classifier counted them."""
-    path = lens_folder / STORED
-    if not path.is_file():
-        return None
-    found = load_shares(path)
-    return found if found.classifier_id == classifier_id else None
-
-
-def store_in_lens(counted: CountedShares, lens_folder: Path) -> Path:
-    """Keep them in a lens folder, and seal the lens anew; returns the file's path."""
-    manifest, path = read_manifest(lens_folder), lens_folder / STORED
-    save_shares(path, counted)
-    write_manifest(lens_folder, manifest)
-    return path

@@ -6,7 +6,7 @@ Reads and writes without torch, so that the app's first page can show it; ``diss
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Atlas, LensError
 
-STORED = "dissection.safetensors"
 PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")
 TEXTS = ("features", "betas", "classes", "sae_id", "source", "alpha", "n")
 
@@ -101,15 +100,6 @@ def load_dissection(path: Path) -> Dissection:
         raise LensError(f"{path.name} is not a stored dissection; run dissect --store again.") from None
 
 
-def stored_dissection(lens_folder: Path, sae_id: str) -> Dissection | None:
-    """The dissection kept in a lens folder; ``None`` where there is none, or one of another SAE."""
-    path = lens_folder / STORED
-    if not path.is_file():
-        return None
-    found = load_dissection(path)
-    return found if found.sae_id == sae_id else None
-
-
 @lru_cache(maxsize=4)
 def groups(found: Dissection) -> dict[str, tuple[FeatureEffect, ...]]:
     """Attribute → the features that control it above all else, largest effect first; empty for those without any.
@@ -178,6 +168,29 @@ def evidence(found: Dissection, attribute: str) -> str:
             f"furthest {_told(beside[0])}. {test}"
         )
     return f"No feature tested moves {attribute} for sure{_largest(found, attribute)}. {test}"
+
+
+def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
+    """The atlas with these effects, and with features named by what they control where that is sure.
+
+    Raises ``LensError`` for an atlas of another SAE.
+    """
+    if found.sae_id != atlas.sae_id:
+        raise LensError("This dissection belongs to another SAE; dissect this lens.")
+    effects: dict[str, np.ndarray] = {}
+    for name, measured in found.effects.items():
+        effects[name] = np.full((len(atlas.density), measured.shape[1]), np.nan, np.float32)
+        order = np.argsort(
+            np.abs(np.nan_to_num(measured)).max(axis=1), kind="stable"
+        )  # the turn that moved most is told
+        effects[name][np.array(found.features)[order]] = measured[order]
+    labels = list(atlas.labels)
+    for own in groups(found).values():
+        for effect in own:
+            labels[effect.feature] = name_of(effect)
+    first = atlas.label_source.split("; with points:")[0]
+    source = f"{first}; with points: by the effect of turning it alone, {found.source}"
+    return replace(atlas, effects=effects, effect_source=found.source, labels=tuple(labels), label_source=source)
 
 
 def _told(effect: FeatureEffect) -> str:

@@ -12,10 +12,8 @@ from pydantic import TypeAdapter
 from diffusion_lens.base.files import read_json, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Change, LensError, Share
-from diffusion_lens.results.manifest import read_manifest, write_manifest
 
 TOGETHER = "together"
-STORED = "together/together.json"
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,3 @@ def load_joint(path: Path) -> JointResult:
         return JointResult(**read)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise LensError(f"{path} is not a stored result of steering together; run together --store again.") from None
-
-
-def add_to_lens(result: JointResult, lens_folder: Path) -> Path:
-    """Store the result inside a lens folder and seal the lens anew; returns its path."""
-    manifest, path = read_manifest(lens_folder), lens_folder / STORED
-    save_joint(result, path)
-    write_manifest(lens_folder, manifest)
-    return path
-
-
-def stored_joint(lens_folder: Path, sae_id: str) -> JointResult | None:
-    """The result kept in a lens folder; ``None`` where there is none, or one of another SAE."""
-    path = lens_folder / STORED
-    if not path.is_file():
-        return None
-    result = load_joint(path)
-    return result if result.sae_id == sae_id else None

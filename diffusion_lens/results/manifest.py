@@ -1,24 +1,33 @@
 """A lens on disk: one folder of safetensors, JSON and WebP, described and sealed by ``lens.json``.
 
 No pickles are ever read. Every file is listed with its size and sha256, so that a
-missing, truncated, altered or foreign file is refused by name.
+missing, truncated, altered or foreign file is refused by name. Whoever changes a lens does so in one ``changing``
+block (see ``transaction``) and ends it with ``commit``, which seals the files of that block alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import read_json, sha256_of, write_json
+from diffusion_lens.base.transaction import Change, check_inside, read_whole, settle
 from diffusion_lens.base.types import Attribute, LensError, Mode, Sampler
 
 FORMAT_VERSION = 1
 MANIFEST = "lens.json"
+REQUIRED = ("sae/cfg.json", "sae/sae_weights.safetensors", "probes.safetensors", "attribution.safetensors")
+"""What every lens has."""
+REQUIRED_BUNDLED = ("pipeline/model_index.json",)
+REQUIRED_FITTED = ("atlas.safetensors", "examples/pool.json")
+"""What a fit makes besides; ``FITTED`` tells that a lens was fitted."""
+FITTED = "fit/config.json"
 
 
 class FileSeal(StrictConfig):
@@ -114,19 +123,48 @@ class Manifest(StrictConfig):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
-def seal(folder: Path) -> dict[str, FileSeal]:
-    """Size and sha256 of every file under ``folder`` that belongs to a lens, by relative path, sorted."""
+def seal(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileSeal]:
+    """Size and sha256 by relative path, sorted: of ``names``, or of every file that belongs to a lens."""
     return {
         name: FileSeal(bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in sorted(_content(folder))
-        if "/" in name or name.endswith(".safetensors")
+        for name in sorted(content(folder) if names is None else names)
     }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Seal every file of ``folder`` and write ``lens.json``; returns the manifest with its seals."""
+    """Vouch for every file that lies in ``folder``, and write ``lens.json``; returns the manifest with its seals.
+
+    For whoever has just made the whole folder. What adds to a lens uses ``commit``.
+    """
     sealed = manifest.model_copy(update={"files": seal(folder)})
     write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
+    return sealed
+
+
+def commit(change: Change, manifest: Manifest, *, removed: Iterable[str] = ()) -> Manifest:
+    """Let the files of a change into a lens: they are sealed, those ``removed`` go, all others keep their seals.
+
+    Nobody looks at the others here: one that was damaged before is refused afterwards as well.
+    """
+    gone = set(removed)
+    files = {name: own for name, own in manifest.files.items() if name not in gone}
+    files |= seal(change.staged, change.names())
+    return _commit(change, manifest, files, gone)
+
+
+def commit_whole(change: Change, manifest: Manifest, *, adopted: Iterable[str] = ()) -> Manifest:
+    """Make the files of a change the whole lens: everything else that was one goes.
+
+    ``adopted``: files that lie in the folder already, and that whoever calls has made or used.
+    """
+    files = seal(change.folder, adopted) | seal(change.staged, change.names())
+    return _commit(change, manifest, files, set(content(change.folder)) - set(files))
+
+
+def _commit(change: Change, manifest: Manifest, files: dict[str, FileSeal], removed: set[str]) -> Manifest:
+    sealed = manifest.model_copy(update={"files": dict(sorted(files.items()))})
+    write_json(change.staged / MANIFEST, sealed.model_dump(mode="json"))
+    change.commit(removed=removed, last=MANIFEST)
     return sealed
 
 
@@ -134,6 +172,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read ``lens.json``; raises ``LensError`` if this is no lens, a newer one, or has a wrong key."""
     if not folder.is_dir():
         raise LensError(f"There is no folder {folder}; check the path of the lens.")
+    settle(folder)
     if not (folder / MANIFEST).is_file():
         raise LensError(f"{folder} is not a lens: {MANIFEST} is missing.")
     values = read_json(folder / MANIFEST)
@@ -149,24 +188,36 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
-    """Check every file of a lens against its seal.
+    """Check every file of a lens against its seal; a change that was interrupted is finished first.
 
-    Raises ``LensError`` naming the first file that is missing, truncated, altered (with both sha256),
-    outside the folder, or foreign (not listed, yet in a subfolder from which the lens is read).
+    Raises ``LensError`` naming the first file that is missing, not listed though every lens has it, truncated, altered
+    (with both sha256), outside the folder, or foreign (not listed, yet where the lens is read from).
     """
-    manifest = manifest or read_manifest(folder)
+    return read_whole(folder, MANIFEST, lambda: _verify(folder, manifest or read_manifest(folder)))
+
+
+def _verify(folder: Path, manifest: Manifest) -> Manifest:
+    for name in required(manifest):
+        if name not in manifest.files:
+            raise LensError(
+                f"{MANIFEST} of {folder} does not list {name}, which it must; restore it from the original."
+            )
     for name, expected in manifest.files.items():
         _check_file(folder, name, expected)
-    foreign = sorted(name for name in _content(folder) if "/" in name and name not in manifest.files)
+    foreign = sorted(set(content(folder)) - set(manifest.files))
     if foreign:
         raise LensError(f"{foreign[0]} does not belong to this lens ({folder}); remove it.")
     return manifest
 
 
+def required(manifest: Manifest) -> tuple[str, ...]:
+    """The files that a lens of this kind must have."""
+    bundled = REQUIRED_BUNDLED if manifest.base_model.bundled else ()
+    return REQUIRED + bundled + (REQUIRED_FITTED if FITTED in manifest.files else ())
+
+
 def _check_file(folder: Path, name: str, expected: FileSeal) -> None:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
-        raise LensError(f"{MANIFEST} names '{name}', which lies outside the lens folder; do not use this lens.")
+    check_inside(folder, name)
     path = folder / name
     if not path.is_file():
         raise LensError(f"{name} is missing from the lens {folder}; restore it from the original.")
@@ -181,9 +232,14 @@ def _check_file(folder: Path, name: str, expected: FileSeal) -> None:
         )
 
 
-def _content(folder: Path) -> Iterator[str]:
-    """Relative paths of the files under ``folder``; hidden files and folders belong to other tools."""
-    for path in folder.rglob("*"):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix()
+def content(folder: Path) -> Iterator[str]:
+    """Relative paths of the files that a lens is read from: all in subfolders, and safetensors at the top.
+
+    Hidden files and folders belong to other tools.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inner = Path(place).relative_to(folder)
+        for name in names:
+            if not name.startswith(".") and (inner.parts or name.endswith(".safetensors")):
+                yield (inner / name).as_posix()

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.plots import describe_spillover, spillover_figure
-from diffusion_lens.results.joint import JointResult, stored_joint
+from diffusion_lens.results.joint import JointResult
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.figure import figure, figure_value
@@ -62,7 +62,7 @@ def says(result: JointResult) -> str:
 def shown(studio: Studio) -> tuple[Any, ...]:
     """Sentence, matrix and table of the stored result, or how to make one."""
     try:
-        result = stored_joint(studio.lens.folder, studio.lens.manifest.sae_id)
+        result = studio.lens.together
     except LensError as error:
         return texts.status(str(error), bad=True), None, ""
     if result is None:

@@ -11,7 +11,6 @@ from harness import marks, opened, served
 from lens_fixtures import PROMPTS
 
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.comparison_store import add_to_lens
 from diffusion_lens.studies.bench.run import CompareConfig, run_compare
 from diffusion_lens.studio import methods_live
 
@@ -27,7 +26,7 @@ def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) 
     tiny_lens.save_pretrained(folder)
     config = CompareConfig(attribute="gender", prompt=PROMPTS[0], methods=("difflens", "activation", "bypass"), n=24,
                            n_tune=12, n_fit=8, options={}, n_examples=2)  # fmt: skip
-    add_to_lens(run_compare(tiny_lens, config, tmp_path_factory.mktemp("work")), folder)
+    DiffusionLens.from_pretrained(folder).store(run_compare(tiny_lens, config, tmp_path_factory.mktemp("work")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods_live, "fit_seeds", lambda: range(9_000_000, 9_000_016))
         with served(DiffusionLens.from_pretrained(folder)) as url:

@@ -337,5 +337,5 @@ def test_damaged_and_odd_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
     save_file(build_state(SMALL), tmp_path / "c.safetensors")
-    with pytest.raises(LensError, match="already holds something"):
+    with pytest.raises(LensError, match="is not empty"):
         convert(tmp_path / "c.safetensors", tmp_path, SMALL)

@@ -361,7 +361,7 @@ def test_published_edit_refuses_a_foreign_sae(imported: Path, case: Case) -> Non
 def test_import_refuses_a_folder_in_use_and_a_foreign_classifier(imported: Path, tmp_path: Path) -> None:
     source = imported.parent
     part = PublishedAttribute(GENDER, source / "features", source / "best_gender.pth")
-    with pytest.raises(LensError, match="already holds something"):
+    with pytest.raises(LensError, match="is not empty"):
         import_difflens(source / "published", [part], "p2-tiny", imported)
     heads = {"linears.0.weight": torch.zeros(2, 10), "linears.0.bias": torch.zeros(2)}
     save_file(heads, tmp_path / "other.safetensors")

@@ -39,6 +39,7 @@ from diffusion_lens.results.manifest import (
     BaseModelRef,
     Manifest,
     read_manifest,
+    required,
     verify,
     write_manifest,
 )
@@ -69,19 +70,27 @@ def manifest() -> Manifest:
     )
 
 
+def tiny_folder(path: Path) -> Path:
+    """A sealed folder of what every lens has, an atlas, and a pipeline of one file."""
+    save_tensors(path / "atlas.safetensors", {"a": np.arange(1000.0)})
+    for name in required(manifest()):
+        if name.endswith(".json"):
+            write_json(path / name, {"k": 1})
+        else:
+            save_tensors(path / name, {"b": np.ones(3)})
+    write_manifest(path, manifest())
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sealed folder of three files."""
-    save_tensors(tmp_path / "atlas.safetensors", {"a": np.arange(1000.0)})
-    save_tensors(tmp_path / "sae" / "weights.safetensors", {"b": np.ones(3)})
-    write_json(tmp_path / "sae" / "cfg.json", {"k": 1})
-    write_manifest(tmp_path, manifest())
-    return tmp_path
+    """A sealed folder of what every lens has, an atlas, and a pipeline of one file."""
+    return tiny_folder(tmp_path)
 
 
 def test_a_sealed_folder_verifies_and_its_manifest_reads_back(folder: Path) -> None:
     found = verify(folder)
-    assert set(found.files) == {"atlas.safetensors", "sae/weights.safetensors", "sae/cfg.json"}
+    assert set(found.files) == {*required(manifest()), "atlas.safetensors"}
     assert found.model_copy(update={"files": {}}) == manifest()
     assert found.files["sae/cfg.json"].sha256 == sha256_of(folder / "sae" / "cfg.json")
 
@@ -97,11 +106,23 @@ def flip_last_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def leave_out(folder: Path, name: str) -> None:
+    """Take a file out of the manifest's list."""
+    edit_manifest(folder, lambda values: values["files"].pop(name))
+
+
+def negate(folder: Path, name: str) -> None:
+    """Turn a file's numbers round."""
+    save_tensors(folder / name, {key: -value for key, value in load_tensors(folder / name).items()})
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: (f / "atlas.safetensors").unlink(), "atlas.safetensors is missing"),
     "truncated": (lambda f: (f / "atlas.safetensors").write_bytes(b"short"), "atlas.safetensors is truncated: 5 of"),
-    "altered": (lambda f: flip_last_byte(f / "sae/weights.safetensors"), "sae/weights.safetensors is not the file"),
+    "altered": (lambda f: flip_last_byte(f / "sae/sae_weights.safetensors"), "sae_weights.safetensors is not the file"),
     "longer": (lambda f: (f / "sae/cfg.json").open("a").write(" "), "sae/cfg.json is not the file"),
+    "not listed": (lambda f: (leave_out(f, "atlas.safetensors"), negate(f, "atlas.safetensors")), "does not belong"),
+    "not demanded": (lambda f: (leave_out(f, n := "probes.safetensors"), (f / n).unlink()), "does not list probes"),
     "foreign": (lambda f: (f / "sae" / "extra.bin").write_bytes(b"x"), "sae/extra.bin does not belong"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "is not a lens: lens.json is missing"),
     "broken manifest": (lambda f: (f / MANIFEST).write_text("{"), "not readable JSON"),

@@ -22,7 +22,7 @@ from diffusion_lens.methods.registry import find_method
 from diffusion_lens.model.generate import Cancelled, generate_batches
 from diffusion_lens.results import metrics
 from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
-from diffusion_lens.results.comparison_store import add_to_lens, load_comparison, save_comparison
+from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.comparison_tables import (
     COLUMNS,
     NOT_MEASURED,
@@ -331,8 +331,8 @@ def test_a_comparison_can_live_in_the_lens(comparison: Comparison, copied_lens: 
     folder = copied_lens()
     before = DiffusionLens.from_pretrained(folder)
     assert before.comparisons == {}
-    add_to_lens(comparison, folder)
-    path = add_to_lens(comparison, folder)
+    before.store(comparison)
+    path = before.store(comparison)
     assert path == folder / "comparisons" / "gender.json"
     verify(folder)
     opened = DiffusionLens.from_pretrained(folder)
@@ -348,7 +348,7 @@ def test_another_saes_comparison_is_refused(comparison: Comparison, copied_lens:
     folder = copied_lens()
     for change in ({"sae_id": "0" * 16}, {"model_id": "another/model"}):
         with pytest.raises(LensError, match="measured on another"):
-            add_to_lens(replace(comparison, **change), folder)
+            DiffusionLens.from_pretrained(folder).store(replace(comparison, **change))
     save_comparison(replace(comparison, sae_id="0" * 16), folder / "comparisons", "gender")
     write_manifest(folder, read_manifest(folder))
     opened = DiffusionLens.from_pretrained(folder)
@@ -359,7 +359,7 @@ def test_another_saes_comparison_is_refused(comparison: Comparison, copied_lens:
 
 def test_comparisons_are_read_without_torch(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
     folder = copied_lens()
-    add_to_lens(comparison, folder)
+    DiffusionLens.from_pretrained(folder).store(comparison)
     code = (
         "import sys; from diffusion_lens.lens import DiffusionLens; "
         f"print(len(DiffusionLens.from_pretrained({str(folder)!r}).comparisons['gender'].rows), 'torch' in sys.modules)"

@@ -24,10 +24,11 @@ from diffusion_lens.results.dissection import (
     groups,
     is_sure,
     least_images,
+    load_dissection,
     moved_beside,
     name_of,
     save_dissection,
-    stored_dissection,
+    to_atlas,
 )
 from diffusion_lens.results.manifest import verify
 from diffusion_lens.steering.intervene import compile
@@ -43,8 +44,6 @@ from diffusion_lens.studies.dissect.run import (
     paired_effects,
     plan_batches,
     q_values,
-    store_in_lens,
-    to_atlas,
 )
 
 GLASSES = Attribute("glasses", ("none", "glasses"))
@@ -274,19 +273,17 @@ def test_a_card_gets_every_class_with_its_test() -> None:
     assert is_sure(found, second) and effects_of(found, 4) == ()
 
 
-def test_a_dissection_reads_back_and_belongs_to_one_sae(tmp_path: Path) -> None:
+def test_a_dissection_reads_back(tmp_path: Path) -> None:
     found = made({"glasses": np.array([[-0.4, 0.4]])}, {"glasses": np.array([[1e-6, np.nan]])})
-    assert stored_dissection(tmp_path, "s") is None
     save_dissection(tmp_path / "dissection.safetensors", found)
-    again = stored_dissection(tmp_path, "s")
-    assert again is not None and stored_dissection(tmp_path, "other") is None
+    again = load_dissection(tmp_path / "dissection.safetensors")
     for part in ("effects", "low", "high", "p_values", "q_values", "flips"):
         np.testing.assert_array_equal(getattr(again, part)["glasses"], getattr(found, part)["glasses"])
     assert (again.features, again.classes, again.n, again.source) == (found.features, found.classes, 32, "test")
     assert again.betas == found.betas
     (tmp_path / "dissection.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(LensError, match="damaged"):
-        stored_dissection(tmp_path, "s")
+        load_dissection(tmp_path / "dissection.safetensors")
 
 
 def test_the_atlas_takes_effects_and_names(tiny_lens: DiffusionLens) -> None:
@@ -417,9 +414,10 @@ def test_effects_can_live_in_the_lens(
     folder = copied_lens()
     feature = int(np.argmax(tiny_lens.atlas.density))
     found = dissect(tiny_lens, config(features=(feature,)), tmp_path)
-    store_in_lens(found, folder)
-    verify(folder)
     opened = DiffusionLens.from_pretrained(folder)
+    _ = opened.atlas  # read before: what is stored shows in the lens that is open
+    opened.store(found)
+    verify(folder)
     np.testing.assert_allclose(opened.atlas.effects["glasses"][feature], found.effects["glasses"][0], rtol=1e-6)
-    again = stored_dissection(folder, opened.manifest.sae_id)
+    again = DiffusionLens.from_pretrained(folder).dissection
     assert again is not None and again.features == (feature,)

@@ -17,7 +17,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.denoise import StepContext
 from diffusion_lens.model.generate import Cancelled
 from diffusion_lens.plots import spillover_figure
-from diffusion_lens.results.joint import TOGETHER, JointResult, add_to_lens, load_joint, stored_joint
+from diffusion_lens.results.joint import TOGETHER, JointResult, load_joint
 from diffusion_lens.results.manifest import verify
 from diffusion_lens.steering.intervene import draw_classes
 from diffusion_lens.studies.joint import Steer, joint_edit, joint_table, parse_steer, steer_together
@@ -122,13 +122,14 @@ def test_a_stored_result_reads_back_and_is_shown(
     result: JointResult, tiny_lens: DiffusionLens, copied_lens: Callable[[], Path], tmp_path: Path
 ) -> None:
     folder = copied_lens()
-    sae_id = tiny_lens.manifest.sae_id
-    assert stored_joint(folder, sae_id) is None
-    assert together.COMMAND in together.shown(Studio(DiffusionLens.from_pretrained(folder)))[0]
-    add_to_lens(result, folder)
+    lens = DiffusionLens.from_pretrained(folder)
+    assert lens.together is None and together.COMMAND in together.shown(Studio(lens))[0]
+    assert lens.store(result) == folder / "together" / "together.json"
     verify(folder)
-    again = stored_joint(folder, sae_id)
-    assert again is not None and stored_joint(folder, "another") is None
+    again = lens.together
+    assert again is not None
+    with pytest.raises(LensError, match="measured on another SAE"):
+        lens.store(replace(result, sae_id="another"))
     for table, other in ((again.before, result.before), (again.after, result.after)):
         np.testing.assert_array_equal(table.counts, other.counts)
         assert (table.attributes, table.classes, table.n) == (other.attributes, other.classes, other.n)

@@ -19,7 +19,7 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.fit.write import check_target
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.counted import STORED, CountedShares, store_in_lens, stored_shares
+from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.state import View
@@ -458,21 +458,22 @@ class TestAbout:
         other = lens.manifest.nuisances[0].name
         shares = {PROMPTS[0]: {"gender": many, other: blind}, PROMPTS[1]: {"gender": many}}
         counted = CountedShares(shares, 16, 1.0, 0, lens.manifest.classifier_id)
-        store_in_lens(counted, lens_copy)
-        again = DiffusionLens.from_pretrained(lens_copy)  # sealed anew
+        path = lens.store(counted)
+        again = DiffusionLens.from_pretrained(lens_copy)
         assert again.counted == counted
         check_target(lens_copy)  # a new fit may replace it
         assert about.planted_html(again, "gender").count("<td>5,000</td>") == 2
         assert list(about.attributes_known(again)) == [*names, other]
         assert "<td>900</td>" in about.planted_html(again, other)
         assert "5,000 images were counted" in about.comparison(again, PROMPTS[1], "gender")[1]
-        assert stored_shares(lens_copy, "another classifier") is None
-        path = lens_copy / STORED
+        with pytest.raises(LensError, match="measured on another classifier"):
+            lens.store(replace(counted, classifier_id="another"))
         path.write_text('{"shares": {}}')
         with pytest.raises(LensError, match=r"shares\.json"):
             DiffusionLens.from_pretrained(lens_copy)
+        lens = DiffusionLens(lens_copy, again.manifest)
         with pytest.raises(LensError, match="check --full --part 1 --store"):
-            stored_shares(lens_copy, lens.manifest.classifier_id)
+            _ = lens.counted
 
     def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
         job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])

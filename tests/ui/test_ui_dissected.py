@@ -13,8 +13,7 @@ from dissected import NURSE, depth_result, dissection, keep_depth, keep_in
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.dissection import STORED, save_dissection
-from diffusion_lens.results.manifest import read_manifest, verify, write_manifest
+from diffusion_lens.results.manifest import verify
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import atlas_tab, cards, depth_tab
 
@@ -63,14 +62,12 @@ class TestAtlas:
         assert "No feature tested moves age for sure (the largest: #4" in said and "32 paired images" in said
 
     def test_features_that_move_it_beside_something_else_stand_in(self, copied_lens: Callable[[], Path]) -> None:
-        folder = copied_lens()
-        manifest = read_manifest(folder)
-        found = dissection(manifest.sae_id)
+        lens = DiffusionLens.from_pretrained(copied_lens())
+        found = dissection(lens.manifest.sae_id)
         found.effects["age"][:2] = [[0.2, 0.0, -0.2], [-0.1, 0.0, 0.1]]
         found.q_values["age"][:2] = 1e-5
-        save_dissection(folder / STORED, found)
-        write_manifest(folder, manifest)
-        studio = Studio(DiffusionLens.from_pretrained(folder))
+        lens.store(found)
+        studio = Studio(lens)
         told = dict((value, text) for text, value in atlas_tab.filters(studio))
         assert told["age"] == "moves age beside others (2)" and told["glasses"] == "controls glasses (2)"
         _, plot, rows, said = atlas_tab.refilter(studio, "age", "gender: male", None)

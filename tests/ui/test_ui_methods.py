@@ -17,7 +17,6 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
 from diffusion_lens.results.comparison import Measured
-from diffusion_lens.results.comparison_store import add_to_lens
 from diffusion_lens.results.comparison_tables import NOT_MEASURED, PARTS
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
 from diffusion_lens.studio import methods_live, state
@@ -81,7 +80,7 @@ class TestStored:
         self, comparison: Comparison, copied_lens: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = copied_lens()
-        add_to_lens(comparison, folder)
+        DiffusionLens.from_pretrained(folder).store(comparison)
         lens = DiffusionLens.from_pretrained(folder)
         changed = DiffusionLens(folder, lens.manifest.model_copy(update={"sae_id": "another"}))
         first, *_ = handlers.compared(Studio(changed), "gender", "balance", LOST)
@@ -89,7 +88,7 @@ class TestStored:
 
     def test_a_stored_comparison_is_shown(self, comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
         folder = copied_lens()
-        add_to_lens(comparison, folder)
+        DiffusionLens.from_pretrained(folder).store(comparison)
         studio = Studio(DiffusionLens.from_pretrained(folder))
         for part in PARTS:
             verdict, table, trade, says, across, _, notes, plots = handlers.compared(studio, "gender", part, LOST)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.types import (
-    Atlas,
     EditSpec,
     FeatureSet,
     GenerationRequest,
@@ -36,9 +35,7 @@ from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
 from diffusion_lens.model.generate import OnStep, generate_batches, join, record_trajectory, request
 from diffusion_lens.results import stats
-from diffusion_lens.results.dissection import STORED, Dissection, groups, name_of, save_dissection
-from diffusion_lens.results.manifest import read_manifest, write_manifest
-from diffusion_lens.results.records import load_atlas, save_atlas
+from diffusion_lens.results.dissection import Dissection
 from diffusion_lens.steering.intervene import compile
 from diffusion_lens.studies.bench.run import JudgedLens
 from diffusion_lens.studies.dissect.choose import choose_features
@@ -347,39 +344,6 @@ def q_values(p_values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         adjusted[real] = multipletests(flat[real], method="fdr_bh")[1]
     parts = np.split(adjusted, np.cumsum([p.size for p in p_values.values()])[:-1])
     return {name: part.reshape(p.shape) for (name, p), part in zip(p_values.items(), parts, strict=True)}
-
-
-def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
-    """The atlas with these effects, and with features named by what they control where that is sure.
-
-    Raises ``LensError`` for an atlas of another SAE.
-    """
-    if found.sae_id != atlas.sae_id:
-        raise LensError("This dissection belongs to another SAE; dissect this lens.")
-    effects: dict[str, np.ndarray] = {}
-    for name, measured in found.effects.items():
-        effects[name] = np.full((len(atlas.density), measured.shape[1]), np.nan, np.float32)
-        order = np.argsort(
-            np.abs(np.nan_to_num(measured)).max(axis=1), kind="stable"
-        )  # the turn that moved most is told
-        effects[name][np.array(found.features)[order]] = measured[order]
-    labels = list(atlas.labels)
-    for own in groups(found).values():
-        for effect in own:
-            labels[effect.feature] = name_of(effect)
-    first = atlas.label_source.split("; with points:")[0]
-    source = f"{first}; with points: by the effect of turning it alone, {found.source}"
-    return replace(atlas, effects=effects, effect_source=found.source, labels=tuple(labels), label_source=source)
-
-
-def store_in_lens(found: Dissection, lens_folder: Path) -> Path:
-    """Write effects and names into a lens folder, and seal the lens anew; returns the dissection's path."""
-    manifest, atlas_path = read_manifest(lens_folder), lens_folder / "atlas.safetensors"
-    save_atlas(atlas_path, to_atlas(found, load_atlas(atlas_path)))
-    path = lens_folder / STORED
-    save_dissection(path, found)
-    write_manifest(lens_folder, manifest)
-    return path
 
 
 def _check_turn(lens: JudgedLens, config: DissectConfig, feature: int) -> None:
