@@ -30,8 +30,8 @@ class Kind(Generic[T]):
 
     Attributes:
         result: its type, by which it is asked for. command: makes and stores it.
-        place: its main file inside a lens; ``*`` stands for the stem, where there may be several. Images lie beside it
-            as ``<stem>-examples…``.
+        place: its main file inside a lens; ``*`` stands for the stem, where there may be several. Arrays may lie beside
+            it as ``<stem>.safetensors``, images as ``<stem>-examples…``.
         stem: a result's own; storing another one of the same stem replaces it.
         save, load: write and read ``(result,) folder, stem``.
         belongs: what a result was measured with → what it should be in a lens, by name.
@@ -63,8 +63,7 @@ class Kind(Generic[T]):
 
     def files(self, stem: str, manifest: Manifest) -> list[str]:
         """The files of one result in a lens."""
-        before, _, after = self.main(stem).rpartition(".")
-        own = re.compile(rf"{re.escape(before)}(\.{after}|-examples(-\d+\.webp|\.json))")
+        own = re.compile(rf"{re.escape(self.main(stem).rpartition('.')[0])}(\.\w+|-examples(-\d+\.webp|\.json))")
         return [name for name in manifest.files if own.fullmatch(name)]
 
     def check(self, result: T, manifest: Manifest) -> None:
