@@ -43,7 +43,7 @@ def _disk_error(error: Exception, path: Path) -> str | None:
         place = Path(error.filename)
     folder = next((p for p in (place, *place.absolute().parents) if p.is_dir()), place)
     if code in FULL or any(sign in str(error) for sign in FULL_SIGNS):
-        return f"The disk under {folder} is full ({_free(folder)} free); make room there, or choose another place."
+        return f"The disk under {folder} is full ({_free(folder)} free); make room and give the same command again."
     if code == errno.EROFS:
         return f"The disk under {folder} is read-only; choose another place."
     if code in (errno.EACCES, errno.EPERM):

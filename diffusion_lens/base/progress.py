@@ -28,6 +28,7 @@ class Status:
     Attributes:
         share: of the whole work, 0 to 1; never falls.
         stage: the name of the innermost named part, ``""`` where none has one.
+        stage_share: how far that part is, 0 to 1; of the whole work where no part has a name.
         done, total: of the loop that reported, in its own units.
         seconds: since the work began.
         seconds_left: by the pace so far, without what was found finished; ``None`` while that is unknown.
@@ -35,6 +36,7 @@ class Status:
 
     share: float
     stage: str
+    stage_share: float
     done: int
     total: int
     seconds: float
@@ -56,12 +58,12 @@ class _Work:
     skipped: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def tell(self, share: float, stage: str, done: int, total: int) -> None:
+    def tell(self, share: float, stage: str, stage_share: float, done: int, total: int) -> None:
         with self.lock:
             self.share = max(self.share, min(1.0, share))
             seconds, own = self.clock() - self.began, self.share - self.skipped
             left = seconds * (1 - self.share) / own if own > LEAST_SHARE else None
-            status = Status(self.share, stage, done, total, seconds, left)
+            status = Status(self.share, stage, min(1.0, stage_share), done, total, seconds, left)
         if self.listen is not None:
             self.listen(status)
 
@@ -90,7 +92,7 @@ class Progress:
     ) -> None:
         self._work = _Work(listen, stop or threading.Event(), clock, clock())
         self._start, self._span, self._given = 0.0, 1.0, 0.0
-        self.stage = ""
+        self.stage, self._named = "", (0.0, 1.0)
 
     def part(self, weight: float, stage: str | None = None) -> Progress:
         """The next ``weight`` (0 to 1) of this, for a callee; parts follow one another and share the stop.
@@ -102,7 +104,9 @@ class Progress:
         part = Progress.__new__(Progress)
         part._work, part._given = self._work, 0.0
         part._start, part._span = self._start + self._span * begin, self._span * (self._given - begin)
-        part.stage = self.stage if stage is None else stage
+        part.stage, part._named = self.stage, self._named
+        if stage is not None:
+            part.stage, part._named = stage, (part._start, part._span)
         return part
 
     def parts(self, weights: int | Sequence[float], stages: Sequence[str] | None = None) -> list[Progress]:
@@ -116,7 +120,8 @@ class Progress:
         """``done`` of ``total`` units of this part are finished. Raises ``Cancelled`` where the work is to stop."""
         self.check()
         share = min(1.0, done / total) if total > 0 else 1.0
-        self._work.tell(self._start + self._span * share, self.stage, done, total)
+        whole, (start, span) = self._start + self._span * share, self._named
+        self._work.tell(whole, self.stage, (whole - start) / span if span else 1.0, done, total)
 
     def each(self, items: Iterable[T], total: int | None = None) -> Iterator[T]:
         """``items`` one by one, each a step when the loop's body is done with it.

@@ -16,16 +16,17 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
-    Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from diffusion_lens.base.files import atomic_path
+from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import LensError, LogRatio, Share
 from diffusion_lens.base.words import duration
 
@@ -80,32 +81,22 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 
 class Bar:
-    """One progress bar with the time left; plain lines every half minute where standard error is a file."""
+    """One progress bar with the time left; plain lines every half minute where standard error is a file.
+
+    ``work`` is what is handed to the library; each of its named parts gets a bar of its own.
+    """
 
     def __init__(self, title: str) -> None:
-        self.title = title
+        self.name = self.title = title
         self.console = Console(stderr=True)
+        self.work = Progress(self._hear)
         self._begin()
-        self._progress: Progress | None = None
+        self._shown: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def step(self, done: int, total: int) -> None:
-        """Report ``done`` of ``total``; fits every ``on_step`` of the library."""
-        now = time.monotonic()
-        if not self.console.is_terminal:
-            self._line(done, total, now)
-        elif self._progress is None and now - self.begun > PATIENCE:
-            self._start()
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total, description=self.title)
-
     def stage(self, name: str, done: int, total: int) -> None:
-        """Report within a named stage; a new name begins a new bar."""
-        if name.split(" (")[0] != self.title.split(" (")[0]:
-            self.close()
-            self._begin()
-        self.title = name
-        self.step(done, total)
+        """``done`` of ``total`` within a named stage."""
+        self._show(name, done / max(1, total))
 
     def say(self, text: str) -> None:
         """One line for the person, above the bar."""
@@ -113,37 +104,52 @@ class Bar:
 
     def close(self) -> None:
         """Take the bar down."""
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress = self._task = None
+        if self._shown is not None:
+            self._shown.stop()
+        self._shown = self._task = None
+
+    def _hear(self, status: Status) -> None:
+        self._show(status.stage or self.name, status.stage_share)
+
+    def _show(self, title: str, share: float) -> None:
+        if title.split(" (")[0] != self.title.split(" (")[0]:
+            self.close()
+            self._begin()
+        self.title, now = title, time.monotonic()
+        if not self.console.is_terminal:
+            self._line(share, now)
+        elif self._shown is None and now - self.begun > PATIENCE:
+            self._start()
+        if self._shown is not None and self._task is not None:
+            self._shown.update(self._task, completed=share, description=title)
 
     def _begin(self) -> None:
         self.begun = self.printed = time.monotonic()
-        self._first: tuple[int, float] | None = None
+        self._first: tuple[float, float] | None = None
 
     def _start(self) -> None:
-        self._progress = Progress(
+        self._shown = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left:"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task(self.title)
-        self._progress.start()
+        self._task = self._shown.add_task(self.title, total=1.0)
+        self._shown.start()
 
-    def _line(self, done: int, total: int, now: float) -> None:
+    def _line(self, share: float, now: float) -> None:
         if self._first is None:
-            self._first = (done, now)  # what a resumed run had done before was not done in this time
+            self._first = (share, now)  # what a resumed run had done before was not done in this time
         before, since = self._first
-        if now - self.printed < LINE_EVERY or done <= before:
+        if now - self.printed < LINE_EVERY or share <= before:
             return
         self.printed = now
-        left = (now - since) / (done - before) * (total - done)
-        say(f"{self.title}: {done:,} of {total:,}, about {duration(left)} left")
+        left = (now - since) / (share - before) * (1 - share)
+        say(f"{self.title}: {share:.0%}, about {duration(left)} left")
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def dissect(
     }  # fmt: skip
     config = DissectConfig.parse(values, where="the dissection")
     with progress("dissecting") as bar:
-        found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), on_step=bar.step)
+        found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), on_step=bar.work.step)
     if as_json:
         show_json(to_plain(groups(found)))
     else:
@@ -156,7 +156,7 @@ def together(
     with progress("steering") as bar:
         result = steer_together(
             opened, _prompt(opened, prompt), steers, series.seeds, sampler=None if alike else "symmetric",
-            batch_size=batch_of(opened, series.batch_size), on_step=bar.step,
+            batch_size=batch_of(opened, series.batch_size), on_step=bar.work.step,
         )  # fmt: skip
     if as_json:
         show_json(to_plain(result))

@@ -80,11 +80,11 @@ def generate(
     size = batch_of(opened, series.batch_size)
     turns = [parse_turn(opened, text) for text in turn or ()]
     with progress("drawing") as bar:
-        base = opened.generate(request, batch_size=size, on_step=bar.step)
+        base = opened.generate(request, batch_size=size, on_step=bar.work.step)
     drawn = [base]
     if turns:
         with progress("drawing with the turn") as bar:
-            drawn.append(opened.generate(request, *turns, batch_size=size, on_step=bar.step))
+            drawn.append(opened.generate(request, *turns, batch_size=size, on_step=bar.work.step))
     written = save_images(drawn, out)
     found = {a.name: opened.evaluate(drawn[-1], a.name, reference=base if turns else None) for a in opened.attributes}
     if as_json:
@@ -164,7 +164,7 @@ def attribute(
     opened.attributions[attribute].top_k(top, target=target)  # refuses a number of features that there is not
     request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)
     with progress("drawing") as bar:
-        drawn = opened.generate(request, capture=True, batch_size=size, on_step=bar.step)
+        drawn = opened.generate(request, capture=True, batch_size=size, on_step=bar.work.step)
     found = opened.attribute(drawn, attribute, method=method)
     features = found.top_k(top, target=target)
     if html is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,7 +176,7 @@ def fit(
     with progress("fitting") as bar:
         lens = fitting.fit(
             config, out, work=work, models=models, device=running.device, dtype=running.torch_dtype, offline=offline,
-            on_stage=bar.stage if processes.is_main else None, processes=processes,
+            progress=bar.work if processes.is_main else None, processes=processes,
         )  # fmt: skip
     if processes.is_main:
         _report(lens, out, as_json)
@@ -293,8 +294,8 @@ def _write_sheet(config: FitConfig, models: Models, work: Path, folder: Path, pr
     from diffusion_lens.judging.labelled import write_label_sheet
 
     with progress("sample") as bar:
-        ready = prepare(config, models, work, bar.stage if processes.is_main else None, processes)
-        run_stage(ready, "sample")
+        ready = prepare(config, models, work, processes)
+        run_stage(replace(ready, progress=bar.work) if processes.is_main else ready, "sample")
     if not processes.is_main:
         return
     attributes = [ready.attribute(name) for name in config.attributes]

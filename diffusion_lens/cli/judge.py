@@ -156,7 +156,7 @@ def audit(
     turns = [parse_turn(opened, text) for text in turn or ()]
     size = batch_of(opened, series.batch_size)
     with progress("reading the reference images") as bar:
-        measures = judging.open(opened, bar.step)
+        measures = judging.open(opened, bar.work.step)
     with progress("drawing and reading") as bar:
         found = measure(
             opened,
@@ -169,7 +169,7 @@ def audit(
             command=_command(opening.lens, prompt or [], turn or [], replace(series, batch_size=size), judging),
             batch_size=size,
             measures=measures,
-            on_step=bar.step,
+            on_step=bar.work.step,
         )
     paths = write_report(found, out)
     if as_json:

@@ -251,7 +251,7 @@ def _drawn(prompt: str, seeds: range) -> np.ndarray:
         pictures = []
         for done, record in enumerate(records):
             pictures.append(draw(record))
-            bar.step(done + 1, len(records))
+            bar.work.step(done + 1, len(records))
     return np.stack(pictures)
 
 
@@ -263,7 +263,7 @@ def _sampled(pipeline: Path, prompt: str, seeds: range, steps: int) -> np.ndarra
     model = load_model(pipeline, offline=True)
     wanted = request(model, prompt if model.is_text else None, seeds, steps)
     with progress("sampling") as bar:
-        return generate(model, wanted, on_step=bar.step).images
+        return generate(model, wanted, on_step=bar.work.step).images
 
 
 @app.command("table")

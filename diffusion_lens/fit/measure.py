@@ -46,7 +46,7 @@ def fit_settings(work: Work) -> None:
             work.model, sae, attributions[name], work.classifier, base, setting, probes=probes,
             batch_size=work.config.batch_size, n_examples=0, keep=trial_folder(folder / name, number, place),
         )  # fmt: skip
-        work.on_stage("settings", done + 1, len(mine))
+        work.progress.step(done + 1, len(mine))
     work.processes.wait()
     if work.processes.is_main:
         for name in work.config.attributes:
@@ -111,7 +111,7 @@ def fit_effects(work: Work) -> None:
         if not path.is_file():
             base = base or measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
             save_tensors(path, _effect(work, sae, base, feature, setting))
-        work.on_stage("effects", number + 1, len(mine))
+        work.progress.step(number + 1, len(mine))
     prompt = "" if wanted.prompt is None else f' of "{wanted.prompt}"'
     source = f"turned alone as far as the shipped sweep goes, on {config.effect_images} images{prompt}"
     if work.processes.is_main:
@@ -172,7 +172,7 @@ def fit_sweeps(work: Work) -> None:
                 base = measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
             result = _sweep(work, base, settings[name], control, work.folders["sweeps"] / stem)
             save_sweep(result, work.folders["sweeps"], stem)
-        work.on_stage("sweeps", number + 1, len(plan))
+        work.progress.step(number + 1, len(plan))
 
 
 def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:

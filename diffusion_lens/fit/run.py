@@ -7,20 +7,18 @@ Under ``accelerate launch`` the processes share the stages that draw and read im
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from diffusion_lens.base.files import write_json
+from diffusion_lens.base.files import disk_errors, write_json
 from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.fit.config import STAGES, FitConfig, stage_hashes
@@ -28,7 +26,6 @@ from diffusion_lens.fit.estimate import Estimate, estimate
 from diffusion_lens.fit.measure import fit_effects, fit_settings, fit_sweeps
 from diffusion_lens.fit.stages import (
     SHARED_STAGES,
-    OnStage,
     Work,
     collect_activations,
     fit_atlas,
@@ -61,6 +58,11 @@ STAGE_FUNCTIONS: Mapping[str, Callable[[Work], None]] = {
     "effects": fit_effects,
     "sweeps": fit_sweeps,
 }
+WEIGHTS: Mapping[str, float] = {
+    "sample": 30, "label": 2, "collect": 15, "sae": 15, "probes": 5, "attribution": 5, "atlas": 5, "settings": 15,
+    "effects": 4, "sweeps": 20,
+}  # fmt: skip
+"""About how long the stages take beside each other, for the bar alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,6 @@ def prepare(
     config: FitConfig,
     models: Models,
     work: Path,
-    on_stage: OnStage | None = None,
     processes: Processes = ALONE,
 ) -> Work:
     """The stages' folders under ``work``; raises ``LensError`` where models and configuration do not fit."""
@@ -124,8 +125,7 @@ def prepare(
         "labeller": models.labeller.classifier_id,
     }
     folders = {stage: work / f"{stage}-{digest}" for stage, digest in stage_hashes(config, identities).items()}
-    told = on_stage or (lambda *_: None)
-    ready = Work(config, model, models.classifier, models.labeller, folders, told, processes)
+    ready = Work(config, model, models.classifier, models.labeller, folders, processes=processes)
     for name in config.attributes:
         ready.attribute(name)
     return ready
@@ -140,27 +140,28 @@ def fit(
     device: str = "cpu",
     dtype: Any = None,
     offline: bool = False,
-    on_stage: OnStage | None = None,
+    progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> DiffusionLens:
     """Fit a lens and write it to ``out``; ``work`` keeps intermediate results and may be deleted afterwards.
 
-    Killed at any point, the same call goes on and gives the same lens. ``on_stage(stage, done, total)`` may
-    raise to stop. See ``fit_estimate.estimate`` for the cost beforehand. Several ``processes`` (see
-    ``processes.launched``) make the same lens as one, on one folder that all of them reach.
+    Killed at any point, the same call goes on and gives the same lens; ``progress`` tells the stages by name. See
+    ``fit.estimate`` for the cost beforehand. Several ``processes`` (see ``processes.launched``) make the same lens as
+    one, on one folder that all of them reach.
 
     Raises:
         LensError: what does not fit together, a class that too few images show, or a full disk.
     """
     check_target(Path(out))
     models = models or load_models(config, device=device, dtype=dtype, offline=offline)
-    ready = prepare(config, models, Path(work), on_stage, processes)
+    ready = prepare(config, models, Path(work), processes)
     check_judge(config, models.classifier)
-    with _full_disk_told(Path(work)):
-        for stage in STAGES:
-            run_stage(ready, stage)
-        if processes.is_main:
-            write_lens(ready, Path(out))
+    parts = (progress or Progress()).parts([WEIGHTS[stage] for stage in STAGES], STAGES)
+    with disk_errors(Path(work)):
+        for stage, part in zip(STAGES, parts, strict=True):
+            run_stage(replace(ready, progress=part), stage)
+    if processes.is_main:
+        write_lens(ready, Path(out))
     processes.wait()
     return DiffusionLens.from_pretrained(out, device=device, dtype=dtype, offline=offline)
 
@@ -177,30 +178,18 @@ def check_judge(config: FitConfig, judge: Classifier) -> None:
 
 def run_stage(work: Work, stage: str) -> None:
     """Run one stage unless its marker says it is done; returns when every process may go on."""
-    folder, processes = work.folders[stage], work.processes
-    if not (folder / DONE).is_file() and (processes.is_main or stage in SHARED_STAGES):
-        folder.mkdir(parents=True, exist_ok=True)
+    pieces, processes = work.pieces(stage), work.processes
+    if pieces.has(DONE):
+        work.progress.found()
+    elif processes.is_main or stage in SHARED_STAGES:
+        with disk_errors(pieces.folder):
+            pieces.folder.mkdir(parents=True, exist_ok=True)
         STAGE_FUNCTIONS[stage](work)
     # Nobody may write the marker while another still looks for it.
     processes.wait()
-    if processes.is_main and not (folder / DONE).is_file():
-        write_json(folder / DONE, {"stage": stage})
+    if processes.is_main:
+        pieces.keep(DONE, lambda: {"stage": stage}, write_json)
     processes.wait()
-
-
-@contextmanager
-def _full_disk_told(work: Path) -> Iterator[None]:
-    """A full disk, by whatever library it is noticed, as one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and torch tell of it in words of their own.
-        if not full and not any(text in str(error) for text in ("os error 28", "No space left", "failed writing file")):
-            raise
-        raise LensError(
-            f"The disk under {work} is full; make room and give the same command again: what is finished is kept."
-        ) from error
 
 
 def check_space(cost: Estimate, work: Path) -> None:

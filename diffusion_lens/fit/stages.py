@@ -1,12 +1,13 @@
 """The stages of a fit that make a lens's parts: plain functions that read earlier stages' folders and fill their own.
 
-A stage writes whole files only, skips those that are there, and so resumes where it was killed.
+A stage keeps its pieces in a ``Workspace``, and so resumes where it was killed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from diffusion_lens.base.files import load_tensors, save_tensors, write_json
 from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribute, Attribution, GenerationRequest, LensError, Predictions
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.features.atlas import build_atlas
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.probes import Probe, load_probes, save_probes
@@ -30,7 +33,6 @@ from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results import metrics
 from diffusion_lens.results.records import load_attributions, save_atlas, save_attributions
 
-OnStage = Callable[[str, int, int], None]
 SHARED_STAGES = ("sample", "label", "collect", "settings", "effects", "sweeps")
 """Stages that several processes share, since they draw; the main one does the others alone."""
 MIN_PER_CLASS = 4
@@ -41,7 +43,7 @@ MIN_PER_CLASS = 4
 class Work:
     """What every stage gets: configuration, models, and each stage's own folder.
 
-    ``on_stage(stage, done, total)`` reports progress and may raise to stop; nothing finished is lost.
+    ``progress`` is the part of the bar that belongs to the stage; a stop loses nothing that is finished.
     Several ``processes`` share the work of the stages that draw images (``SHARED_STAGES``).
     """
 
@@ -50,8 +52,12 @@ class Work:
     classifier: Classifier
     labeller: Classifier
     folders: Mapping[str, Path]
-    on_stage: OnStage
+    progress: Progress = field(default_factory=Progress)
     processes: Processes = ALONE
+
+    def pieces(self, stage: str) -> Workspace:
+        """What a stage has finished."""
+        return Workspace(self.folders[stage])
 
     def attribute(self, name: str) -> Attribute:
         """A steered attribute, with the classes that the labeller knows; the judge must know the same."""
@@ -90,35 +96,40 @@ def sample(work: Work) -> None:
         for start in range(0, len(whole.seeds), size)
     ]
     mine = work.processes.share(list(enumerate(plan)))
-    for done, (number, wanted) in enumerate(mine):
-        path = work.folders["sample"] / f"{number:06d}.safetensors"
-        if not path.is_file():
-            save_tensors(path, {"images": generate(work.model, wanted, batch_size=size).images})
-        work.on_stage("sample", done + 1, len(mine))
+    for (number, wanted), part in zip(mine, work.progress.parts(len(mine)), strict=True):
+        draw = partial(_draw, work, wanted, part)
+        work.pieces("sample").keep(f"{number:06d}.safetensors", draw, save_tensors, part)
+
+
+def _draw(work: Work, wanted: GenerationRequest, progress: Progress) -> dict[str, np.ndarray]:
+    drawn = generate(work.model, wanted, batch_size=work.config.batch_size, on_step=progress.step)
+    return {"images": drawn.images}
 
 
 def sampled(work: Work) -> Iterator[np.ndarray]:
     """Sampled images, a batch at a time, in order."""
-    for path in sorted(work.folders["sample"].glob("[0-9]*.safetensors")):
+    for path in work.pieces("sample").names("[0-9]*.safetensors"):
         yield load_tensors(path)["images"]
 
 
 def label(work: Work) -> None:
     """Read every sampled image with the labeller, a file per batch."""
-    mine = work.processes.share(sorted(work.folders["sample"].glob("[0-9]*.safetensors")))
-    for done, source in enumerate(mine):
-        path = work.folders["label"] / source.name
-        if not path.is_file():
-            arrays: dict[str, np.ndarray] = {}
-            for name, read in work.labeller.predict(load_tensors(source)["images"]).items():
-                arrays |= {f"{name}.probs": read.probs, f"{name}.certain": read.certain}
-            save_tensors(path, arrays)
-        work.on_stage("label", done + 1, len(mine))
+    mine = work.processes.share(work.pieces("sample").names("[0-9]*.safetensors"))
+    for source, part in zip(mine, work.progress.parts(len(mine)), strict=True):
+        work.pieces("label").keep(source.name, partial(_labels_of, work, source), save_tensors, part)
+        part.step(1, 1)
+
+
+def _labels_of(work: Work, images: Path) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, read in work.labeller.predict(load_tensors(images)["images"]).items():
+        arrays |= {f"{name}.probs": read.probs, f"{name}.certain": read.certain}
+    return arrays
 
 
 def read_labels(work: Work) -> dict[str, Predictions]:
     """The labeller's reading of the sampled images, by attribute."""
-    parts = [load_tensors(path) for path in sorted(work.folders["label"].glob("[0-9]*.safetensors"))]
+    parts = [load_tensors(path) for path in work.pieces("label").names("[0-9]*.safetensors")]
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([part[name] for part in parts])
@@ -166,7 +177,7 @@ def collect_activations(work: Work) -> None:
         requests_of(work, everyone),
         SampleSpec(layout="map"),
         batch_size=config.batch_size,
-        on_step=lambda done, total: work.on_stage("collect", done, total),
+        progress=work.progress,
         processes=work.processes,
     )
 
@@ -200,7 +211,7 @@ def fit_sae(work: Work) -> None:
         hook_name=work.model.hook_name,
         spatial=work.model.spatial,
         device=work.model.device,
-        on_step=lambda done, total: work.on_stage("sae", done, total),
+        on_step=work.progress.step,
         checkpoint=work.folders["sae"] / "training.pt",
     )
     sae.save(work.folders["sae"] / "sae")
@@ -240,16 +251,17 @@ def fit_probes(work: Work) -> None:
     _, chosen = _selected(work)
     readings = read_labels(work)
     extra = {} if work.config.probe_weight_decay is None else {"weight_decay": work.config.probe_weight_decay}
-    for number, (name, rows) in enumerate(chosen.items()):
-        path = work.folders["probes"] / f"{name}.safetensors"
-        if not path.is_file():
-            h, labels = activations_of(work, rows), readings[name].labels[rows]
-            attribute, device = work.attribute(name), work.model.device
-            others = [metrics.decided_labels(readings[other])[rows] for other in chosen if other != name]
-            weights = even_weights(labels, others) if work.config.even_probes else None
-            probe = train_probe(h, labels, attribute, weights=weights, seed=work.config.seed, device=device, **extra)
-            save_probes(path, {name: probe})
-        work.on_stage("probes", number + 1, len(chosen))
+
+    def train(name: str) -> dict[str, Probe]:
+        rows, device = chosen[name], work.model.device
+        h, labels = activations_of(work, rows), readings[name].labels[rows]
+        others = [metrics.decided_labels(readings[other])[rows] for other in chosen if other != name]
+        weights = even_weights(labels, others) if work.config.even_probes else None
+        seed = work.config.seed
+        return {name: train_probe(h, labels, work.attribute(name), weights=weights, seed=seed, device=device, **extra)}
+
+    for name in work.progress.each(list(chosen)):
+        work.pieces("probes").keep(f"{name}.safetensors", partial(train, name), save_probes)
 
 
 def read_probes(work: Work) -> dict[str, Probe]:
@@ -262,13 +274,14 @@ def read_probes(work: Work) -> dict[str, Probe]:
 
 def fit_attributions(work: Work) -> None:
     """Integrated gradients of every attribute on its own images, a file each."""
-    sae, probes = read_sae(work), read_probes(work)
-    for number, (name, rows) in enumerate(_selected(work)[1].items()):
-        path = work.folders["attribution"] / f"{name}.safetensors"
-        if not path.is_file():
-            some = np.random.default_rng(work.config.seed).permutation(rows)[: work.config.attribution_images]
-            save_attributions(path, {name: integrated_gradients(sae, probes[name], activations_of(work, some))})
-        work.on_stage("attribution", number + 1, len(probes))
+    sae, probes, chosen = read_sae(work), read_probes(work), _selected(work)[1]
+
+    def attribute(name: str) -> dict[str, Attribution]:
+        some = np.random.default_rng(work.config.seed).permutation(chosen[name])[: work.config.attribution_images]
+        return {name: integrated_gradients(sae, probes[name], activations_of(work, some))}
+
+    for name in work.progress.each(list(chosen)):
+        work.pieces("attribution").keep(f"{name}.safetensors", partial(attribute, name), save_attributions)
 
 
 def read_attributions(work: Work) -> dict[str, Attribution]:

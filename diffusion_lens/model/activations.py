@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,11 @@ from torch import Tensor
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.processes import ALONE, Processes
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Activations, GenerationRequest, LensError
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.model.denoise import BatchRun, Capture
-from diffusion_lens.model.generate import OnStep, check
+from diffusion_lens.model.generate import check
 from diffusion_lens.model.memory import in_batches
 from diffusion_lens.model.pipelines import DiffusionModel
 
@@ -122,13 +124,13 @@ def collect_to(
     spec: SampleSpec,
     *,
     batch_size: int = 16,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     processes: Processes = ALONE,
 ) -> ActivationStore:
     """Fill ``folder`` with one shard per batch and open it. Shards that are there already are kept.
 
     Several ``processes`` share the batches and wait for each other. Raises ``LensError`` where the folder holds
-    another collection's shards. ``on_step(done, total)`` counts this process's batches.
+    another collection's shards. ``progress`` counts this process's batches.
     """
     sizes = plan(model, requests, spec)
     batches = _batches(requests, batch_size)
@@ -143,14 +145,10 @@ def collect_to(
     else:
         write_json(folder / STORE_FILE, description)
     mine = processes.share(list(enumerate(batches)))
-    for done, (number, (index, request)) in enumerate(mine):
-        path = _shard(folder, number)
-        if not path.exists():
-            samples = _draw(model, index, request, spec, sizes)
-            arrays = {f.name: getattr(samples, f.name) for f in fields(Samples)}
-            save_tensors(path, arrays, {"fingerprint": str(description["fingerprint"])})
-        if on_step is not None:
-            on_step(done + 1, len(mine))
+    header = {"fingerprint": str(description["fingerprint"])}
+    for (number, batch), part in zip(mine, (progress or Progress()).parts(len(mine)), strict=True):
+        draw, save = partial(_draw, model, *batch, spec, sizes, part), partial(_save_shard, header=header)
+        Workspace(folder).keep(_shard(folder, number).name, draw, save, part)
     processes.wait()
     return ActivationStore(folder)
 
@@ -201,6 +199,10 @@ class ActivationStore:
             yield torch.from_numpy(np.concatenate([self.shard(int(i)).h for i in group]))
 
 
+def _save_shard(path: Path, samples: Samples, header: dict[str, str]) -> None:
+    save_tensors(path, {f.name: getattr(samples, f.name) for f in fields(Samples)}, header)
+
+
 def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
@@ -220,7 +222,9 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _draw(model: DiffusionModel, index: int, request: GenerationRequest, spec: SampleSpec, sizes: Plan) -> Samples:
+def _draw(
+    model: DiffusionModel, index: int, request: GenerationRequest, spec: SampleSpec, sizes: Plan, progress: Progress
+) -> Samples:
     """One batch's samples, in the order image, step, position."""
     picks = [_pick(model, request, seed, spec, sizes) for seed in request.seeds]
     wanted = sorted({int(step) for steps, _ in picks for step in steps})
@@ -230,7 +234,8 @@ def _draw(model: DiffusionModel, index: int, request: GenerationRequest, spec: S
     def read(part: GenerationRequest, told: Callable[[int], None]) -> Activations:
         return BatchRun(model, part, capture=capture).read(told)
 
-    activations, *others = in_batches(model.room, request, len(request.seeds), 1, read)
+    last = wanted[-1] + 1
+    activations, *others = in_batches(model.room, request, len(request.seeds), last, read, progress.step)
     if others:
         h = np.concatenate([activations.h, *(part.h for part in others)])
         activations = replace(activations, h=h, seeds=request.seeds)

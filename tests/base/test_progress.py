@@ -42,6 +42,7 @@ def test_steps_of_parts_are_steps_of_the_whole() -> None:
     assert shares(seen) == [0.125, 0.25, 0.375, 1.0]
     assert [status.stage for status in seen] == ["drawing", "drawing", "drawing", ""]
     assert (seen[0].done, seen[0].total) == (1, 4)
+    assert [round(status.stage_share, 6) for status in seen] == [0.25, 0.5, 0.75, 1.0], "of the drawing; of all"
 
 
 def test_parts_by_weight_take_what_is_left_whatever_their_sum() -> None:

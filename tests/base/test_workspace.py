@@ -89,7 +89,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device", str(path))
 
-    with pytest.raises(LensError, match=rf"The disk under {tmp_path} is full \(.* GB free\)"):
+    with pytest.raises(LensError, match=rf"The disk under {tmp_path} is full \(.* GB free\); make room"):
         Workspace(tmp_path).keep("a", lambda: 1, full)
     assert list(tmp_path.iterdir()) == []
 

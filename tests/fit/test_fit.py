@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fits import SETTING, quick
 from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier
 
 from diffusion_lens.base.files import load_tensors, read_json
+from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import Attribution, FeatureSet, LensError, Predictions, Share, SweepPoint
 from diffusion_lens.features.atlas import AtlasConfig
 from diffusion_lens.features.train_sae import SAETrainConfig
@@ -34,37 +36,33 @@ class Killed(Exception):
 
 def test_a_killed_fit_goes_on_and_gives_the_same_lens(tiny_fit_models: Models, tmp_path: Path) -> None:
     whole = fit(quick(), tmp_path / "whole", work=tmp_path / "w1", models=tiny_fit_models)
-    calls: list[tuple[str, int, int]] = []
-    fit(quick(), tmp_path / "again", work=tmp_path / "w1", models=tiny_fit_models, on_stage=lambda *c: calls.append(c))
-    assert calls == []
-    counter = {"left": 0}
+    calls: list[Status] = []
+    again = Progress(calls.append)
+    fit(quick(), tmp_path / "again", work=tmp_path / "w1", models=tiny_fit_models, progress=again)
+    assert [(status.stage, status.stage_share, status.total) for status in calls] == [(name, 1, 1) for name in STAGES]
+    stops = [("sample", 0.3), ("sample", 0.8), ("label", 0.6), ("collect", 0.5), ("sae", 0.5), ("probes", 1.0),
+             ("attribution", 1.0), ("sweeps", 1.0)]  # fmt: skip
 
-    def kill(stage: str, done: int, total: int) -> None:
-        counter["left"] -= 1
-        if counter["left"] == 0:
+    def kill(status: Status) -> None:
+        if stops and status.stage == stops[0][0] and status.stage_share >= stops[0][1]:
+            stops.pop(0)
             raise Killed
 
-    kills = 0
-    for left in (2, 3, 4, 9, 5, 12, 4, 1, 1, 1, 1):
-        counter["left"] = left
-        try:
-            fit(quick(), tmp_path / "pieces", work=tmp_path / "w2", models=tiny_fit_models, on_stage=kill)
-        except Killed:
-            kills += 1
-    counter["left"] = -1
-    pieces = fit(quick(), tmp_path / "pieces", work=tmp_path / "w2", models=tiny_fit_models, on_stage=kill)
-    assert kills >= 4
+    for _ in list(stops):
+        with pytest.raises(Killed):
+            fit(quick(), tmp_path / "pieces", work=tmp_path / "w2", models=tiny_fit_models, progress=Progress(kill))
+    pieces = fit(quick(), tmp_path / "pieces", work=tmp_path / "w2", models=tiny_fit_models, progress=Progress(kill))
     assert pieces.manifest.files == whole.manifest.files
 
 
 def test_a_resumed_stage_repeats_nothing_that_is_there(tiny_fit_models: Models, tmp_path: Path) -> None:
-    def stop(stage: str, done: int, total: int) -> None:
-        if done == 2:
+    def stop(status: Status) -> None:
+        if status.share > 0.55:  # in the third of four batches
             raise Killed
 
-    with pytest.raises(Killed):
-        run_stage(prepare(quick(), tiny_fit_models, tmp_path, stop), "sample")
     ready = prepare(quick(), tiny_fit_models, tmp_path)
+    with pytest.raises(Killed):
+        run_stage(replace(ready, progress=Progress(stop)), "sample")
     kept = sorted(ready.folders["sample"].glob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in kept]
     assert len(kept) == 2

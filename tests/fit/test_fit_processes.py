@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from diffusion_lens.base.files import save_tensors
 from diffusion_lens.base.processes import ALONE, Processes, launched
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.fit.run import Models, fit, load_config
 from diffusion_lens.lens.lens import DiffusionLens
@@ -125,7 +126,7 @@ def test_a_full_disk_is_one_sentence_and_the_fit_goes_on(
     monkeypatch.setattr("diffusion_lens.fit.stages.save_tensors", full)
     monkeypatch.setattr("diffusion_lens.fit.run.STAGES", ("sample",))
     monkeypatch.setattr("diffusion_lens.fit.run.write_lens", lambda *_: None)
-    with pytest.raises(LensError, match=r"The disk under .* is full; make room and give the same command again"):
+    with pytest.raises(LensError, match=r"The disk under .* is full \(.*\); make room and give the same command again"):
         fit(tiny_config(), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models)
     folder = next((tmp_path / "w").glob("sample-*"))
     assert [path.name for path in folder.iterdir()] == ["000000.safetensors"]
@@ -139,4 +140,4 @@ def test_other_faults_stay_what_they_are(tiny_fit_models: Models, tmp_path: Path
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        fit(tiny_config(), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models, on_stage=burst)
+        fit(tiny_config(), tmp_path / "l", work=tmp_path / "w", models=tiny_fit_models, progress=Progress(burst))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_lens.base.progress import Cancelled, Progress, Status
 from diffusion_lens.base.types import GenerationRequest, LensError
 from diffusion_lens.model.activations import ActivationStore, Samples, SampleSpec, collect_to, plan
-from diffusion_lens.model.generate import Cancelled, Capture, generate, request
+from diffusion_lens.model.generate import Capture, generate, request
 from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 
 STEPS = 4
@@ -140,13 +141,12 @@ def test_a_killed_run_resumes_and_loses_at_most_one_shard(
 ) -> None:
     spec = SampleSpec(positions=0.5, dtype="float32")
 
-    def cancel(done: int, total: int) -> None:
-        assert total == 3
-        if done == 2:
+    def cancel(status: Status) -> None:
+        if status.share > 0.7:  # in the third of three batches
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        collect_to(tmp_path, text_model, requests, spec, batch_size=2, on_step=cancel)
+        collect_to(tmp_path, text_model, requests, spec, batch_size=2, progress=Progress(cancel))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     with pytest.raises(LensError, match="1 shards are missing"):
         ActivationStore(tmp_path)
