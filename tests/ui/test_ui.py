@@ -617,7 +617,7 @@ def test_the_spotlight_keeps_lit_places_and_greys_dark_ones() -> None:
 def unconditional(tiny_lens: DiffusionLens) -> DiffusionLens:
     """The tiny lens as if its model took no prompt and nothing were stored."""
     lens = DiffusionLens(tiny_lens.folder, tiny_lens.manifest.model_copy(update={"prompts": (), "vocabulary": None}))
-    lens._parts.put("sweeps", ())
+    lens._parts.put("SweepResult", {})
     return lens
 
 
