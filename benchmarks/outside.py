@@ -129,7 +129,7 @@ def working_memory(lens: str) -> Iterator[Result]:
     """A process that draws, turns, reads, sweeps and attributes: its peak."""
     code = (
         "import sys, resource; sys.path.insert(0, 'benchmarks');"
-        "from diffusion_lens.lens import DiffusionLens; import inside;"
+        "from diffusion_lens.lens.lens import DiffusionLens; import inside;"
         f"lens = DiffusionLens.from_pretrained({lens!r});"
         "list(inside.slider(lens, 3));"
         "name = lens.attributes[0].name;"

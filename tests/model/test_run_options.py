@@ -115,8 +115,8 @@ def test_the_environment_says_how_the_app_runs(lending: list[Any], monkeypatch: 
 
 def test_a_lens_opens_on_the_cpu_without_torch(tiny_lens_folder: Path) -> None:
     code = (
-        "import sys; from diffusion_lens.lens import DiffusionLens;"
-        "from diffusion_lens.run_options import RunOptions;"
+        "import sys; from diffusion_lens.lens.lens import DiffusionLens;"
+        "from diffusion_lens.model.run_options import RunOptions;"
         f"DiffusionLens.from_pretrained({str(tiny_lens_folder)!r}, options=RunOptions.from_environment({{}}));"
         "print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     )

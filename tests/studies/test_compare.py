@@ -361,7 +361,7 @@ def test_comparisons_are_read_without_torch(comparison: Comparison, copied_lens:
     folder = copied_lens()
     DiffusionLens.from_pretrained(folder).store(comparison)
     code = (
-        "import sys; from diffusion_lens.lens import DiffusionLens; "
+        "import sys; from diffusion_lens.lens.lens import DiffusionLens; "
         f"print(len(DiffusionLens.from_pretrained({str(folder)!r}).comparisons['gender'].rows), 'torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
