@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from diffusion_lens.base.types import Sampler
-from diffusion_lens.methods.draws import Counter, check_examples, class_means, mean_differences
+from diffusion_lens.methods.draws import check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.model.denoise import Edit
@@ -39,8 +39,7 @@ class Activation(Method):
 
     def learn(self, task: Task) -> Learned:
         """Mean activation per class and channel."""
-        counter = Counter(task.on_step, task.draws.steps_left)
-        means, counts = class_means(task.draws.batches(counter), task.probe, positions=False)
+        means, counts = class_means(task.draws.batches(task.progress), task.probe, positions=False)
         check_examples(counts, task.attribute, task.wanted)
         scores = mean_differences(means, counts).mean(1)
         return Learned({"scores": scores}, {"examples": counts.tolist()})

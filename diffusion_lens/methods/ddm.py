@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
-from diffusion_lens.methods.draws import Counter, check_examples, examples
+from diffusion_lens.methods.draws import check_examples, examples
 from diffusion_lens.methods.fine_tuning import adapter_edit
 from diffusion_lens.methods.lora import Adapters, LoraShape, adapters, encode
 from diffusion_lens.methods.noise import add_noise, clean_latents, denoised, frozen, need_ddim
@@ -102,9 +103,9 @@ class DDM(Method):
     def learn(self, task: Task) -> Learned:
         """The adapter's weights; the indicator's mean entropy per subgroup goes to the notes."""
         need_ddim(task.model, self.name)
-        counter = Counter(task.on_step, task.draws.steps_left + task.options.iterations)
-        sets = training_sets(task, counter)
-        tensors, notes = train_ddm(task, sets, counter)
+        drawing, training = task.parts(task.options.iterations)
+        sets = training_sets(task, drawing)
+        tensors, notes = train_ddm(task, sets, training)
         return Learned(tensors, {"rank": task.options.rank, "alpha": task.options.lora_alpha, **notes})
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
@@ -112,9 +113,9 @@ class DDM(Method):
         return adapter_edit(fitted, strength)
 
 
-def training_sets(task: Task, counter: Counter) -> TrainingSets:
+def training_sets(task: Task, progress: Progress) -> TrainingSets:
     """Target images by the probe's reading with the commonest class at ``majority``; non-target ones from the rest."""
-    batches = task.draws.batches(counter)
+    batches = task.draws.batches(progress)
     read = list(examples(batches, task.probe))
     labels = np.concatenate([labels for _, labels in read])
     prompts = [batch.prompt for batch in batches for _ in batch.seeds]
@@ -129,7 +130,7 @@ def training_sets(task: Task, counter: Counter) -> TrainingSets:
     return TrainingSets(clean[rows], tuple(prompts[i] for i in rows), labels[rows], shuffled(clean[others], generator))
 
 
-def train_ddm(task: Task, sets: TrainingSets, counter: Counter) -> tuple[dict[str, Tensor], dict[str, object]]:
+def train_ddm(task: Task, sets: TrainingSets, progress: Progress) -> tuple[dict[str, Tensor], dict[str, object]]:
     """``MSE(target set) + α · CE(indicator)`` → adapter tensors, and notes: losses and entropy per subgroup."""
     model, options = task.model, task.options
     shape = LoraShape(options.rank, options.lora_alpha, ("to_q", "to_v"), ("q_proj", "v_proj"))
@@ -141,13 +142,12 @@ def train_ddm(task: Task, sets: TrainingSets, counter: Counter) -> tuple[dict[st
     with model.lock, frozen(model.unet, encoder), adapters(model, shape, seed=options.seed) as adapted:
         optimiser = torch.optim.AdamW([*adapted.parameters, *indicator.parameters()], lr=options.lr)
         with torch.enable_grad():
-            for _ in range(options.iterations):
+            for _ in progress.each(range(options.iterations)):
                 loss = ddm_loss(task, sets, adapted, indicator, scheduler, generator)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 curve.append(float(loss.detach()))
-                counter.advance()
             entropies = indicator_entropy(task, sets, adapted, indicator, scheduler, generator)
         tensors = adapted.tensors()
     named = zip(task.attribute.classes, entropies, strict=True)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.features.probes import Probe
-from diffusion_lens.model.generate import Capture, OnStep, record_trajectory, request
+from diffusion_lens.model.generate import Capture, record_trajectory, request
 from diffusion_lens.model.pipelines import DiffusionModel
 
 MIN_PER_CLASS = 2
@@ -77,22 +78,24 @@ class Draws:
         """Denoising steps that the next ``batches`` will take: 0 once drawn."""
         return 0 if self._batches is not None else len(self.plan()) * self.n_steps
 
-    def batches(self, counter: Counter) -> tuple[Drawn, ...]:
-        """All batches; ``counter`` advances by ``steps_left`` and may stop the drawing."""
+    def batches(self, progress: Progress | None = None) -> tuple[Drawn, ...]:
+        """All batches; ``progress`` counts ``steps_left`` and may stop the drawing."""
         self.uses += 1
         if self._batches is None:
             begin = time.perf_counter()
-            self._batches = tuple(self._draw(prompt, seeds, counter) for prompt, seeds in self.plan())
+            plan = self.plan()
+            bars = (progress or Progress()).parts(len(plan))
+            self._batches = tuple(self._draw(*batch, bar) for batch, bar in zip(plan, bars, strict=True))
             self.seconds = time.perf_counter() - begin
         return self._batches
 
-    def _draw(self, prompt: str | None, seeds: tuple[int, ...], counter: Counter) -> Drawn:
+    def _draw(self, prompt: str | None, seeds: tuple[int, ...], progress: Progress) -> Drawn:
         run = record_trajectory(
             self.model,
             request(self.model, prompt, seeds, self.n_steps, self.guidance_scale),
             capture=Capture(),
             batch_size=len(seeds),
-            on_step=lambda *_: counter.advance(),
+            on_step=progress.step,
             max_bytes=2**40,
         )
         activations = run.generation.activations
@@ -100,19 +103,6 @@ class Draws:
         # Cloned outside inference mode: training code may need gradients through what it makes of them.
         states = torch.stack([run.latents[i].clone() for i in range(self.n_steps)])
         return Drawn(prompt, seeds, torch.from_numpy(activations.h), states)
-
-
-class Counter:
-    """Progress of a fit of ``total`` units; ``on_step`` may raise to stop it."""
-
-    def __init__(self, on_step: OnStep | None, total: int) -> None:
-        self.on_step, self.total, self.done = on_step, max(1, total), 0
-
-    def advance(self) -> None:
-        """One unit more."""
-        self.done += 1
-        if self.on_step is not None:
-            self.on_step(min(self.done, self.total), self.total)
 
 
 def read_classes(probe: Probe, h: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.methods.draws import Counter, Drawn
+from diffusion_lens.methods.draws import Drawn
 from diffusion_lens.methods.edits import NoEdit, WeightEdit
 from diffusion_lens.methods.lora import (
     TEXT_TARGETS,
@@ -119,22 +119,21 @@ def train_aligned(task: Task) -> tuple[dict[str, Tensor], list[float]]:
     )  # fmt: skip
     if shape.text and model.kind != "text":
         raise LensError("This model has no single text encoder to adapt; choose the U-Net.")
-    counter = Counter(task.on_step, task.draws.steps_left + options.iterations)
-    batches = task.draws.batches(counter)
+    drawing, training = task.parts(options.iterations)
+    batches = task.draws.batches(drawing)
     generator, rng = torch.Generator().manual_seed(options.seed), np.random.default_rng(options.seed)
     curve: list[float] = []
     encoder = getattr(model.pipeline, "text_encoder", None)
     with model.lock, frozen(model.unet, encoder), adapters(model, shape, seed=options.seed) as adapted:
         optimiser = torch.optim.AdamW(adapted.parameters, lr=options.lr, weight_decay=0.0)
         with torch.enable_grad():
-            for _ in range(options.iterations):
+            for _ in training.each(range(options.iterations)):
                 loss = alignment_loss(task, adapted, batches, generator, rng)
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(adapted.parameters, 1.0)
                 optimiser.step()
                 curve.append(float(loss.detach()))
-                counter.advance()
         tensors = adapted.tensors()
     return tensors, curve
 

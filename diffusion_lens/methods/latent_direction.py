@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Sampler
-from diffusion_lens.methods.draws import Counter, Draws, check_examples, class_means, examples, mean_differences
+from diffusion_lens.methods.draws import Draws, check_examples, class_means, examples, mean_differences
 from diffusion_lens.methods.edits import ClassDraw, DirectionEdit
 from diffusion_lens.methods.noise import (
     Group,
@@ -64,17 +65,16 @@ class LatentDirection(Method):
     def learn(self, task: Task) -> Learned:
         """One direction per wanted class, ``[class, 1, c, y, x]``."""
         if task.options.form == "mean difference":
-            counter = Counter(task.on_step, task.draws.steps_left)
-            means, counts = class_means(task.draws.batches(counter), task.probe)
+            means, counts = class_means(task.draws.batches(task.progress), task.probe)
             check_examples(counts, task.attribute, task.wanted)
             directions = mean_differences(means, counts).mean(1, keepdim=True)
             return Learned({"directions": directions}, {"examples": counts.tolist()})
         need_ddim(task.model, self.name)
         directions = torch.zeros(len(task.shares), 1, *task.model.hook_shape)
         losses: dict[str, list[float]] = {}
-        groups, counter = _examples_by_class(task)
-        for label in task.wanted:
-            direction, curve = train_direction(task, groups[label], counter)
+        groups, training = _examples_by_class(task)
+        for label, part in zip(task.wanted, training.parts(len(task.wanted)), strict=True):
+            direction, curve = train_direction(task, groups[label], part)
             directions[label, 0] = direction.cpu()
             losses[task.attribute.classes[label]] = curve
         return Learned({"directions": directions}, {"loss": losses})
@@ -86,7 +86,7 @@ class LatentDirection(Method):
         return DirectionEdit(directions, strength, draw, fitted.options.sampler, None, fitted.spec(strength))
 
 
-def train_direction(task: Task, groups: list[Group], counter: Counter) -> tuple[Tensor, list[float]]:
+def train_direction(task: Task, groups: list[Group], progress: Progress) -> tuple[Tensor, list[float]]:
     """``argmin_c E ‖target − model(x_t, t, plain prompt; h + c)‖²`` by Adam (Li et al.) → ``[c, y, x]``, losses."""
     model, options = task.model, task.options
     scheduler = model.scheduler(task.draws.n_steps)
@@ -95,7 +95,7 @@ def train_direction(task: Task, groups: list[Group], counter: Counter) -> tuple[
     with model.lock, frozen(model.unet), torch.enable_grad():
         direction = torch.zeros(model.hook_shape, device=model.device, dtype=model.dtype, requires_grad=True)
         optimiser = torch.optim.Adam([direction], lr=options.lr)
-        for _ in range(options.iterations):
+        for _ in progress.each(range(options.iterations)):
             prompt, clean = pick(groups, options.batch_size, generator)
             noised = add_noise(scheduler, clean, generator)
             with edit_output(model.hook_module, lambda h: h + direction):
@@ -104,16 +104,15 @@ def train_direction(task: Task, groups: list[Group], counter: Counter) -> tuple[
             loss.backward()
             optimiser.step()
             curve.append(float(loss.detach()))
-            counter.advance()
     return direction.detach(), curve
 
 
-def _examples_by_class(task: Task) -> tuple[dict[int, list[Group]], Counter]:
-    """Clean latents of every wanted class under the plain prompts, and a counter for all that is left."""
-    training = task.options.iterations * len(task.wanted)
+def _examples_by_class(task: Task) -> tuple[dict[int, list[Group]], Progress]:
+    """Clean latents of every wanted class under the plain prompts, and the bar of the training."""
+    iterations = task.options.iterations * len(task.wanted)
     if task.options.examples == "probe":
-        counter = Counter(task.on_step, task.draws.steps_left + training)
-        batches = task.draws.batches(counter)
+        drawing, training = task.parts(iterations)
+        batches = task.draws.batches(drawing)
         read = list(examples(batches, task.probe))
         counts = np.bincount(np.concatenate([labels for _, labels in read]), minlength=len(task.shares))
         check_examples(counts, task.attribute, task.wanted)
@@ -122,19 +121,19 @@ def _examples_by_class(task: Task) -> tuple[dict[int, list[Group]], Counter]:
         return {
             label: join_groups([(prompt, x[rows_where(labels, label)]) for prompt, labels, x in parts])
             for label in task.wanted
-        }, counter
+        }, training
     # A named prompt is drawn, the plain one is what the model is told in training.
     plain = task.draws.prompts
     named = {label: _named_draws(task, task.attribute.classes[label]) for label in task.wanted}
-    counter = Counter(task.on_step, sum(d.steps_left for d in named.values()) + training)
+    *bars, training = task.progress.parts((*(draws.steps_left for draws in named.values()), iterations))
     found = {}
-    for label, draws in named.items():
+    for (label, draws), bar in zip(named.items(), bars, strict=True):
         told = dict(zip(draws.prompts, plain, strict=True))
         found[label] = join_groups([
             (told[batch.prompt], clean_latents(task.model, batch, task.draws.guidance_scale))
-            for batch in draws.batches(counter)
+            for batch in draws.batches(bar)
         ])  # fmt: skip
-    return found, counter
+    return found, training
 
 
 def _named_draws(task: Task, label: str) -> Draws:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
-from diffusion_lens.methods.draws import Counter, Drawn, check_examples, class_means, mean_differences
+from diffusion_lens.methods.draws import Drawn, check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ClassDraw, DirectionEdit
 from diffusion_lens.methods.noise import denoised, frozen, need_ddim
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
@@ -59,18 +60,16 @@ class LatentEditing(Method):
         """``directions [class, step, c, y, x]``."""
         need_ddim(task.model, self.name)
         if task.options.form == "mean difference":
-            counter = Counter(task.on_step, task.draws.steps_left)
-            means, counts = class_means(task.draws.batches(counter), task.probe)
+            means, counts = class_means(task.draws.batches(task.progress), task.probe)
             check_examples(counts, task.attribute, task.wanted)
             return Learned({"directions": mean_differences(means, counts)}, {"examples": counts.tolist()})
         first, stop = edit_window(task.model, task.draws.n_steps, task.options.t_edit)
-        work = (stop - first) * task.options.iterations * len(task.wanted)
-        counter = Counter(task.on_step, task.draws.steps_left + work)
-        batches = task.draws.batches(counter)
+        wanted = [(label, step) for label in task.wanted for step in range(first, stop)]
+        drawing, training = task.parts(task.options.iterations * len(wanted))
+        batches = task.draws.batches(drawing)
         directions = torch.zeros(len(task.shares), task.draws.n_steps, *task.model.hook_shape)
-        for label in task.wanted:
-            for step in range(first, stop):
-                directions[label, step] = train_delta(task, batches, label, step, counter).cpu()
+        for (label, step), part in zip(wanted, training.parts(len(wanted)), strict=True):
+            directions[label, step] = train_delta(task, batches, label, step, part).cpu()
         return Learned({"directions": directions})
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
@@ -85,7 +84,7 @@ class LatentEditing(Method):
         return DirectionEdit(directions, strength, draw, "asymmetric", window, fitted.spec(strength))
 
 
-def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, counter: Counter) -> Tensor:
+def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, progress: Progress) -> Tensor:
     """``argmin_Δ −log p(label | h + Δ) + keep · |x0(h + Δ) − x0(h)|₁`` at one step of recorded runs → ``[c, y, x]``."""
     model, options = task.model, task.options
     scheduler = model.scheduler(task.draws.n_steps)
@@ -94,7 +93,7 @@ def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, c
     with model.lock, frozen(model.unet), torch.enable_grad():
         delta = torch.zeros(model.hook_shape, device=model.device, dtype=model.dtype, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=options.lr)
-        for _ in range(options.iterations):
+        for _ in progress.each(range(options.iterations)):
             batch = batches[int(torch.randint(len(batches), (1,), generator=generator))]
             rows = torch.randint(len(batch.seeds), (min(options.batch_size, len(batch.seeds)),), generator=generator)
             x, h = batch.states[step][rows].to(model.device), batch.h[rows, step].to(model.device, model.dtype)
@@ -109,5 +108,4 @@ def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, c
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            counter.advance()
     return delta.detach()

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import load_tensors, save_tensors
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Atlas, Attribute, Attribution, EditSpec, FittedMethod, LensError
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.model.denoise import Edit
-from diffusion_lens.model.generate import OnStep
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import Manifest, Setting
 
@@ -107,7 +107,11 @@ class Task:
     shares: tuple[float, ...]
     options: Any
     draws: Draws
-    on_step: OnStep | None
+    progress: Progress
+
+    def parts(self, work: int) -> list[Progress]:
+        """The bar of the drawing that is left, and of ``work`` units, each about as long as a denoising step."""
+        return self.progress.parts((self.draws.steps_left, work))
 
     @property
     def model(self) -> DiffusionModel:
@@ -223,7 +227,7 @@ class Method(ABC):
         *,
         prompts: Sequence[str | None],
         seeds: Sequence[int],
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
         draws: Draws | None = None,
     ) -> Fitted:
         """Fit to a lens.
@@ -231,7 +235,7 @@ class Method(ABC):
         Args:
             target: a class that every image is steered to, or class → share.
             prompts, seeds: the images a fit may draw, one per seed, shared out over the prompts.
-            on_step: called with (done, total); may raise ``Cancelled``.
+            progress: of drawing and learning; may be cancelled.
             draws: those images if they are drawn already; ``seconds`` counts their drawing all the same.
 
         Raises:
@@ -243,7 +247,7 @@ class Method(ABC):
         found = probe_of(lens, attribute).attribute
         draws = draws or Draws(lens.model, prompts, seeds, lens.manifest.n_steps, lens.manifest.guidance_scale)
         draws.check(lens.model, prompts, seeds)
-        task = Task(lens, found, target_shares(found, target), options, draws, on_step)
+        task = Task(lens, found, target_shares(found, target), options, draws, progress or Progress())
         drawn_before, uses, begin = draws.seconds, draws.uses, time.perf_counter()
         learned = self.learn(task)
         seconds = time.perf_counter() - begin + (drawn_before if draws.uses > uses else 0.0)

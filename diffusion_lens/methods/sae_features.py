@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribution, Intervention, LensError, Mode, Sampler
-from diffusion_lens.methods.draws import Counter, Drawn
+from diffusion_lens.methods.draws import Drawn
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
 from diffusion_lens.model.denoise import Edit
@@ -75,21 +76,20 @@ def feature_edit(
 
 def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:
     """``score(h)`` of every batch of the task's draws, averaged over images; the worst completeness gap."""
-    counter = Counter(task.on_step, task.draws.steps_left + len(task.draws.plan()))
-    return average_attributions(task.draws.batches(counter), score, counter)
+    drawing, reading = task.parts(len(task.draws.plan()))
+    return average_attributions(task.draws.batches(drawing), score, reading)
 
 
 def average_attributions(
-    batches: tuple[Drawn, ...], score: Callable[[torch.Tensor], Attribution], counter: Counter
+    batches: tuple[Drawn, ...], score: Callable[[torch.Tensor], Attribution], progress: Progress
 ) -> Attribution:
     """The same for batches at hand."""
     total: np.ndarray | None = None
     parts: list[Attribution] = []
-    for batch in batches:
+    for batch in progress.each(batches):
         parts.append(score(batch.h))
         scaled = parts[-1].scores.astype(np.float64) * len(batch.seeds)
         total = scaled if total is None else total + scaled
-        counter.advance()
     n = sum(len(batch.seeds) for batch in batches)
     assert total is not None
     gap = max(part.completeness_gap for part in parts)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.methods.draws import Counter, Drawn, check_examples, examples
+from diffusion_lens.methods.draws import Drawn, check_examples, examples
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw, NoEdit, WeightEdit
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.methods.relevance.lrp import Rule
@@ -75,8 +75,8 @@ class StereoClinic(Method):
         if options.neurons == "mid-block":
             check_mid_block(task.model.hook_module)
         steps = np.unique(np.linspace(0, task.draws.n_steps - 1, options.n_steps).round().astype(int)).tolist()
-        counter = Counter(task.on_step, task.draws.steps_left + len(task.draws.plan()) * len(steps))
-        batches = task.draws.batches(counter)
+        drawing, reading = task.parts(len(task.draws.plan()) * len(steps))
+        batches = task.draws.batches(drawing)
         read = list(examples(batches, task.probe))
         labels = np.concatenate([labels for _, labels in read])
         counts = np.bincount(labels, minlength=len(task.shares))
@@ -85,16 +85,15 @@ class StereoClinic(Method):
         check_examples(counts, task.attribute, [int(counts.argmax())])
         total: dict[str, Tensor] = {}
         lost, n = 0.0, 0
-        for batch, own in read:
+        for (batch, own), part in zip(read, reading.parts(len(read)), strict=True):
             rows = torch.from_numpy(np.flatnonzero(np.isin(own, over)))
             n += len(rows)
-            for step in steps:
+            for step in part.each(steps):
                 if len(rows):
                     found, gap = neuron_relevance(task, batch, rows, step, torch.from_numpy(poles).float())
                     lost = max(lost, gap)
                     for layer, relevance in found.items():
                         total[layer] = total.get(layer, torch.zeros_like(relevance)) + relevance
-                counter.advance()
         return Learned(
             {layer: relevance / (n * len(steps)) for layer, relevance in total.items()},
             {"examples": counts.tolist(), "poles": poles.tolist(), "relevance lost": lost},

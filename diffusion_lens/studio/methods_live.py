@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.results.comparison import CompareConfig, Comparison
 from diffusion_lens.studio.jobs import TELL_EVERY, Event, stream
@@ -241,7 +242,7 @@ class MethodBench:
             options = method.options.parse(json.loads(wish.options), where=f"the options of {method.name}")
             fitted = method.fit(
                 lens, view.attribute, self.target(method, view, wish), options, prompts=draws.prompts,
-                seeds=draws.seeds, on_step=on_step, draws=draws,
+                seeds=draws.seeds, progress=Progress(lambda s: on_step(round(1000 * s.share), 1000)), draws=draws,
             )  # fmt: skip
         return self._fits.put(self._key(view, wish), replace(fitted, lens=self.studio.lens))
 

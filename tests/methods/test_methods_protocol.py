@@ -13,13 +13,13 @@ import torch
 from lens_fixtures import PROMPTS
 
 from diffusion_lens.base.files import write_json
+from diffusion_lens.base.progress import Cancelled, Progress, Status
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.methods.draws import Counter, Draws, class_means, mean_differences, read_classes
+from diffusion_lens.methods.draws import Draws, class_means, mean_differences, read_classes
 from diffusion_lens.methods.edits import ClassDraw
 from diffusion_lens.methods.protocol import Fitted, Method, lens_key, target_shares
 from diffusion_lens.methods.registry import METHODS, find_methods
-from diffusion_lens.model.generate import Cancelled
 
 SEEDS = tuple(range(500, 532))
 QUICK: dict[str, dict[str, Any]] = {
@@ -118,18 +118,18 @@ def test_each_method_explains_itself_and_declares_its_options(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["activation", "latent-direction", "latent-editing", "fine-tuning", "ddm", "sae-lrp"])
 def test_a_fit_can_be_cancelled_and_shows_progress(key: str, tiny_lens: DiffusionLens) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[float] = []
 
-    def stop(done: int, total: int) -> None:
-        seen.append((done, total))
-        if done == 6:
+    def stop(status: Status) -> None:
+        seen.append(status.share)
+        if len(seen) == 6:
             raise Cancelled
 
     method = METHODS[key]
     options = method.options(**QUICK.get(key, {}))
     with pytest.raises(Cancelled):
-        method.fit(tiny_lens, "gender", "male", options, prompts=PROMPTS, seeds=SEEDS, on_step=stop)
-    assert [done for done, _ in seen] == list(range(1, 7)) and len({total for _, total in seen}) == 1
+        method.fit(tiny_lens, "gender", "male", options, prompts=PROMPTS, seeds=SEEDS, progress=Progress(stop))
+    assert np.allclose(np.diff([0.0, *seen]), seen[0]) and 0 < seen[-1] < 1, "even steps of one bar"
     assert not any("lora" in name for name, _ in tiny_lens.model.unet.named_modules())
 
 
@@ -196,7 +196,7 @@ def test_lens_key_follows_the_model_not_the_results(copied_lens: Callable[[], Pa
 def test_read_classes_weighs_steps_by_accuracy(tiny_lens: DiffusionLens, draws: Draws) -> None:
     accuracy = (0.5, 0.9, 0.3, 0.7)
     probe = replace(tiny_lens.probes["gender"], accuracy=torch.tensor(accuracy))
-    batch = draws.batches(Counter(None, 1))[0]
+    batch = draws.batches()[0]
     read = read_classes(probe, batch.h)
     above = [max(0.0, a - 0.5) for a in accuracy]
     for i in range(len(batch.seeds)):
@@ -207,7 +207,7 @@ def test_read_classes_weighs_steps_by_accuracy(tiny_lens: DiffusionLens, draws: 
 
 def test_class_means_and_differences_against_a_loop(tiny_lens: DiffusionLens, draws: Draws) -> None:
     probe = tiny_lens.probes["gender"]
-    batches = draws.batches(Counter(None, 1))
+    batches = draws.batches()
     means, counts = class_means(batches, probe)
     rows: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for batch in batches:

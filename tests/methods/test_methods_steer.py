@@ -17,7 +17,7 @@ from diffusion_lens.methods.activation import Activation
 from diffusion_lens.methods.bypass import Bypass, BypassEdit, BypassOptions, schedule
 from diffusion_lens.methods.controls import MatchedNoise, NoiseEdit, RandomFeatures, SignFlip
 from diffusion_lens.methods.difflens import DiffLens, DiffLensOptions
-from diffusion_lens.methods.draws import Counter, Draws
+from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw, DirectionEdit
 from diffusion_lens.methods.h_distribution import HDistribution, HDistributionEdit, HDistributionOptions, batch_gradient
 from diffusion_lens.methods.latent_direction import LatentDirection, LatentDirectionOptions
@@ -86,7 +86,7 @@ def test_fitted_attributions_average_over_all_images(tiny_lens: DiffusionLens, d
     from diffusion_lens.features.attribute import integrated_gradients
 
     fitted = fit(DiffLens(), tiny_lens, draws, attribution="fitted")
-    h = torch.cat([batch.h for batch in draws.batches(Counter(None, 1))])
+    h = torch.cat([batch.h for batch in draws.batches()])
     whole = integrated_gradients(tiny_lens.sae, tiny_lens.probes["gender"], h)
     np.testing.assert_allclose(fitted.tensors["scores"].numpy(), whole.scores, rtol=1e-3, atol=1e-6)
     relevance = fit(SaeLrp(), tiny_lens, draws)
@@ -138,7 +138,7 @@ def test_asyrp_acts_down_to_t_edit_and_moves_the_image_alone(tiny_lens: Diffusio
 def test_learned_directions_lower_their_loss(tiny_lens: DiffusionLens, draws: Draws) -> None:
     fitted = fit(LatentDirection(), tiny_lens, draws, iterations=60, lr=0.3, batch_size=12)
     model = tiny_lens.model
-    clean = torch.cat([clean_latents(model, batch, 2.0) for batch in draws.batches(Counter(None, 1))][:1])
+    clean = torch.cat([clean_latents(model, batch, 2.0) for batch in draws.batches()][:1])
 
     def loss(direction: torch.Tensor) -> float:
         values = []
@@ -158,7 +158,7 @@ def test_learned_deltas_move_the_probes_reading(tiny_lens: DiffusionLens, draws:
     options = {"form": "learned", "iterations": 12, "lr": 0.2, "keep": 0.0, "t_edit": 0}
     table = fit(LatentEditing(), tiny_lens, draws, **options).tensors["directions"]
     probe = tiny_lens.probes["gender"]
-    h = torch.cat([batch.h for batch in draws.batches(Counter(None, 1))]).float()
+    h = torch.cat([batch.h for batch in draws.batches()]).float()
     for step in range(4):
         before, after = (probe.probs(x, step)[:, 1].mean() for x in (h[:, step], h[:, step] + table[1, step]))
         assert after > before
@@ -173,7 +173,7 @@ def test_named_prompts_give_examples_too(tiny_lens: DiffusionLens, draws: Draws)
 
 def test_clean_latents_decode_to_the_images(tiny_lens: DiffusionLens) -> None:
     draws = Draws(tiny_lens.model, PROMPTS, range(6), 4, 2.0)
-    for batch in draws.batches(Counter(None, 1)):
+    for batch in draws.batches():
         images = tiny_lens.generate(batch.prompt, seeds=batch.seeds).images
         np.testing.assert_array_equal(tiny_lens.model.decode(clean_latents(tiny_lens.model, batch, 2.0)), images)
 

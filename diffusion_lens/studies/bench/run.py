@@ -73,7 +73,8 @@ class Bench:
         options = method.options.parse(values, where=f"the options of {method.name}")
         fitted = method.fit(
             self.lens, self.attribute.name, self.goal(method), options, prompts=self.shared.draws.prompts,
-            seeds=self.shared.draws.seeds, draws=self.shared.draws, on_step=self.shared.step(f"{method.name}: fitting"),
+            seeds=self.shared.draws.seeds, draws=self.shared.draws,
+            progress=self.shared.progress(f"{method.name}: fitting"),
         )  # fmt: skip
         fitted.save(folder)
         return fitted

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import GenerationRequest, LensError, Predictions
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.judging.readers import ClipReader
@@ -97,6 +98,11 @@ class Shared:
         """Progress of one stage."""
         report = self.on_stage
         return None if report is None else lambda done, total: report(stage, done, total)
+
+    def progress(self, stage: str) -> Progress:
+        """The same for what takes a ``Progress``."""
+        report = self.on_stage
+        return Progress(None if report is None else lambda status: report(stage, round(1000 * status.share), 1000))
 
     @cached_property
     def tuning(self) -> Baseline:
