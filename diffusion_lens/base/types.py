@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -24,6 +24,11 @@ Sampler = Literal["asymmetric", "symmetric"]
 GuidanceBranch = Literal["conditional", "both"]
 Plain = str | int | float | bool | None
 """What an option of a method may be."""
+Fault = Literal["not finite", "censored", "constant"]
+"""Why a picture shows nobody: its numbers overflowed, the model's safety checker blacked it out, or it is one flat
+colour. See ``base.validity``."""
+
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 Seeds = int | Iterable[int]
 """One seed or several: a number, a range, a list, or a vector of numpy or torch; see ``as_seeds``."""
@@ -427,8 +432,10 @@ class EditSpec:
 class Generation:
     """Images ``uint8[n, H, W, 3]`` with everything needed to make them again (``DiffusionLens.reproduce``).
 
-    ``edit`` is ``None`` for unedited images. ``activation_ratio`` is the mean ``|h'| / |h|`` over edited images and
-    steps; ``None`` where nothing was edited.
+    Attributes:
+        edit: ``None`` for unedited images.
+        activation_ratio: mean ``|h'| / |h|`` over edited images and steps; ``None`` where nothing was edited.
+        faults: per image, why it shows nobody, or ``None`` where nothing speaks against it; empty: not looked at.
     """
 
     images: np.ndarray
@@ -436,6 +443,17 @@ class Generation:
     edit: EditSpec | None = None
     activations: Activations | None = None
     activation_ratio: float | None = None
+    faults: tuple[Fault | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.faults and len(self.faults) != len(self.images):
+            raise LensError(f"Give a fault or None per image; got {len(self.faults)} for {len(self.images)} images.")
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Which images may be read at all, bool ``[n]``."""
+        faults = self.faults or (None,) * len(self.images)
+        return np.array([fault is None for fault in faults], dtype=bool)
 
 
 @dataclass(frozen=True)

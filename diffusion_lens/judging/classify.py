@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.precision import mixed_precision
 from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure, softmax
 
@@ -46,7 +47,7 @@ class Classifier(Protocol):
         """Attribute → counts ``[true class, predicted class]`` of certain, labelled, held-out images."""
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
-        """Read ``uint8[n, H, W, 3]``."""
+        """Read ``uint8[n, H, W, 3]``; pictures of one flat colour are never certain (``base.validity``)."""
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Float features ``[n, d]`` of ``uint8[n, H, W, 3]``, for Fréchet distances."""
@@ -144,7 +145,8 @@ class HeadsClassifier:
     def read(self, images: np.ndarray) -> tuple[dict[str, Predictions], np.ndarray]:
         """Predictions and features ``[n, d]`` of ``uint8[n, H, W, 3]`` in one pass."""
         features, logits = self.logits(images)
-        return {a.name: self._decide(a, logits[a.name]) for a in self.attributes}, features
+        predictions = {a.name: self._decide(a, logits[a.name]) for a in self.attributes}
+        return discard(predictions, find_constant(check_images(images).numpy())), features
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         """Attribute → predictions for ``uint8[n, H, W, 3]``; other sizes are resized to ``image_size``."""
@@ -309,6 +311,7 @@ def calibrate(
     config = classifier.config.model_copy(update={"temperatures": temperatures, "thresholds": thresholds})
     decided = replace(classifier, config=config, classifier_id=_identity(config, classifier.network))
     predictions = {a.name: decided._decide(a, logits[a.name][rest]) for a in classifier.attributes}
+    predictions = discard(predictions, find_constant(check_images(images).numpy()[rest]))
     return decided.with_confusion(*measure(predictions, truth[rest], classifier.attributes))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions
+from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure
 from diffusion_lens.judging.classify import check_images
 from diffusion_lens.judging.photos import PhotoClassifier
@@ -138,7 +139,8 @@ class HumanLabels:
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         """Look up ``uint8[n, H, W, 3]``; see the class for unlabelled and tied images."""
-        keys = [_pixels_key(image) for image in check_images(images).numpy()]
+        pixels = check_images(images).numpy()
+        keys = [_pixels_key(image) for image in pixels]
         predictions = {}
         for a in self.attributes:
             none = np.zeros(len(a.classes))
@@ -148,7 +150,7 @@ class HumanLabels:
             probs = np.divide(votes, total, out=even, where=total > 0)
             certain = (votes == votes.max(axis=1, keepdims=True)).sum(axis=1) == 1
             predictions[a.name] = Predictions(probs, certain, a, self.classifier_id)
-        return predictions
+        return discard(predictions, find_constant(pixels))
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """People give no features; always a ``LensError`` that says what to use."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import softmax
 from diffusion_lens.judging.classify import check_images
 from diffusion_lens.judging.faces import FaceDetector, face_crop
@@ -85,6 +86,7 @@ class PhotoClassifier:
     def read(self, images: np.ndarray | Sequence[np.ndarray]) -> PhotoReading:
         """Read images ``uint8[n, H, W, 3]``, or a sequence of ``uint8[H, W, 3]`` of any sizes, in order."""
         photos = list(check_images(images).numpy()) if isinstance(images, np.ndarray) else list(images)
+        flat = find_constant(photos)
         faces: np.ndarray | None = None
         if self.detector is not None:
             photos, faces = self._find_faces(photos)
@@ -93,7 +95,7 @@ class PhotoClassifier:
             faces = scores.faces
         usable = np.ones(len(photos), dtype=bool) if faces is None else faces == ONE_FACE
         predictions = {a.name: self._decide(a, scores, usable) for a in self.attributes}
-        return PhotoReading(predictions, scores.features, faces)
+        return PhotoReading(discard(predictions, flat), scores.features, faces)
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         """Attribute → predictions for ``uint8[n, H, W, 3]``; images without exactly one face are uncertain.

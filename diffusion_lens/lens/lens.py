@@ -32,6 +32,7 @@ from diffusion_lens.base.types import (
     as_whole,
     same_request_but_edit,
 )
+from diffusion_lens.base.validity import discard, faults_of, require_valid
 from diffusion_lens.features.atlas import feature_card
 from diffusion_lens.lens.folder import LensFolder
 from diffusion_lens.results.manifest import Setting
@@ -157,7 +158,7 @@ class DiffusionLens(LensFolder):
             "gradient_x_activation": attribute.gradient_x_activation,
         }
         if method == "activation_difference":
-            predictions = self.classify(generation.images)[attribute_name]
+            predictions = self.read(generation)[attribute_name]
             sure = predictions.certain
             return attribute.activation_difference(self.sae, h[sure], predictions.labels[sure], predictions.attribute)
         if method not in known:
@@ -188,6 +189,12 @@ class DiffusionLens(LensFolder):
         """Attribute → the classifier's reading of ``uint8 [n, H, W, 3]``, nuisances included."""
         return self.classifier.predict(images)
 
+    def read(self, generation: Generation) -> dict[str, Predictions]:
+        """The same of drawn images; those that show nobody are undecided. ``LensError`` where none shows anybody."""
+        faults = faults_of(generation)
+        require_valid(faults)
+        return discard(self.classify(generation.images), faults)
+
     def evaluate(
         self, generation: Generation, attribute_name: str, *, reference: Generation | None = None
     ) -> Evaluation:
@@ -197,8 +204,8 @@ class DiffusionLens(LensFolder):
         before = None
         if reference is not None:
             same_request_but_edit(generation, reference)
-            before = self.classify(reference.images)
-        readings = self.classify(generation.images)
+            before = self.read(reference)
+        readings = self.read(generation)
         if attribute_name not in readings:
             raise LensError(f"The classifier does not read '{attribute_name}'; it reads {', '.join(readings)}.")
         confusion = self.classifier.confusion

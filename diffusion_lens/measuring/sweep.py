@@ -15,6 +15,7 @@ import numpy as np
 from diffusion_lens.base.types import (
     Attribute,
     Change,
+    Fault,
     Generation,
     GenerationRequest,
     LensError,
@@ -23,6 +24,7 @@ from diffusion_lens.base.types import (
     SweepResult,
     as_number,
 )
+from diffusion_lens.base.validity import discard, faults_of, require_valid
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.model.generate import Edit, OnStep, Trajectory, generate_batches, record_trajectory
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -95,13 +97,16 @@ def read_images(parts: Iterable[Generation], classifier: Classifier, n_examples:
     features: list[np.ndarray] = []
     examples: list[np.ndarray] = []
     ratios: list[tuple[float, int]] = []
+    faults: list[Fault | None] = []
     wanted = n_examples
     for part in parts:
-        predictions.append(classifier.predict(part.images))
+        faults.extend(faults_of(part))
+        predictions.append(discard(classifier.predict(part.images), faults_of(part)))
         features.append(classifier.features(part.images))
         examples.append(part.images[: max(0, wanted)])
         wanted -= len(part.images)
         ratios.append((1.0 if part.activation_ratio is None else part.activation_ratio, len(part.images)))
+    require_valid(faults)
     joined = {
         name: replace(
             first,

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion_lens.base.types import Fault
+from diffusion_lens.base.validity import find_constant
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images ``uint8 [n, H, W, 3]`` and, per image, why it shows nobody (``None``: nothing speaks against it).
+
+    Images that are not finite or that the safety checker refused are black.
+    """
+
+    images: np.ndarray
+    faults: tuple[Fault | None, ...]
 
 
 def encode_text(pipe: Any, prompt: str) -> dict[str, Tensor]:
@@ -32,36 +47,55 @@ def encode_xl(pipe: Any, prompt: str) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def decode_pixels(pipe: Any, latents: Tensor) -> np.ndarray:
-    """Images ``uint8 [n, H, W, 3]`` of final latents; a grey channel is shown three times."""
+def decode_pixels(pipe: Any, latents: Tensor) -> Decoded:
+    """Images of final latents ``[n, c, y, x]``; a grey channel is shown three times."""
+    flagged: list[bool] = []
     if getattr(pipe, "vqvae", None) is not None:
         image = pipe.vqvae.decode(latents / pipe.vqvae.config.scaling_factor).sample
     elif getattr(pipe, "vae", None) is not None:
         image = _decode_vae(pipe, latents)
+        flagged = _flagged(pipe, image)
     else:
         image = latents
-    return _to_pixels(image)
+    return _to_pixels(image, latents, flagged)
 
 
-def decode_preview(pipe: Any, network: Any, latents: Tensor) -> np.ndarray:
+def decode_preview(pipe: Any, network: Any, latents: Tensor) -> Decoded:
     """The same by a tiny autoencoder, as the stock pipelines decode when it takes their own autoencoder's place.
 
     Its latents are the pipeline's own, scaled ones (its ``scaling_factor`` is 1). What the pipeline's safety checker
     refuses is black here too.
     """
     latents = (latents / network.config.scaling_factor).to(network.dtype)
-    return _to_pixels(_censor(pipe, network.decode(latents, return_dict=False)[0]))
+    image = network.decode(latents, return_dict=False)[0]
+    return _to_pixels(image, latents, _flagged(pipe, image))
 
 
-def _to_pixels(image: Tensor) -> np.ndarray:
+def _to_pixels(image: Tensor, latents: Tensor, flagged: list[bool]) -> Decoded:
+    """``image [n, 3 or 1, H, W]`` in -1..1 as pixels. Some decoders hide latents that are not finite (a tiny one
+    clamps them, a codebook takes its first entry), so those are looked at too."""
+    finite = _finite(image) & _finite(latents)
+    shown = finite if not flagged else finite & ~torch.tensor(flagged, device=image.device)
+    image = torch.where(shown.view(-1, 1, 1, 1), image, torch.full_like(image, -1.0))
     image = (image / 2 + 0.5).clamp(0, 1)
     pixels = (image.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else np.ascontiguousarray(pixels)
+    pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else np.ascontiguousarray(pixels)
+    faults = list(find_constant(pixels))
+    for row, good in enumerate(finite.tolist()):
+        if not good:
+            faults[row] = "not finite"
+        elif flagged and flagged[row]:
+            faults[row] = "censored"
+    return Decoded(pixels, tuple(faults))
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether every number of each row is finite, bool ``[n]``."""
+    return torch.isfinite(x).flatten(1).all(1)
 
 
 def _decode_vae(pipe: Any, latents: Tensor) -> Tensor:
-    """``[n, 3, H, W]`` in -1..1; float16 VAEs that overflow are run in float32, images refused by the pipeline's
-    own safety checker are black, both as in the stock pipelines."""
+    """``[n, 3, H, W]`` in -1..1; float16 VAEs that overflow are run in float32, as in the stock pipelines."""
     vae = pipe.vae
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False) and hasattr(pipe, "upcast_vae")
     mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
@@ -73,18 +107,17 @@ def _decode_vae(pipe: Any, latents: Tensor) -> Tensor:
     else:
         latents = latents / vae.config.scaling_factor
     if not upcast:
-        image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return _censor(pipe, image)
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     vae.to(torch.float32)
     try:
-        return _censor(pipe, vae.decode(latents.float(), return_dict=False)[0])
+        return vae.decode(latents.float(), return_dict=False)[0]
     finally:
         vae.to(torch.float16)
 
 
-def _censor(pipe: Any, image: Tensor) -> Tensor:
+def _flagged(pipe: Any, image: Tensor) -> list[bool]:
+    """Which images the pipeline's own safety checker refuses, ``[n]``; empty where it has none."""
     if getattr(pipe, "safety_checker", None) is None:
-        return image
+        return []
     _, flagged = pipe.run_safety_checker(image, image.device, image.dtype)
-    keep = torch.tensor([not f for f in flagged], device=image.device).view(-1, 1, 1, 1)
-    return torch.where(keep, image, torch.full_like(image, -1.0))
+    return [bool(refused) for refused in flagged]

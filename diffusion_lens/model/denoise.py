@@ -175,10 +175,10 @@ class BatchRun:
             latents, scheduler = self._walk(self.request.n_steps, on_step, keep)
             if on_latents is not None:
                 on_latents(self.request, latents)
-            images = model.decode(latents, len(self.request.seeds))
+            decoded = model.decode_checked(latents, len(self.request.seeds))
         activations = None if self.capture is None else self._activations(scheduler, self.capture)
         spec = None if edit is None else edit.spec
-        return Generation(images, self.request, spec, activations, self.stats.mean)
+        return Generation(decoded.images, self.request, spec, activations, self.stats.mean, decoded.faults)
 
     def read(self, on_step: Callable[[int], None]) -> Activations:
         """Run to the last captured step and no further; nothing is decoded. Needs a ``capture``."""

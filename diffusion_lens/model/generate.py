@@ -80,8 +80,7 @@ def generate_batches(
     """
     check(model, request, edit, capture, batch_size)
     if start is not None and edit is None and capture is None:
-        rows = start.rows(request)
-        yield Generation(start.generation.images[rows], request)
+        yield _rows(start.generation, start.rows(request), request)
         return
     first = None if start is None or capture is not None else _restart_step(start, edit)
     restart = None if first is None else start
@@ -137,7 +136,15 @@ def join(parts: Sequence[Generation], request: GenerationRequest) -> Generation:
         activations = replace(activations, h=h, seeds=request.seeds)
     ratios = [(p.activation_ratio, len(p.images)) for p in parts if p.activation_ratio is not None]
     ratio = sum(r * n for r, n in ratios) / sum(n for _, n in ratios) if ratios else None
-    return Generation(np.concatenate([p.images for p in parts]), request, first.edit, activations, ratio)
+    images = np.concatenate([p.images for p in parts])
+    faults = tuple(fault for p in parts for fault in p.faults or (None,) * len(p.images))
+    return Generation(images, request, first.edit, activations, ratio, faults)
+
+
+def _rows(whole: Generation, rows: Sequence[int], request: GenerationRequest) -> Generation:
+    """Some images of an unedited run, as the answer to ``request``."""
+    faults = tuple(whole.faults[row] for row in rows) if whole.faults else ()
+    return Generation(whole.images[rows], request, faults=faults)
 
 
 def check(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.weights import LOAD_ERRORS, reason
-from diffusion_lens.model.codec import decode_pixels, decode_preview, encode_text, encode_xl
+from diffusion_lens.model.codec import Decoded, decode_pixels, decode_preview, encode_text, encode_xl
 from diffusion_lens.model.hooks import Rows, capture, select_rows
 from diffusion_lens.model.memory import Room
 from diffusion_lens.model.placement import place
@@ -226,8 +226,13 @@ class DiffusionModel:
 
     def decode(self, latents: Tensor, batch_size: int = 16) -> np.ndarray:
         """Images ``uint8 [n, H, W, 3]`` of final latents, as the stock pipeline's ``output_type="pil"``."""
+        return self.decode_checked(latents, batch_size).images
+
+    def decode_checked(self, latents: Tensor, batch_size: int = 16) -> Decoded:
+        """The same, and which of them show nobody: not finite, censored, or one flat colour."""
         with torch.inference_mode():
-            return np.concatenate([decode_pixels(self.pipeline, part) for part in latents.split(batch_size)])
+            parts = [decode_pixels(self.pipeline, part) for part in latents.split(batch_size)]
+        return Decoded(np.concatenate([p.images for p in parts]), tuple(f for p in parts for f in p.faults))
 
     def decode_preview(self, latents: Tensor, batch_size: int = 4) -> np.ndarray:
         """The same by the tiny autoencoder: near the images of ``decode`` and to be looked at alone (E3).
@@ -238,7 +243,8 @@ class DiffusionModel:
             raise LensError("No preview was loaded with this model; name one with --preview.")
         network = self.preview.network
         with torch.inference_mode():
-            return np.concatenate([decode_preview(self.pipeline, network, part) for part in latents.split(batch_size)])
+            parts = [decode_preview(self.pipeline, network, part) for part in latents.split(batch_size)]
+        return np.concatenate([part.images for part in parts])
 
 
 def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -44,6 +44,7 @@ class Red:
 def save(folder: Path, name: str, red: int, side: int = 8) -> None:
     image = np.zeros((side, side, 3), np.uint8)
     image[:, :, 0] = red
+    image[1::2, :, 2] = 255
     Image.fromarray(image).save(folder / name)
 
 

@@ -215,6 +215,7 @@ def plain_photos() -> np.ndarray:
     """Five images whose first pixel states how many faces a pretend detector finds."""
     images = np.full((5, 20, 20, 3), 255, np.uint8)
     images[3] = 140
+    images[:, -1] = 0
     images[:, 0, 0, 0] = (0, 1, 2, 1, 3)
     return images
 
@@ -241,13 +242,15 @@ def test_only_a_single_face_is_cropped() -> None:
 
 def test_mass_outside_the_classes_makes_an_image_uncertain() -> None:
     images = np.full((1, 8, 8, 3), 255, np.uint8)
+    images[:, -1] = 0
     assert PhotoClassifier(Brightness([], inside=0.5)).predict(images)["tone"].certain.all()
     assert not PhotoClassifier(Brightness([], inside=0.49)).predict(images)["tone"].certain.any()
 
 
 def test_rules_change_certainty_and_identity() -> None:
     classifier = PhotoClassifier(Brightness([]), confusion={"tone": np.eye(2)})
-    images = np.full((1, 8, 8, 3), 204, np.uint8)  # 0.8 against 0.2
+    images = np.full((1, 8, 8, 3), 153, np.uint8)
+    images[:, ::2] = 255  # on average 0.8 against 0.2
     np.testing.assert_allclose(classifier.predict(images)["tone"].probs, [[0.8, 0.2]])
     softer = classifier.with_rules({"tone": 2.0}, {"tone": 0.7})
     np.testing.assert_allclose(softer.predict(images)["tone"].probs, [[2 / 3, 1 / 3]])

@@ -53,7 +53,7 @@ class FakeEdit:
 
 @dataclass
 class FakeWorld:
-    """Draws 4² images whose pixels are gender (red) and glasses (green); remembers its runs."""
+    """Draws 4² striped images whose pixels are gender (red) and glasses (green); remembers its runs."""
 
     runs: list[str | None] = field(default_factory=list)
 
@@ -76,6 +76,7 @@ class FakeWorld:
             images = np.zeros((len(seeds), 4, 4, 3), np.uint8)
             images[..., 0] = (u[:, 0] < male_share(beta))[:, None, None]
             images[..., 1] = (u[:, 1] < 0.3)[:, None, None]
+            images[:, 1::2, :, 2] = 9
             for step in range(request.n_steps):
                 if on_step is not None:
                     on_step(batch * request.n_steps + step + 1, total)
@@ -192,6 +193,7 @@ def test_fd_is_taken_from_the_stated_target() -> None:
 def test_a_point_without_decided_images_is_reported_not_invented() -> None:
     images = np.zeros((12, 4, 4, 3), np.uint8)
     images[..., 2] = 1
+    images[:, 1::2, :, 2] = 9
     reading = read_images([Generation(images, ask(12))], PixelClassifier())
     point = measure_point(3.0, reading, reading, GENDER, PERFECT)
     assert np.isnan(point.shares[0].raw) and np.isnan(point.fd) and point.log_ratio is None

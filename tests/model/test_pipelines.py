@@ -254,6 +254,7 @@ def test_the_models_own_safety_checker_blackens_as_in_the_stock_pipeline() -> No
     stock = model.pipeline(
         ["a man"] * 2, num_inference_steps=2, guidance_scale=1.0, generator=generators, output_type="pil"
     )
-    ours = generate(model, request(model, "a man", [1, 2], 2)).images
-    assert np.array_equal(ours, np.stack([np.array(image) for image in stock.images]))
-    assert not ours[0].any() and ours[1].any()
+    drawn = generate(model, request(model, "a man", [1, 2], 2))
+    assert np.array_equal(drawn.images, np.stack([np.array(image) for image in stock.images]))
+    assert not drawn.images[0].any() and drawn.images[1].any()
+    assert drawn.faults == ("censored", None)
