@@ -14,7 +14,6 @@ from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.generate import generate, record_trajectory
-from diffusion_lens.steering.settings import identity_beta
 
 SLIDER_SECONDS = 1.5
 ATTRIBUTION_RATIO = 50.0
@@ -30,7 +29,7 @@ def turn_of(lens: DiffusionLens, beta: float) -> Intervention:
 def betas_of(lens: DiffusionLens) -> list[float]:
     """The shipped strengths but the one that changes nothing."""
     setting = lens.setting(lens.attributes[0].name)
-    return [beta for beta in setting.betas if beta != identity_beta(setting.mode)]
+    return [beta for beta in setting.betas if beta != setting.identity]
 
 
 def request_of(lens: DiffusionLens, n: int, first: int = 70_000_000) -> GenerationRequest:

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from diffusion_lens.model.hooks import intercept
 from diffusion_lens.model.memory import OnStep, is_out_of_memory
 from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
-from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.intervene import make_edit
 
 HERE = Path(__file__).resolve().parent
 GENDER = Attribute("gender", ("female", "male"))
@@ -113,7 +113,7 @@ class Bench:
         """Thirty features, or as many as there are, scaled by β at every step."""
         ids = tuple(range(min(30, self.sae.cfg.d_sae)))
         features = FeatureSet(ids, (1.0,) * len(ids), "gender", "male", self.sae.sae_id)
-        return compile([Intervention(features, "scale", beta, sampler=sampler)], self.sae)
+        return make_edit([Intervention.at_beta(features, "scale", beta, sampler=sampler)], self.sae)
 
     def stock(self) -> np.ndarray:
         """The plain diffusers pipeline's own call for the same images."""
@@ -193,7 +193,7 @@ def slider(bench: Bench) -> Iterator[Row]:
     one = request(bench.model, bench.request.prompt, [0], bench.request.n_steps, GUIDANCE)
     start, first = record_trajectory(bench.model, one), one.n_steps // 2
     turn = bench.edit("asymmetric")
-    late = compile([Intervention(**{**_fields(turn), "window": (first, one.n_steps)})], bench.sae)
+    late = make_edit([replace(turn.interventions[0], window=(first, one.n_steps))], bench.sae)
     made: dict[str, np.ndarray] = {}
     works: list[Any] = [
         lambda: made.update(kept=generate(bench.model, one, edit=late, start=start).images),
@@ -204,11 +204,6 @@ def slider(bench: Bench) -> Iterator[Row]:
     same = "E0, bit-identical here" if np.array_equal(made["kept"], made["anew"]) else "differs from noise on"
     what = f"slider to image, steps {first} to {one.n_steps - 1} edited, p50 (p95)"
     yield bench.name, what, f"{p50:.4g} ms ({p95:.4g})", f"{_times(anew, kept)} as long from noise", same
-
-
-def _fields(edit: Any) -> dict[str, Any]:
-    (intervention,) = edit.interventions
-    return dict(vars(intervention))
 
 
 def dictionary(bench: Bench) -> Iterator[Row]:

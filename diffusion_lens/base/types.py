@@ -12,7 +12,7 @@ import json
 import math
 import numbers
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Literal, Protocol, get_args
@@ -264,27 +264,48 @@ class Attribution:
         return self.scores[self.attribute.index(target), first:stop].sum(axis=0)
 
 
+def identity_beta(mode: Mode) -> float:
+    """The β that changes nothing: 1 for ``scale``, 0 for ``add`` and ``suppress``."""
+    return 1.0 if mode == "scale" else 0.0
+
+
+def beta_of(mode: Mode, strength: float) -> float:
+    """The β that people read for a strength."""
+    return _rounded(identity_beta(mode) + strength)
+
+
+def strength_of(mode: Mode, beta: float) -> float:
+    """The strength of a β; 0 changes nothing in every mode."""
+    return _rounded(as_number(beta, "beta", finite=False) - identity_beta(mode))
+
+
+def _rounded(number: float) -> float:
+    """12 decimals, so that β 0.1 and strength -0.9 are each other's to the last bit; -0 becomes 0."""
+    return round(float(number), 12) + 0.0
+
+
 @dataclass(frozen=True)
 class Intervention:
-    """One turn of SAE features: which, how, how far, when. Mode and β have no default.
+    """One edit of SAE features: which, how, how far, when. Mode and strength have no default.
 
-    ``scale``: ``s_i <- beta * s_i`` (identity at 1); ``add``: ``s_i <- s_i + beta`` (identity at 0);
-    ``suppress``: ``s_i <- (1 - beta) * s_i`` (identity at 0, off at 1). DiffLens, eq. for Intervene(s).
+    ``scale``: ``s_i <- (1 + strength) * s_i``; ``add``: ``s_i <- s_i + strength``; ``suppress``:
+    ``s_i <- (1 - strength) * s_i``, off at 1. Strength 0 changes nothing in every mode. People are shown β, which is
+    ``1 + strength`` for ``scale`` and ``strength`` for the others; ``at_beta`` takes it (DiffLens, Intervene(s)).
 
     Attributes:
-        opposite: features of the mirror pole, turned the other way (scale ``2 - beta``, add ``-beta``,
-            suppress ``-beta``). Our working form; ``None`` turns one pole alone.
-        overrides: ``(feature id, beta)`` pairs that replace the master β for single features.
+        opposite: features of the mirror pole, steered by ``-strength``. Our working form; ``None`` steers one pole.
+        overrides: ``(feature id, strength)`` pairs that replace the common strength for single features.
         window: half-open range of step indices that are edited; ``None`` is every step.
         sampler: ``asymmetric`` lets the edit move the predicted x0 alone (as in Asyrp), ``symmetric`` both terms.
-        only_seeds: turn the features in these images alone; ``None`` is every image.
+        only_seeds: steer these images alone; ``None`` is every image.
         hold: attributes to leave alone: what their probes would read of the edit is taken out of it (``hold.Hold``).
-            An attribute that the same edit turns is not held.
+            An attribute that the same edit steers is not held.
     """
 
     features: FeatureSet
     mode: Mode
-    beta: float
+    _: KW_ONLY
+    strength: float
     opposite: FeatureSet | None = None
     overrides: tuple[tuple[int, float], ...] = ()
     window: tuple[int, int] | None = None
@@ -293,11 +314,10 @@ class Intervention:
     hold: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for beta in (self.beta, *(b for _, b in self.overrides)):
-            if not abs(as_number(beta, "beta", finite=False)) <= MAX_BETA:
-                raise LensError(f"beta must be a finite number between -{MAX_BETA:g} and {MAX_BETA:g}; it is {beta}.")
         if self.mode not in ("scale", "add", "suppress"):
             raise LensError(f"mode must be scale, add or suppress; it is '{self.mode}'.")
+        object.__setattr__(self, "strength", self._checked(self.strength))
+        object.__setattr__(self, "overrides", tuple((int(i), self._checked(s)) for i, s in self.overrides))
         if not self.features.ids:
             raise LensError("The feature set is empty; choose at least one feature.")
         if self.opposite is not None and set(self.opposite.ids) & set(self.features.ids):
@@ -305,21 +325,52 @@ class Intervention:
         if self.window is not None and not 0 <= self.window[0] < self.window[1]:
             raise LensError(f"The step window {self.window} is empty; it runs from a first step to a later one.")
 
+    def _checked(self, strength: float) -> float:
+        number = _rounded(as_number(strength, "strength", finite=False))
+        beta = beta_of(self.mode, number)
+        if not abs(beta) <= MAX_BETA:
+            raise LensError(f"beta must be a finite number between -{MAX_BETA:g} and {MAX_BETA:g}; it is {beta}.")
+        return number
+
+    @classmethod
+    def at_beta(
+        cls,
+        features: FeatureSet,
+        mode: Mode,
+        beta: float,
+        *,
+        opposite: FeatureSet | None = None,
+        overrides: Iterable[tuple[int, float]] = (),
+        window: tuple[int, int] | None = None,
+        sampler: Sampler = "asymmetric",
+        only_seeds: frozenset[int] | None = None,
+        hold: tuple[str, ...] = (),
+    ) -> Intervention:
+        """The same with β for the strength, and ``(feature id, β)`` for ``overrides``."""
+        return cls(
+            features, mode, strength=strength_of(mode, beta), opposite=opposite,
+            overrides=tuple((i, strength_of(mode, b)) for i, b in overrides), window=window, sampler=sampler,
+            only_seeds=only_seeds, hold=hold,
+        )  # fmt: skip
+
+    @property
+    def beta(self) -> float:
+        """The strength as people read it."""
+        return beta_of(self.mode, self.strength)
+
     def coefficients(self) -> Iterator[tuple[int, float, float]]:
         """``(feature, scale, shift)`` for both poles: ``s`` becomes ``scale · s + shift``.
 
-        An override replaces β before the opposite pole mirrors it.
+        An override replaces the strength before the opposite pole mirrors it.
         """
-        own = dict(self.overrides)
-        for features, mirrored in ((self.features, False), (self.opposite, True)):
+        apart = dict(self.overrides)
+        for features, sign in ((self.features, 1), (self.opposite, -1)):
             for feature in features.ids if features is not None else ():
-                beta = own.get(feature, self.beta)
-                if self.mode == "scale":
-                    yield feature, 2 - beta if mirrored else beta, 0.0
-                elif self.mode == "add":
-                    yield feature, 1.0, -beta if mirrored else beta
+                strength = sign * apart.get(feature, self.strength)
+                if self.mode == "add":
+                    yield feature, 1.0, strength + 0.0
                 else:
-                    yield feature, 1 + beta if mirrored else 1 - beta, 0.0
+                    yield feature, _rounded(1 + strength if self.mode == "scale" else 1 - strength), 0.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which turn a lens should ship for an attribute: chosen on seeds that no evaluation uses."""
+"""How a lens should steer an attribute: chosen on seeds that no evaluation uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import numpy as np
 from pydantic import Field
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.types import Attribution, GenerationRequest, Intervention, LensError, Mode, Sampler, SweepPoint
+from diffusion_lens.base.types import (
+    Attribution,
+    GenerationRequest,
+    Intervention,
+    LensError,
+    Mode,
+    Sampler,
+    SweepPoint,
+    beta_of,
+    strength_of,
+)
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.judging.classify import Classifier
@@ -21,8 +31,8 @@ from diffusion_lens.model.generate import Edit
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.records import load_point, save_point
-from diffusion_lens.steering.intervene import compile
-from diffusion_lens.steering.settings import describe_setting, identity_beta, make_intervention
+from diffusion_lens.steering.intervene import make_edit
+from diffusion_lens.steering.settings import describe_setting, make_intervention
 
 REACH = 1.0
 
@@ -31,7 +41,7 @@ class ChooseConfig(StrictConfig):
     """The grid that a setting is chosen from.
 
     Attributes:
-        holds: whether a turn leaves the lens's other attributes alone (``Intervention.hold``).
+        holds: whether steering leaves the lens's other attributes alone (``Intervention.hold``).
         betas: strengths as for ``scale``, where 1 changes nothing; other modes use them less 1.
         n_images: images per strength, on seeds from ``first_seed`` on, which nothing else should use.
         prompts: the prompts chosen on; empty: the first that the lens samples.
@@ -77,7 +87,7 @@ def judge(setting: Setting, points: Sequence[SweepPoint], target_index: int) -> 
     totals = [sum(share.count for share in point.shares) for point in points]
     effect = np.array([np.log((k + 0.5) / (n - k + 0.5)) for k, n in zip(counts, totals, strict=True)])
     changed = np.array([1 - np.mean(list(p.agreement.values())) if p.agreement else 0.0 for p in points])
-    first, last = _monotone_stretch(effect, [p.beta for p in points], identity_beta(setting.mode))
+    first, last = _monotone_stretch(effect, [p.beta for p in points], setting.identity)
     inside, lost = effect[first : last + 1], changed[first : last + 1]
     reach = float(min(-inside.min(), inside.max()))
     spillover = float(np.mean(np.interp([-REACH, REACH], inside, lost))) if reach >= REACH else float("nan")
@@ -120,11 +130,10 @@ def candidates(attribute: str, target: str, grid: ChooseConfig, others: Sequence
     """
     axes = (grid.n_features, grid.poles, grid.modes, grid.samplers, grid.windows, grid.holds)
     for n, poles, mode, sampler, window, hold in product(*axes):
-        identity = identity_beta(mode)
-        strengths = sorted({*(beta - 1 + identity for beta in grid.betas), identity})
+        strengths = sorted({0.0, *(strength_of("scale", beta) for beta in grid.betas)})
         yield Setting(
-            attribute=attribute, target=target, n_features=n, poles=poles, mode=mode, sampler=sampler,
-            window=window, hold=tuple(others) if hold == "others" else (), betas=tuple(strengths),
+            attribute=attribute, target=target, n_features=n, poles=poles, mode=mode, sampler=sampler, window=window,
+            hold=tuple(others) if hold == "others" else (), betas=tuple(beta_of(mode, s) for s in strengths),
         )  # fmt: skip
 
 
@@ -192,20 +201,21 @@ def measure_setting(
     setting: Setting,
     *,
     probes: Mapping[str, Probe],
-    change: Callable[[Intervention], Intervention] = lambda turn: turn,
+    change: Callable[[Intervention], Intervention] = lambda intervention: intervention,
     batch_size: int = 16,
     n_examples: int = 8,
     keep: Path | None = None,
 ) -> list[SweepPoint]:
     """Sweep a setting over its strengths on the seeds of ``base``; points kept in ``keep`` are not measured again.
 
-    ``probes``: those of what the setting holds still. ``change`` turns the intervention into a control.
+    ``probes``: those of what the setting holds still. ``change`` makes a control of the intervention.
     """
 
-    def make_edit(beta: float) -> Edit | None:
-        if beta == identity_beta(setting.mode):
+    def edit_at(beta: float) -> Edit | None:
+        strength = strength_of(setting.mode, beta)
+        if strength == 0:
             return None
-        return compile([change(make_intervention(attribution, setting, setting.target, beta))], sae, probes)
+        return make_edit([change(make_intervention(attribution, setting, setting.target, strength))], sae, probes)
 
     points = []
     for number, beta in enumerate(sorted(setting.betas)):
@@ -214,7 +224,7 @@ def measure_setting(
             points.append(load_point(keep, stem))
             continue
         found = sweep_points(
-            model, base.request, make_edit, [beta], classifier, attribution.attribute, setting.target,
+            model, base.request, edit_at, [beta], classifier, attribution.attribute, setting.target,
             baseline=base, batch_size=batch_size, n_examples=n_examples,
         )  # fmt: skip
         points.extend(found)

@@ -1,4 +1,4 @@
-"""The later stages of a fit: which turn to ship, what single features do, and the precomputed sweeps."""
+"""The later stages of a fit: how to steer each attribute, what single features do, and the precomputed sweeps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffusion_lens.measuring.sweep import Baseline, collect, measure_baseline, 
 from diffusion_lens.model.generate import request
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.records import load_atlas, save_sweep
-from diffusion_lens.steering.intervene import compile
-from diffusion_lens.steering.settings import Control, control_turn, describe_setting
+from diffusion_lens.steering.intervene import make_edit
+from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
 
 
 def fit_settings(work: Work) -> None:
-    """Take over the configured turns; choose one for every attribute that has none, a file each.
+    """Take over the configured settings; choose one for every attribute that has none, a file each.
 
     The processes share the candidates' sweeps; the main one then reads all of them and chooses.
     """
@@ -86,14 +86,14 @@ def _choose(work: Work, name: str) -> Setting:
 
 
 def read_settings(work: Work) -> dict[str, Setting]:
-    """Attribute → the turn to ship."""
+    """Attribute → how the lens will steer it."""
     return {name: Setting.load(work.folders["settings"] / f"{name}.json") for name in work.config.attributes}
 
 
 def fit_effects(work: Work) -> None:
-    """Turn the top features of every class alone and measure how the class shares move, a file per feature.
+    """Steer by the top features of every class, each alone, and measure how the class shares move, a file per feature.
 
-    The turn: the setting's mode and sampler, at its strongest strength towards the target.
+    Each with the setting's mode and sampler, at its strongest strength towards the target.
     """
     config, attributions = work.config, read_attributions(work)
     if not config.effect_features:
@@ -126,12 +126,12 @@ def _leaders(attribution: Attribution, setting: Setting, n: int) -> set[int]:
 def _effect(
     work: Work, sae: SparseAutoencoder, base: Baseline, feature: int, setting: Setting
 ) -> dict[str, np.ndarray]:
-    """Attribute → change of class shares ``[class]`` when ``feature`` alone is turned."""
+    """Attribute → change of class shares ``[class]`` when ``feature`` alone is steered."""
     alone = FeatureSet((feature,), (0.0,), setting.attribute, setting.target, sae.sae_id)
-    turn = Intervention(alone, setting.mode, setting.betas[-1], window=setting.window, sampler=setting.sampler)
+    steer = Intervention.at_beta(alone, setting.mode, setting.betas[-1], window=setting.window, sampler=setting.sampler)
     attribute = work.attribute(setting.attribute)
     (point,) = sweep_points(
-        work.model, base.request, lambda _: compile([turn], sae), [turn.beta], work.classifier, attribute,
+        work.model, base.request, lambda _: make_edit([steer], sae), [steer.beta], work.classifier, attribute,
         setting.target, baseline=base, batch_size=work.config.batch_size, n_examples=0,
     )  # fmt: skip
     before = {name: _shares(p.counts) for name, p in base.reading.predictions.items()}
@@ -191,7 +191,7 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
         base,
         setting,
         probes=read_probes(work),
-        change=lambda turn: turn if control is None else control_turn(turn, control, activity, seed),
+        change=lambda own: own if control is None else control_intervention(own, control, activity, seed),
         batch_size=work.config.batch_size,
         keep=keep,
     )

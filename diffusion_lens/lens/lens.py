@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from diffusion_lens.base.types import (
     GenerationRequest,
     Intervention,
     LensError,
+    Mode,
     Predictions,
+    Sampler,
     Seeds,
     SweepPoint,
     SweepResult,
@@ -38,10 +40,9 @@ from diffusion_lens.lens.folder import LensFolder
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.steering.settings import (
     Control,
-    control_turn,
+    control_intervention,
     describe_setting,
     feature_sets,
-    identity_beta,
     make_intervention,
 )
 
@@ -136,9 +137,9 @@ class DiffusionLens(LensFolder):
 
     def edit(self, *interventions: Intervention) -> Edit:
         """One edit of the bottleneck from one or several interventions; refuses features of another SAE."""
-        from diffusion_lens.steering.intervene import compile
+        from diffusion_lens.steering.intervene import make_edit
 
-        return compile(interventions, self.sae, self.probes)
+        return make_edit(interventions, self.sae, self.probes)
 
     def attribute(
         self, generation: Generation, attribute_name: str, *, method: str = "integrated_gradients"
@@ -166,7 +167,7 @@ class DiffusionLens(LensFolder):
         return known[method](self.sae, self.probes[self.attribute_named(attribute_name).name], h)
 
     def setting(self, attribute_name: str) -> Setting:
-        """The shipped turn of an attribute."""
+        """How the lens steers an attribute."""
         self.attribute_named(attribute_name)
         if attribute_name not in self.settings:
             raise LensError(f"This lens ships no setting for {attribute_name}; make an Intervention by hand.")
@@ -178,12 +179,33 @@ class DiffusionLens(LensFolder):
         return feature_sets(self.attributions[attribute_name], setting, target, n)[0]
 
     def intervention(
-        self, attribute_name: str, target: str, beta: float, *, n_features: int | None = None, **changes: Any
+        self,
+        attribute_name: str,
+        target: str,
+        beta: float,
+        *,
+        n_features: int | None = None,
+        mode: Mode | None = None,
+        opposite: FeatureSet | Literal["shipped"] | None = "shipped",
+        overrides: Sequence[tuple[int, float]] = (),
+        window: tuple[int, int] | Literal["shipped"] | None = "shipped",
+        sampler: Sampler | None = None,
+        only_seeds: frozenset[int] | None = None,
+        hold: tuple[str, ...] | None = None,
     ) -> Intervention:
-        """The shipped turn towards ``target`` at strength ``beta``; ``changes`` replace fields of ``Intervention``."""
+        """The shipped setting of an attribute, towards ``target`` at ``beta``.
+
+        ``n_features`` replaces the number of features per pole; the others, where given, fields of ``Intervention``.
+        ``beta`` and the numbers in ``overrides`` are β: with ``scale`` 1 changes nothing, with the other modes 0.
+        """
         setting = self.setting(attribute_name)
-        attribution = self.attributions[attribute_name]
-        return make_intervention(attribution, setting, target, beta, n_features=n_features, **changes)
+        mode = mode or setting.mode
+        shipped = make_intervention(self.attributions[attribute_name], setting, target, 0.0, n_features=n_features)
+        return Intervention.at_beta(
+            shipped.features, mode, beta, opposite=shipped.opposite if opposite == "shipped" else opposite,
+            overrides=overrides, window=setting.window if window == "shipped" else window,
+            sampler=sampler or setting.sampler, only_seeds=only_seeds, hold=setting.hold if hold is None else hold,
+        )  # fmt: skip
 
     def classify(self, images: np.ndarray) -> dict[str, Predictions]:
         """Attribute → the classifier's reading of ``uint8 [n, H, W, 3]``, nuisances included."""
@@ -228,9 +250,9 @@ class DiffusionLens(LensFolder):
         """Measure each strength on the same seeds, one point as soon as it is drawn.
 
         Args:
-            attribute: a steerable attribute (its shipped turn) or a ``FeatureSet`` (turned in the shipped mode).
+            attribute: a steerable attribute (its shipped setting) or a ``FeatureSet`` (steered in the shipped mode).
             betas: the shipped grid by default; ``seeds``: ``range(n)`` by default.
-            control: ``random`` turns as many features as active, drawn at random, ``flip`` the two poles exchanged.
+            control: ``random`` steers as many features as active, drawn at random, ``flip`` the two poles exchanged.
             options: passed on to ``sweep.sweep_points`` (``batch_size``, ``baseline``, ``draw``, …).
         """
         from diffusion_lens.measuring.sweep import sweep_points
@@ -240,9 +262,9 @@ class DiffusionLens(LensFolder):
         chosen = self.setting(name).betas if betas is None else betas
 
         def make_edit(beta: float) -> Edit | None:
-            if beta == identity_beta(self.setting(name).mode):
+            if beta == self.setting(name).identity:
                 return None
-            return self.edit(self._turn(attribute, target, beta, control, control_seed))
+            return self.edit(self._at_beta(attribute, target, beta, control, control_seed))
 
         read = {a.name: a for a in self.classifier.attributes}
         return sweep_points(
@@ -304,17 +326,17 @@ class DiffusionLens(LensFolder):
             return attribute.attribute, target or attribute.target
         return attribute, target or self.setting(attribute).target
 
-    def _turn(
+    def _at_beta(
         self, attribute: str | FeatureSet, target: str, beta: float, control: Control | None, seed: int
     ) -> Intervention:
         if isinstance(attribute, FeatureSet):
             setting = self.setting(attribute.attribute)
-            turn = Intervention(
+            steer = Intervention.at_beta(
                 attribute, setting.mode, beta, window=setting.window, sampler=setting.sampler, hold=setting.hold
             )
         else:
-            turn = self.intervention(attribute, target, beta)
-        return turn if control is None else control_turn(turn, control, self.atlas.activity, seed)
+            steer = self.intervention(attribute, target, beta)
+        return steer if control is None else control_intervention(steer, control, self.atlas.activity, seed)
 
     def _describe(self, attribute: str | FeatureSet, name: str, control: Control | None, seed: int) -> str:
         setting = self.setting(name)

@@ -15,10 +15,10 @@ from diffusion_lens.base.types import Attribute, EditSpec, GenerationRequest, In
 from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, turn_setting
+from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, setting_with
 from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.steering.intervene import draw_classes
-from diffusion_lens.steering.settings import control_turn, opposite_set
+from diffusion_lens.steering.settings import control_intervention, opposite_set
 
 
 class ControlOptions(SaeOptions):
@@ -60,7 +60,7 @@ class RandomFeatures(_SaeControl):
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
         """Each class's features replaced by random ones."""
         activity, seed = fitted.lens.atlas.activity, fitted.options.control_seed
-        return self._edit(fitted, strength, seeds, lambda turn: control_turn(turn, "random", activity, seed))
+        return self._edit(fitted, strength, seeds, lambda own: control_intervention(own, "random", activity, seed))
 
 
 class SignFlip(_SaeControl):
@@ -75,17 +75,17 @@ class SignFlip(_SaeControl):
     )
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
-        """Each turn with its poles exchanged; one of a single pole turns the opposite's features."""
+        """Each intervention with its poles exchanged; one of a single pole steers by the opposite's features."""
         attribution = fitted.lens.attributions[fitted.record.attribute]
-        setting = turn_setting(fitted.lens, fitted.record.attribute, fitted.options)
+        setting = setting_with(fitted.lens, fitted.record.attribute, fitted.options)
 
-        def flip(turn: Intervention) -> Intervention:
-            if turn.opposite is not None:
-                return replace(turn, features=turn.opposite, opposite=turn.features)
-            other = opposite_set(attribution, turn.features, setting.n_features, setting.window)
+        def flip(own: Intervention) -> Intervention:
+            if own.opposite is not None:
+                return replace(own, features=own.opposite, opposite=own.features)
+            other = opposite_set(attribution, own.features, setting.n_features, setting.window)
             if other is None:
-                raise LensError(f"No feature speaks against {turn.features.target}; there is nothing to exchange.")
-            return replace(turn, features=other)
+                raise LensError(f"No feature speaks against {own.features.target}; there is nothing to exchange.")
+            return replace(own, features=other)
 
         return self._edit(fitted, strength, seeds, flip)
 

@@ -56,7 +56,7 @@ class DiffLens(Method):
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
-        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         return feature_edit(fitted, difflens_attribution(fitted), strength, seeds)
 
 
@@ -75,6 +75,6 @@ class DiffLensHeld(DiffLens):
     )
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
-        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         hold = tuple(name for name in fitted.lens.probes if name != fitted.record.attribute)
         return feature_edit(fitted, difflens_attribution(fitted), strength, seeds, hold=hold)

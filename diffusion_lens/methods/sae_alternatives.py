@@ -44,7 +44,7 @@ class SaeLrp(Method):
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
-        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         return feature_edit(fitted, rebuild(fitted, f"lrp_{fitted.options.rule}"), strength, seeds)
 
 
@@ -70,5 +70,5 @@ class SaeGradient(Method):
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
     def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
-        """β is 1 + ``strength`` for scaling, ``strength`` for adding."""
+        """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         return feature_edit(fitted, rebuild(fitted, "gradient_x_activation"), strength, seeds)

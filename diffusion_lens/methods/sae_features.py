@@ -1,4 +1,4 @@
-"""What the methods that turn SAE features share: options, and the edit from an attribution."""
+"""What the methods that steer by SAE features share: options, and the edit from an attribution."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from diffusion_lens.methods.edits import NoEdit
 from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.results.manifest import Setting
-from diffusion_lens.steering.intervene import compile, draw_classes
-from diffusion_lens.steering.settings import identity_beta, make_intervention
+from diffusion_lens.steering.intervene import draw_classes, make_edit
+from diffusion_lens.steering.settings import make_intervention
 
 Change = Callable[[Intervention], Intervention]
 
 STRENGTHS = (0.5, 0.75, 1.0, 2.0, 4.0, 8.0)
-"""β − 1 of every method and control that turns SAE features: close where few features' turns cross even shares."""
+"""Of every method and control that steers by SAE features: close where few features cross even shares."""
 
 
 class SaeOptions(MethodOptions):
-    """How features are turned; ``None`` takes the lens's shipped setting."""
+    """How features are edited; ``None`` takes the lens's shipped setting."""
 
     n_features: int | None = Field(None, ge=1, title="Features", description="Features per pole, best first.")
-    poles: Literal["one", "both"] | None = Field(None, title="Poles", description="Turn the other pole back, too.")
+    poles: Literal["one", "both"] | None = Field(None, title="Poles", description="Steer the other pole back, too.")
     mode: Mode | None = Field(None, title="Mode", description="Multiply activations, or add to them.")
     sampler: Sampler | None = Field(None, title="Sampler", description="Asymmetric moves the predicted image alone.")
 
 
-def turn_setting(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting:
+def setting_with(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting:
     """The shipped setting with what the options replace; where the lens ships none, 30 features scaled."""
     shipped = lens.settings.get(attribute)
     setting = shipped or Setting(
@@ -55,23 +55,22 @@ def feature_edit(
     change: Change | None = None,
     hold: tuple[str, ...] = (),
 ) -> Edit:
-    """Turn the features of each image's own class: β = 1 + strength for ``scale``, β = strength otherwise.
+    """Steer by the features of each image's own class.
 
-    ``change`` turns every intervention into another one (controls do). ``hold``: attributes left alone, in place of
+    ``change`` makes another intervention of every one (controls do). ``hold``: attributes left alone, in place of
     those that the shipped setting holds.
     """
-    setting = turn_setting(fitted.lens, fitted.record.attribute, fitted.options)
-    beta = identity_beta(setting.mode) + strength
+    setting = setting_with(fitted.lens, fitted.record.attribute, fitted.options).model_copy(update={"hold": hold})
     target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
     drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
-    turns = []
+    steers = []
     for label, group in drawn.items():
         if target[label] > 0 and (group or target[label] == 1):
             only = None if target[label] == 1 else group
-            turns.append(make_intervention(attribution, setting, label, beta, only_seeds=only, hold=hold))
-    turns = turns if change is None else [change(turn) for turn in turns]
+            steers.append(make_intervention(attribution, setting, label, strength, only_seeds=only))
+    steers = steers if change is None else [change(steer) for steer in steers]
     spec = fitted.spec(strength)
-    return replace(compile(turns, fitted.lens.sae, fitted.lens.probes), spec=spec) if turns else NoEdit(spec)
+    return replace(make_edit(steers, fitted.lens.sae, fitted.lens.probes), spec=spec) if steers else NoEdit(spec)
 
 
 def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:

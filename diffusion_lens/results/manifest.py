@@ -18,7 +18,7 @@ from pydantic import Field
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import read_json, sha256_of, write_json
 from diffusion_lens.base.transaction import Change, check_inside, read_whole, settle
-from diffusion_lens.base.types import Attribute, LensError, Mode, Sampler
+from diffusion_lens.base.types import Attribute, LensError, Mode, Sampler, beta_of
 
 FORMAT_VERSION = 1
 MANIFEST = "lens.json"
@@ -62,15 +62,15 @@ class AttributeConfig(StrictConfig):
 
 
 class Setting(StrictConfig):
-    """The turn that a lens ships for one attribute: which features, how, and how far.
+    """How a lens steers one attribute: which features, how, and how far.
 
     Attributes:
         attribute: the attribute that it steers.
         target: the class towards which a rising β leads in the shipped sweep.
         n_features: features per pole, taken in order of attribution.
-        poles: ``one`` turns the target's features; ``both`` also turns the opposite's the other way.
+        poles: ``one`` steers the target's features; ``both`` also steers the opposite's the other way.
         mode, sampler, window, hold: as in ``Intervention``.
-        betas: the strengths of the shipped sweep, rising, the identity among them.
+        betas: the strengths of the shipped sweep as people read them, rising, the identity among them.
         n_seeds_chosen_on: images per strength on which this setting was chosen (0: set by hand).
         note: where the setting comes from, in one sentence.
     """
@@ -87,6 +87,11 @@ class Setting(StrictConfig):
     n_seeds_chosen_on: int = Field(default=0, ge=0)
     note: str = ""
 
+    @property
+    def identity(self) -> float:
+        """The β that changes nothing."""
+        return beta_of(self.mode, 0.0)
+
 
 class Manifest(StrictConfig):
     """``lens.json``: what a lens holds and how its images are made.
@@ -95,7 +100,7 @@ class Manifest(StrictConfig):
         attributes: those the lens steers; ``nuisances``: those the classifier reads besides.
         prompts: suggested prompts (``""`` is the empty prompt); empty for unconditional models.
         vocabulary: the words the model knows; ``None`` for models with an open vocabulary.
-        settings: attribute → the shipped turn.
+        settings: attribute → how it is steered.
         classifier_id: of the one that judges images; ``labeller_id``: of the one whose reading trained the probes.
         files: path inside the folder → its seal; ``lens.json`` itself is not listed.
     """

@@ -1,4 +1,4 @@
-"""What a turn should leave alone: the part of an edit that the probes of other attributes read, taken out of it."""
+"""What an edit should leave alone: the part of an edit that the probes of other attributes read, taken out of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interventions on SAE features, compiled into an edit that ``generate`` applies at the bottleneck."""
+"""Interventions on SAE features, made into an edit that ``generate`` applies at the bottleneck."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class FeatureEdit:
     """One or several interventions, applied by difference: ``h' = h + (s' − s) W_dec`` (DiffLens, corrected form).
 
-    Several interventions on one feature act one after the other, in the order given. Build it with ``compile``.
+    Several interventions on one feature act one after the other, in the order given. Build it with ``make_edit``.
 
     Attributes:
         hold: what the whole edit leaves alone; ``None`` for nothing.
@@ -81,17 +81,17 @@ class FeatureEdit:
         return np.array(ids, dtype=np.int64), scale, shift
 
 
-def compile(
+def make_edit(
     interventions: Sequence[Intervention], sae: SparseAutoencoder, probes: Mapping[str, Probe] = MappingProxyType({})
 ) -> FeatureEdit:
     """An edit from interventions, checked against the SAE and each other.
 
     ``probes`` by attribute, for interventions that hold some still. What any of them holds the whole edit holds, but
-    for the attributes that it turns.
+    for the attributes that it steers.
 
     Raises:
         LensError: features of another SAE or outside its dictionary, overrides of features that are not
-            turned, two samplers, an attribute held that has no probe, or no intervention at all.
+            steered, two samplers, an attribute held that has no probe, or no intervention at all.
     """
     if not interventions:
         raise LensError("Give at least one intervention.")
@@ -145,7 +145,7 @@ def _check(intervention: Intervention, sae: SparseAutoencoder) -> None:
         raise LensError(f"Feature {outside[0]} does not exist; this SAE has features 0 to {sae.cfg.d_sae - 1}.")
     named = [feature for feature, _ in intervention.overrides]
     if len(set(named)) != len(named) or not set(named) <= ids:
-        raise LensError("An override must name a feature that is turned, and name it once.")
+        raise LensError("An override must name a feature that is steered, and name it once.")
 
 
 def _hull(interventions: Sequence[Intervention]) -> tuple[int, int] | None:

@@ -1,13 +1,13 @@
-"""From attributions to a turn: the feature sets of a ``Setting``, and the interventions that they make."""
+"""From attributions to interventions: the feature sets of a ``Setting``, how far they go, and their controls."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribution, FeatureSet, Intervention, LensError, Mode
+from diffusion_lens.base.types import Attribution, FeatureSet, Intervention, LensError
 from diffusion_lens.results.manifest import Setting
 
 Control = Literal["random", "flip"]
@@ -15,15 +15,10 @@ LIKE = 8
 """A random control draws among this many features of nearest activity."""
 
 
-def identity_beta(mode: Mode) -> float:
-    """The β that changes nothing: 1 for ``scale``, 0 for ``add`` and ``suppress``."""
-    return 1.0 if mode == "scale" else 0.0
-
-
 def feature_sets(
     attribution: Attribution, setting: Setting, target: str, n_features: int | None = None
 ) -> tuple[FeatureSet, FeatureSet | None]:
-    """The features that ``setting`` turns for class ``target``, and those of the opposite pole (``None``: one pole).
+    """The features that ``setting`` steers for class ``target``, and those of the opposite pole (``None``: one pole).
 
     Features are ranked by attribution summed over the setting's step window. The opposite pole of a two-class
     attribute holds the other class's features; with more classes, those that speak most against ``target``
@@ -58,27 +53,20 @@ def make_intervention(
     attribution: Attribution,
     setting: Setting,
     target: str,
-    beta: float,
+    strength: float,
     *,
     n_features: int | None = None,
-    **changes: Any,
+    only_seeds: frozenset[int] | None = None,
 ) -> Intervention:
-    """The intervention of ``setting`` towards ``target`` at strength ``beta``.
+    """The intervention of ``setting`` towards ``target`` at ``strength`` (0 changes nothing).
 
-    ``changes`` replace any other field of ``Intervention`` (``overrides``, ``only_seeds``, ``window``, …).
+    ``n_features`` replaces the setting's own number. For other changes use ``setting.model_copy`` or ``replace``.
     """
     features, opposite = feature_sets(attribution, setting, target, n_features)
-    values: dict[str, Any] = {
-        "opposite": opposite,
-        "mode": setting.mode,
-        "window": setting.window,
-        "sampler": setting.sampler,
-        "hold": setting.hold,
-    }
-    unknown = set(changes) - {*values, "overrides", "only_seeds"}
-    if unknown:
-        raise LensError(f"An intervention has no field '{min(unknown)}'.")
-    return Intervention(features=features, beta=beta, **{**values, **changes})
+    return Intervention(
+        features, setting.mode, strength=strength, opposite=opposite, window=setting.window, sampler=setting.sampler,
+        only_seeds=only_seeds, hold=setting.hold,
+    )  # fmt: skip
 
 
 def random_set(features: FeatureSet, activity: np.ndarray, *, seed: int, avoid: tuple[int, ...] = ()) -> FeatureSet:
@@ -102,21 +90,21 @@ def random_set(features: FeatureSet, activity: np.ndarray, *, seed: int, avoid: 
     return FeatureSet(tuple(ids), (0.0,) * len(ids), features.attribute, f"random ({seed})", features.sae_id)
 
 
-def control_turn(turn: Intervention, control: Control, activity: np.ndarray, seed: int) -> Intervention:
-    """The same turn of features that should not carry the attribute (``random``), or of exchanged poles (``flip``).
+def control_intervention(intervention: Intervention, control: Control, activity: np.ndarray, seed: int) -> Intervention:
+    """The same, of features that should not carry the attribute (``random``), or with poles exchanged (``flip``).
 
-    ``flip`` needs a turn of both poles; ``activity [d_sae]``: mean activations, see ``random_set``.
+    ``flip`` needs an intervention on both poles; ``activity [d_sae]``: mean activations, see ``random_set``.
     """
+    features, opposite = intervention.features, intervention.opposite
     if control == "flip":
-        if turn.opposite is None:
-            raise LensError("This turn has one pole only; exchange of poles is no control for it.")
-        return replace(turn, features=turn.opposite, opposite=turn.features)
-    avoid = turn.opposite.ids if turn.opposite else ()
-    features = random_set(turn.features, activity, seed=seed, avoid=avoid)
-    if turn.opposite is None:
-        return replace(turn, features=features)
-    opposite = random_set(turn.opposite, activity, seed=seed + 1, avoid=(*features.ids, *turn.features.ids))
-    return replace(turn, features=features, opposite=opposite)
+        if opposite is None:
+            raise LensError("This intervention has one pole only; exchange of poles is no control for it.")
+        return replace(intervention, features=opposite, opposite=features)
+    drawn = random_set(features, activity, seed=seed, avoid=opposite.ids if opposite else ())
+    if opposite is None:
+        return replace(intervention, features=drawn)
+    mirrored = random_set(opposite, activity, seed=seed + 1, avoid=(*drawn.ids, *features.ids))
+    return replace(intervention, features=drawn, opposite=mirrored)
 
 
 def describe_setting(setting: Setting, control: Control | None = None, seed: int = 0) -> str:

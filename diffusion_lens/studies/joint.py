@@ -16,8 +16,8 @@ from diffusion_lens.methods.protocol import Target, target_shares
 from diffusion_lens.model.generate import OnStep, generate_batches, request
 from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.joint import TOGETHER, JointResult, JointTable
-from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
-from diffusion_lens.steering.settings import identity_beta, make_intervention
+from diffusion_lens.steering.intervene import FeatureEdit, draw_classes, make_edit
+from diffusion_lens.steering.settings import make_intervention
 from diffusion_lens.studies.bench.run import JudgedLens
 
 
@@ -52,14 +52,13 @@ def interventions(
     if attribute not in lens.settings:
         raise LensError(f"This lens ships no setting for {attribute}; it has {', '.join(lens.settings)}.")
     setting, attribution = lens.settings[attribute], lens.attributions[attribute]
+    setting = setting.model_copy(update={"sampler": sampler}) if sampler else setting
     shares = target_shares(attribution.attribute, steer.target)
     target = dict(zip(attribution.attribute.classes, shares, strict=True))
     drawn = draw_classes(attribution.attribute, target, seeds, draw_seed)
-    beta = identity_beta(setting.mode) + steer.strength
     return [
         make_intervention(
-            attribution, setting, label, beta, only_seeds=None if target[label] == 1 else group,
-            sampler=sampler or setting.sampler,
+            attribution, setting, label, steer.strength, only_seeds=None if target[label] == 1 else group
         )
         for label, group in drawn.items() if target[label] > 0
     ]  # fmt: skip
@@ -83,7 +82,7 @@ def joint_edit(
         for number, (name, steer) in enumerate(steers.items())
         for turn in interventions(lens, name, steer, seeds, draw_seed=draw_seed + number, sampler=sampler)
     ]
-    return compile(turns[::-1] if reverse else turns, lens.sae, lens.probes)
+    return make_edit(turns[::-1] if reverse else turns, lens.sae, lens.probes)
 
 
 def steer_together(
@@ -106,7 +105,7 @@ def steer_together(
     manifest = lens.manifest
     wanted = request(lens.model, prompt, seeds, manifest.n_steps, manifest.guidance_scale)
     alone = {
-        name: compile(
+        name: make_edit(
             interventions(lens, name, steer, seeds, draw_seed=draw_seed + i, sampler=sampler), lens.sae, lens.probes
         )
         for i, (name, steer) in enumerate(steers.items())

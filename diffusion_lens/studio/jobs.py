@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from diffusion_lens.base.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
-from diffusion_lens.steering.settings import Control, describe_setting, identity_beta
+from diffusion_lens.steering.settings import Control, describe_setting
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View, check_prompt
 from diffusion_lens.studio.studio import Picture, Row, Studio, import_engine
@@ -147,7 +147,7 @@ def find_balance(studio: Studio, result: SweepResult) -> Balance:
 def balance_events(studio: Studio, visitor: str, view: View) -> Iterator[Event]:
     """A small sweep of the shipped setting towards the view's class, on which ``find_balance`` works."""
     setting = studio.lens.setting(view.attribute)
-    betas = sorted({*setting.betas, identity_beta(setting.mode)})
+    betas = sorted({*setting.betas, setting.identity})
     if len(betas) > BALANCE_STRENGTHS:
         picked = {round(i * (len(betas) - 1) / (BALANCE_STRENGTHS - 1)) for i in range(BALANCE_STRENGTHS)}
         betas = [betas[i] for i in sorted(picked)]
@@ -168,7 +168,7 @@ def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emi
 
     lens = studio.lens
     setting = lens.setting(job.attribute)
-    edited = sum(beta != identity_beta(setting.mode) for beta in job.betas)
+    edited = sum(beta != setting.identity for beta in job.betas)
     controls: Sequence[Control | None] = (None, *job.controls)
     meter = Meter(1 + edited * len(controls), emit)
     request = lens.request(job.prompt, range(job.n))

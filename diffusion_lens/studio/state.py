@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from diffusion_lens.base.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler
+from diffusion_lens.base.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler, strength_of
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.manifest import Setting
-from diffusion_lens.steering.settings import feature_sets, identity_beta
+from diffusion_lens.steering.settings import feature_sets
 
 LINK_VERSION = "1"
 SEED_COUNTS = (8, 16)
@@ -71,7 +71,7 @@ def holdable(lens: DiffusionLens, attribute: str) -> tuple[str, ...]:
 
 def scale(setting: Setting) -> Scale:
     """The slider of a setting: its measured range, on steps of which the identity is one."""
-    identity = identity_beta(setting.mode)
+    identity = setting.identity
     low, high = min(*setting.betas, identity), max(*setting.betas, identity)
     if low == high:
         low, high = identity - 1, identity + 1
@@ -96,7 +96,7 @@ def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
     prompt = stored.request.prompt if stored and stored.request.prompt in lens.prompts else lens.prompts[0]
     first = stored.request.seeds[0] if stored else 0
     return View(
-        prompt, attribute, setting.target, identity_beta(setting.mode), setting.n_features, setting.sampler,
+        prompt, attribute, setting.target, setting.identity, setting.n_features, setting.sampler,
         setting.window, first_seed=first, hold=setting.hold,
     )  # fmt: skip
 
@@ -150,32 +150,32 @@ def poles(lens: DiffusionLens, view: View) -> tuple[FeatureSet, FeatureSet | Non
     return feature_sets(attribution, lens.setting(view.attribute), view.target, view.n_features)
 
 
-def mirror(lens: DiffusionLens, attribute: str, beta: float) -> float:
-    """The strength that turns as far the other way (``Intervention`` mirrors the opposite pole so)."""
-    identity = identity_beta(lens.setting(attribute).mode)
-    return 2 * identity - beta
-
-
 def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
-    """The turns of a view; empty where nothing would change."""
+    """What a view does to the model; empty where nothing would change."""
     setting = lens.setting(view.attribute)
-    identity = identity_beta(setting.mode)
     features, opposite = poles(lens, view)
-    flipped = opposite.ids if opposite else ()
-    inside = [(i, mirror(lens, view.attribute, b) if i in flipped else b) for i, b in view.own
-              if i in features.ids or i in flipped]  # fmt: skip
-    turns = []
-    if view.beta != identity or any(b != identity for _, b in inside):
-        turns.append(Intervention(
-            features, setting.mode, view.beta, opposite, tuple(inside), view.window, view.sampler, hold=view.hold
-        ))  # fmt: skip
-    for i, beta in view.own:
-        if i not in features.ids and i not in flipped and beta != identity:
+    strength = strength_of(setting.mode, view.beta)
+    apart = {i: strength_of(setting.mode, beta) for i, beta in view.own}
+    # Each feature's own strength is told of itself; the opposite pole mirrors what it is given.
+    inside = {i: -s for i, s in apart.items() if opposite and i in opposite.ids}
+    inside |= {i: s for i, s in apart.items() if i in features.ids}
+    found = []
+    if strength or any(inside.values()):
+        found.append(
+            Intervention(
+                features, setting.mode, strength=strength, opposite=opposite, overrides=tuple(inside.items()),
+                window=view.window, sampler=view.sampler, hold=view.hold,
+            )
+        )  # fmt: skip
+    for i, own in apart.items():
+        if i not in inside and own:
             alone = FeatureSet((i,), (0.0,), view.attribute, view.target, features.sae_id)
-            turns.append(Intervention(
-                alone, setting.mode, beta, window=view.window, sampler=view.sampler, hold=view.hold
-            ))  # fmt: skip
-    return tuple(turns)
+            found.append(
+                Intervention(
+                    alone, setting.mode, strength=own, window=view.window, sampler=view.sampler, hold=view.hold
+                )
+            )
+    return tuple(found)
 
 
 def to_query(view: View) -> str:

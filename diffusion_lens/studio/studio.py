@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_lens.base.types import GenerationRequest, Predictions, SweepPoint, SweepResult
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.steering.settings import describe_setting, identity_beta
+from diffusion_lens.steering.settings import describe_setting
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.previews import Preview, Sight
 from diffusion_lens.studio.state import View, check, interventions
@@ -268,7 +268,7 @@ class Studio:
             yield on_step
 
     def _identity(self, view: View) -> float:
-        return identity_beta(self.lens.settings[view.attribute].mode)
+        return self.lens.settings[view.attribute].identity
 
 
 def _as_shipped(lens: DiffusionLens, result: SweepResult) -> bool:

@@ -12,7 +12,7 @@ import gradio as gr
 from diffusion_lens.base.types import Share
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.plots import confusion_figure, describe_confusion, describe_shares, share_figure
-from diffusion_lens.steering.settings import describe_setting, identity_beta
+from diffusion_lens.steering.settings import describe_setting
 from diffusion_lens.studio import state
 from diffusion_lens.studio.studio import Studio, foreign_lines, import_engine
 from diffusion_lens.ui.explore_handlers import opening
@@ -83,7 +83,7 @@ def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
     found: dict[tuple[str, str], tuple[Share, ...]] = {}
     for result in lens.sweeps:
         setting = lens.settings.get(result.attribute.name)
-        identity = identity_beta(setting.mode) if setting else None
+        identity = setting.identity if setting else None
         for point in result.points:
             if point.beta == identity:
                 found.setdefault((result.request.prompt or "", result.attribute.name), point.shares)

@@ -11,7 +11,7 @@ import gradio as gr
 
 from diffusion_lens.base.types import Balance, LensError, SweepResult
 from diffusion_lens.plots import describe_sweep, sweep_figure
-from diffusion_lens.steering.settings import Control, identity_beta
+from diffusion_lens.steering.settings import Control
 from diffusion_lens.studio import jobs
 from diffusion_lens.studio.jobs import SweepJob
 from diffusion_lens.studio.studio import Studio
@@ -117,7 +117,7 @@ def _n_points(results: Sequence[SweepResult]) -> int:
 def read_job(studio: Studio, prompt: Any, attribute: str, grid: str, n: Any, controls: Sequence[str]) -> SweepJob:
     """The sweep that the controls ask for; raises ``LensError`` for what cannot be measured."""
     setting = studio.lens.setting(str(attribute))
-    identity = identity_beta(setting.mode)
+    identity = setting.identity
     count = GRIDS.get(grid, 0)
     betas = tuple(sorted({*setting.betas, identity}))
     if count:

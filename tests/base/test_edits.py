@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,9 @@ from diffusion_lens.base.types import EditSpec, FeatureSet, FittedMethod, Interv
 FEATURES = FeatureSet((3, 1), (0.5, 0.25), "gender", "male", "0123456789abcdef")
 OTHERS = FeatureSet((7,), (0.125,), "gender", "female", "0123456789abcdef")
 STEER = Intervention(
-    FEATURES, "scale", 2.0, OTHERS, ((1, 3.0),), (2, 5), only_seeds=frozenset({2**62, 5}), hold=("tone", "gender")
-)
+    FEATURES, "scale", strength=1.0, opposite=OTHERS, overrides=((1, 2.0),), window=(2, 5),
+    only_seeds=frozenset({2**62, 5}), hold=("tone", "gender"),
+)  # fmt: skip
 METHOD = FittedMethod(
     "lora", "LoRA", "a" * 16, "gender", ("female", "male"), (0.5, 0.5),
     (("adapter", ""), ("n", None), ("rank", 8), ("scale", 1.0), ("through", True)), ("a nurse", None), (4, 5), "b" * 12,
@@ -49,7 +51,7 @@ def test_what_does_not_decide_an_edit_does_not_tell_it_apart() -> None:
     spec = EditSpec((STEER,))
     shuffled = FeatureSet((1, 3), (9.0, 8.0), "gender", "man", FEATURES.sae_id)
     assert EditSpec((replace(STEER, features=shuffled),)) == spec
-    assert EditSpec((replace(STEER, overrides=((1, 3.0), (3, 2.0))),)) == spec
+    assert EditSpec((replace(STEER, overrides=((1, 2.0), (3, 1.0))),)) == spec
     assert spec not in (None, "text", EditSpec((replace(STEER, features=OTHERS, opposite=FEATURES),)))
 
 
@@ -83,7 +85,7 @@ def test_what_is_steered_is_not_held() -> None:
 def test_specs_in_words() -> None:
     assert describe(SPECS[0]) == (
         "scale 2 and 1 mirrored features for gender=male by beta 2, 1 set apart, steps 2-4, asymmetric, 2 chosen "
-        "images; add 2 and 1 mirrored features for gender=male by beta 2, 1 set apart, steps 2-4, asymmetric; "
+        "images; add 2 and 1 mirrored features for gender=male by beta 1, 1 set apart, steps 2-4, asymmetric; "
         f"holding tone · {SPECS[0].digest}"
     )
     assert describe(SPECS[1]) == f"LoRA towards gender female 50%, male 50%, strength -0.5 · {SPECS[1].digest}"
@@ -101,3 +103,44 @@ def test_digests_are_the_same_in_every_process() -> None:
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
         )  # fmt: skip
         assert done.stdout.split() == [spec.digest for spec in SPECS]
+
+
+@pytest.mark.parametrize("mode", ["scale", "add", "suppress"])
+@pytest.mark.parametrize("beta", [-3.0, 0.0, 0.1, 0.3, 1.0, 1.1, 2.3, 100.0, -99.7])
+def test_beta_and_strength_are_each_others(mode: Any, beta: float) -> None:
+    steer = Intervention.at_beta(FEATURES, mode, beta, overrides=[(3, beta)])
+    assert steer.beta == beta and replace(steer, strength=steer.strength) == steer
+    assert steer.overrides == ((3, steer.strength),)
+    assert steer.strength == pytest.approx(beta - 1 if mode == "scale" else beta)
+    assert steer == Intervention(FEATURES, mode, strength=steer.strength, overrides=((3, steer.strength),))
+
+
+@pytest.mark.parametrize(
+    ("mode", "own", "mirrored"),
+    [
+        ("scale", (1.5, 0.0), (0.5, 0.0)),
+        ("add", (1.0, 0.5), (1.0, -0.5)),
+        ("suppress", (0.5, 0.0), (1.5, 0.0)),
+    ],
+)
+def test_coefficients_of_each_mode(mode: Any, own: tuple[float, float], mirrored: tuple[float, float]) -> None:
+    steer = Intervention(FEATURES, mode, strength=0.5, opposite=OTHERS)
+    assert list(steer.coefficients()) == [(3, *own), (1, *own), (7, *mirrored)]
+    # An override is told before the opposite pole mirrors it: -0.5 there is what 0.5 is here.
+    apart = dict((i, rest) for i, *rest in replace(steer, overrides=((7, -0.5), (1, -0.5))).coefficients())
+    assert apart == {3: list(own), 1: list(mirrored), 7: list(own)}
+    assert {(gain, shift) for _, gain, shift in replace(steer, strength=0).coefficients()} == {(1.0, 0.0)}
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 101.0])
+def test_strengths_out_of_range_are_refused(strength: float) -> None:
+    for values in ({"strength": strength}, {"strength": 0.0, "overrides": ((3, strength),)}):
+        with pytest.raises(LensError, match="beta must be a finite number between -100 and 100"):
+            Intervention(FEATURES, "add", **values)
+    with pytest.raises(LensError, match="it is 101"):
+        Intervention(FEATURES, "scale", strength=100.0)
+
+
+def test_a_strength_is_named_so_that_no_beta_is_taken_for_one() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Intervention(FEATURES, "scale", 2.0)  # type: ignore[misc]

@@ -103,10 +103,10 @@ def test_wrong_types_in_a_request_are_one_sentence(changes: dict[str, Any], word
 
 def test_strengths_are_numbers() -> None:
     features = FeatureSet((1,), (0.5,), "gender", "male", "sae")
-    assert Intervention(features, "scale", np.float64(2.0)).beta == 2
+    assert Intervention.at_beta(features, "scale", np.float64(2.0)).beta == 2
     for beta in ("2", None, float("nan"), 101):
         with pytest.raises(LensError, match="beta must be"):
-            Intervention(features, "scale", beta)
+            Intervention.at_beta(features, "scale", beta)
     assert as_whole(3.0, "k") == 3
 
 

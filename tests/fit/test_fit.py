@@ -27,7 +27,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.activations import ActivationStore
 from diffusion_lens.model.generate import Capture, generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
-from diffusion_lens.steering.settings import control_turn, feature_sets, make_intervention, random_set
+from diffusion_lens.steering.settings import control_intervention, feature_sets, make_intervention, random_set
 
 
 class Killed(Exception):
@@ -264,11 +264,12 @@ def test_the_opposite_of_one_class_of_three_speaks_against_it() -> None:
 def test_controls_turn_other_live_features() -> None:
     turn = make_intervention(attribution_of([5, -4, 3, -2] + [0] * 8), SETTING, "male", 3.0)
     density = np.array([0.1] * 10 + [0.0, 0.0])
-    control = control_turn(turn, "random", density, 0)
+    control = control_intervention(turn, "random", density, 0)
     ids = {*control.features.ids, *(control.opposite.ids if control.opposite else ())}
-    assert len(ids) == 4 and ids <= set(range(4, 10)) and control.beta == 3.0
-    assert control == control_turn(turn, "random", density, 0) != control_turn(turn, "random", density, 1)
-    flipped = control_turn(turn, "flip", density, 0)
+    assert len(ids) == 4 and ids <= set(range(4, 10)) and control.strength == 3.0
+    assert control == control_intervention(turn, "random", density, 0)
+    assert control != control_intervention(turn, "random", density, 1)
+    flipped = control_intervention(turn, "flip", density, 0)
     assert flipped.features == turn.opposite and flipped.opposite == turn.features
     with pytest.raises(LensError, match="Only 1 other live features"):
         random_set(turn.features, np.array([1.0] * 3), seed=0)

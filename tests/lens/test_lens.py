@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS, STEPS
 
-from diffusion_lens.base.types import GenerationRequest, LensError
+from diffusion_lens.base.types import GenerationRequest, Intervention, LensError
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.fit.run import Models
 from diffusion_lens.lens.folder import Parts
@@ -23,7 +23,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.balance import balance
 from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
 from diffusion_lens.results.manifest import read_manifest, write_manifest
-from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.intervene import make_edit
 
 DOCTOR, NURSE, SEEDS = PROMPTS[0], PROMPTS[1], tuple(range(6))
 
@@ -151,7 +151,7 @@ def test_generating_equals_the_module(tiny_lens: DiffusionLens) -> None:
     turn = tiny_lens.intervention("gender", "male", 4.0)
     edited = tiny_lens.generate(request, turn)
     np.testing.assert_array_equal(
-        edited.images, generate(tiny_lens.model, request, edit=compile([turn], tiny_lens.sae)).images
+        edited.images, generate(tiny_lens.model, request, edit=make_edit([turn], tiny_lens.sae)).images
     )
     assert (edited.images != plain.images).any() and plain.edit is None
     start = record_trajectory(tiny_lens.model, request)
@@ -220,8 +220,14 @@ def test_features_and_interventions_follow_the_shipped_setting(tiny_lens: Diffus
     assert turn.features == features and turn.opposite is not None
     assert (turn.beta, turn.mode, turn.window, turn.only_seeds) == (2.5, "scale", (1, 3), frozenset({1}))
     assert turn.opposite.target == "female"
-    with pytest.raises(LensError, match="no field 'colour'"):
-        tiny_lens.intervention("gender", "male", 2.5, colour="red")
+    added = tiny_lens.intervention(
+        "gender", "male", 0.5, mode="add", opposite=None, overrides=[(features.ids[0], 0.25)], sampler="symmetric",
+        hold=("age",),
+    )  # fmt: skip
+    assert added == Intervention(
+        features, "add", strength=0.5, overrides=((features.ids[0], 0.25),), sampler="symmetric", hold=("age",)
+    )
+    assert turn.strength == 1.5 and tiny_lens.intervention("gender", "male", 1.0).strength == 0
     with pytest.raises(LensError, match="does not steer 'hat'"):
         tiny_lens.intervention("hat", "red", 1.0)
     with pytest.raises(LensError, match="no class of gender"):

@@ -15,7 +15,7 @@ from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.steering.hold import Hold, make_hold
-from diffusion_lens.steering.intervene import FeatureEdit, compile
+from diffusion_lens.steering.intervene import FeatureEdit, make_edit
 
 TONE = Attribute("tone", ("light", "medium", "brown", "dark"))
 SAE = random_sae()
@@ -42,9 +42,9 @@ def probe(attribute: Attribute, seed: int) -> Probe:
 PROBES = {"gender": probe(GENDER, 5), "age": probe(AGE, 6), "tone": probe(TONE, 7)}
 
 
-def turn(beta: float = 2.5, hold: tuple[str, ...] = (), attribute: str = "gender", **changes: Any) -> Intervention:
+def steer(beta: float = 2.5, hold: tuple[str, ...] = (), attribute: str = "gender", **changes: Any) -> Intervention:
     features = FeatureSet((1, 4, 7), (1.0, 1.0, 1.0), attribute, "male", SAE.sae_id)
-    return Intervention(features, "scale", beta, hold=hold, **changes)
+    return Intervention.at_beta(features, "scale", beta, hold=hold, **changes)
 
 
 def applied(edit: FeatureEdit, step: int = 0, **changes: Any) -> Tensor:
@@ -65,14 +65,14 @@ def slow(change: Tensor, step: int, names: tuple[str, ...]) -> Tensor:
 @pytest.mark.parametrize("step", range(N_STEPS))
 @pytest.mark.parametrize("names", [("age",), ("age", "tone")])
 def test_the_edit_is_what_the_held_probes_do_not_read(step: int, names: tuple[str, ...]) -> None:
-    plain = applied(compile([turn()], SAE), step) - H
-    held = applied(compile([turn(hold=names)], SAE, PROBES), step) - H
+    plain = applied(make_edit([steer()], SAE), step) - H
+    held = applied(make_edit([steer(hold=names)], SAE, PROBES), step) - H
     torch.testing.assert_close(held, slow(plain, step, names), atol=1e-5, rtol=1e-4)
     assert held.norm() < plain.norm()
 
 
 def test_held_probes_read_the_same_and_others_do_not() -> None:
-    edited = applied(compile([turn(hold=("age", "tone"))], SAE, PROBES), 1)
+    edited = applied(make_edit([steer(hold=("age", "tone"))], SAE, PROBES), 1)
     for name in ("age", "tone"):
         torch.testing.assert_close(PROBES[name].probs(edited, 1), PROBES[name].probs(H, 1), atol=1e-5, rtol=0)
         assert not torch.allclose(PROBES[name].probs(edited, 2), PROBES[name].probs(H, 2), atol=1e-3)
@@ -80,24 +80,24 @@ def test_held_probes_read_the_same_and_others_do_not() -> None:
 
 
 def test_the_identity_stays_bit_identical() -> None:
-    edit = compile([turn(1.0, hold=("age", "tone"))], SAE, PROBES)
+    edit = make_edit([steer(1.0, hold=("age", "tone"))], SAE, PROBES)
     assert torch.equal(applied(edit), H)
-    some = applied(compile([turn(hold=("age",), only_seeds=frozenset({12}))], SAE, PROBES))
+    some = applied(make_edit([steer(hold=("age",), only_seeds=frozenset({12}))], SAE, PROBES))
     assert torch.equal(some[[0, 2, 3]], H[[0, 2, 3]]) and not torch.equal(some[1], H[1])
 
 
 def test_what_is_turned_is_not_held() -> None:
-    gender, age = turn(hold=("age", "tone")), turn(0.2, hold=("gender", "tone"), attribute="age")
-    both = compile([gender, age], SAE, PROBES)
+    gender, age = steer(hold=("age", "tone")), steer(0.2, hold=("gender", "tone"), attribute="age")
+    both = make_edit([gender, age], SAE, PROBES)
     assert both.hold is not None and both.hold.names == ("tone",)
-    assert compile([replace(gender, hold=("gender",))], SAE, PROBES).hold is None
+    assert make_edit([replace(gender, hold=("gender",))], SAE, PROBES).hold is None
 
 
 def test_holding_shows_in_the_spec() -> None:
-    plain, held = compile([turn()], SAE).spec, compile([turn(hold=("tone", "age"))], SAE, PROBES).spec
+    plain, held = make_edit([steer()], SAE).spec, make_edit([steer(hold=("tone", "age"))], SAE, PROBES).spec
     assert held.holds == ("age", "tone") and "holding age, tone" in describe(held) and plain.digest != held.digest
-    assert compile([turn(hold=("age", "tone", "age"))], SAE, PROBES).spec == held
-    other = compile([turn(hold=("age", "tone"))], SAE, {**PROBES, "age": probe(AGE, 60)}).spec
+    assert make_edit([steer(hold=("age", "tone", "age"))], SAE, PROBES).spec == held
+    other = make_edit([steer(hold=("age", "tone"))], SAE, {**PROBES, "age": probe(AGE, 60)}).spec
     assert other != held  # the same words, other probes
 
 
@@ -115,9 +115,9 @@ def test_probes_that_say_nothing_hold_nothing() -> None:
 
 def test_holding_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(LensError, match="'wealth' cannot be held still: the lens has probes of gender, age, tone"):
-        compile([turn(hold=("wealth",))], SAE, PROBES)
+        make_edit([steer(hold=("wealth",))], SAE, PROBES)
     with pytest.raises(LensError, match="probes of nothing"):
-        compile([turn(hold=("age",))], SAE)
+        make_edit([steer(hold=("age",))], SAE)
     with pytest.raises(LensError, match="30 numbers per image"):
         Hold((PROBES["age"],)).free(torch.zeros(1, 4, 3, 2), 0, N_STEPS)
     assert make_hold(PROBES, ()) is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import FeatureSet, Intervention, LensError
 from diffusion_lens.features.sae import SparseAutoencoder
-from diffusion_lens.steering.intervene import FeatureEdit, compile, draw_classes
+from diffusion_lens.steering.intervene import FeatureEdit, draw_classes, make_edit
 
 SEEDS = (11, 12, 13, 14)
 SAE = random_sae()
@@ -32,8 +32,8 @@ def features(*ids: int, target: str = "male", sae: SparseAutoencoder = SAE) -> F
     return FeatureSet(ids, tuple(1.0 for _ in ids), "gender", target, sae.sae_id)
 
 
-def turn(mode: str, beta: float, *ids: int, **changes: Any) -> Intervention:
-    return Intervention(features(*ids), mode, beta, **changes)  # type: ignore[arg-type]
+def steer(mode: str, beta: float, *ids: int, **changes: Any) -> Intervention:
+    return Intervention.at_beta(features(*ids), mode, beta, **changes)  # type: ignore[arg-type]
 
 
 def applied(edit: FeatureEdit, h: Tensor = H, step: int = 0, seeds: tuple[int, ...] = SEEDS) -> Tensor:
@@ -64,11 +64,11 @@ def close(a: Tensor, b: Tensor) -> None:
     ],
 )
 def test_modes_and_poles(mode: str, beta: float, own: tuple[float, float], mirrored: tuple[float, float]) -> None:
-    one = turn(mode, beta, 2, 5)
-    both = turn(mode, beta, 2, 5, opposite=features(7, target="female"))
-    close(applied(compile([one], SAE)), slow(H, {2: own, 5: own}))
-    close(applied(compile([both], SAE)), slow(H, {2: own, 5: own, 7: mirrored}))
-    assert not torch.equal(applied(compile([one], SAE)), H)
+    one = steer(mode, beta, 2, 5)
+    both = steer(mode, beta, 2, 5, opposite=features(7, target="female"))
+    close(applied(make_edit([one], SAE)), slow(H, {2: own, 5: own}))
+    close(applied(make_edit([both], SAE)), slow(H, {2: own, 5: own, 7: mirrored}))
+    assert not torch.equal(applied(make_edit([one], SAE)), H)
 
 
 @pytest.mark.parametrize(("mode", "beta"), [("scale", 1.0), ("add", 0.0), ("suppress", 0.0)])
@@ -77,7 +77,7 @@ def test_identity_is_bit_identical(mode: str, beta: float, layout: str) -> None:
     sae = random_sae(layout)
     pole = FeatureSet((1, 2), (1.0, 1.0), "gender", "male", sae.sae_id)
     other = FeatureSet((3,), (1.0,), "gender", "female", sae.sae_id)
-    edit = compile([Intervention(pole, mode, beta, opposite=other)], sae)  # type: ignore[arg-type]
+    edit = make_edit([Intervention.at_beta(pole, mode, beta, opposite=other)], sae)  # type: ignore[arg-type]
     h = H.clone()
     h[0, 0, 0, 0] = -0.0
     out = applied(edit, h)
@@ -87,36 +87,37 @@ def test_identity_is_bit_identical(mode: str, beta: float, layout: str) -> None:
 def test_map_layout() -> None:
     sae = random_sae("map")
     pole = FeatureSet((4,), (1.0,), "gender", "male", sae.sae_id)
-    close(applied(compile([Intervention(pole, "scale", 3.0)], sae)), slow(H, {4: (3.0, 0.0)}, sae))
+    close(applied(make_edit([Intervention.at_beta(pole, "scale", 3.0)], sae)), slow(H, {4: (3.0, 0.0)}, sae))
 
 
 def test_overrides_replace_the_master_beta_in_either_pole() -> None:
-    edit = compile(
-        [turn("scale", 2.0, 1, 2, opposite=features(3, 4, target="female"), overrides=((2, 0.5), (4, 1.25)))], SAE
+    edit = make_edit(
+        [steer("scale", 2.0, 1, 2, opposite=features(3, 4, target="female"), overrides=((2, 0.5), (4, 1.25)))], SAE
     )
     close(applied(edit), slow(H, {1: (2.0, 0), 2: (0.5, 0), 3: (0.0, 0), 4: (0.75, 0)}))
 
 
 def test_several_interventions_act_one_after_the_other() -> None:
-    first, second = turn("scale", 3.0, 1, 2), turn("add", 0.5, 2, 6)
-    close(applied(compile([first, second], SAE)), slow(H, {1: (3.0, 0), 2: (3.0, 0.5), 6: (1.0, 0.5)}))
-    close(applied(compile([second, first], SAE)), slow(H, {1: (3.0, 0), 2: (3.0, 1.5), 6: (1.0, 0.5)}))
-    off_twice = [turn("suppress", 1.0, 2), turn("scale", 0.0, 2)]
-    close(applied(compile(off_twice, SAE)), slow(H, {2: (0.0, 0)}))
+    first, second = steer("scale", 3.0, 1, 2), steer("add", 0.5, 2, 6)
+    close(applied(make_edit([first, second], SAE)), slow(H, {1: (3.0, 0), 2: (3.0, 0.5), 6: (1.0, 0.5)}))
+    close(applied(make_edit([second, first], SAE)), slow(H, {1: (3.0, 0), 2: (3.0, 1.5), 6: (1.0, 0.5)}))
+    off_twice = [steer("suppress", 1.0, 2), steer("scale", 0.0, 2)]
+    close(applied(make_edit(off_twice, SAE)), slow(H, {2: (0.0, 0)}))
 
 
 def test_only_seeds_edits_those_images_alone() -> None:
-    women, men = turn("scale", 2.5, 2, only_seeds=frozenset({12})), turn("add", 1.5, 5, only_seeds=frozenset({11, 14}))
-    out = applied(compile([women, men], SAE))
+    women = steer("scale", 2.5, 2, only_seeds=frozenset({12}))
+    men = steer("add", 1.5, 5, only_seeds=frozenset({11, 14}))
+    out = applied(make_edit([women, men], SAE))
     close(out[1], slow(H[1:2], {2: (2.5, 0)})[0])
     close(out[[0, 3]], slow(H[[0, 3]], {5: (1.0, 1.5)}))
     assert torch.equal(out[2], H[2])
-    nobody = compile([turn("scale", 2.5, 2, only_seeds=frozenset())], SAE)
+    nobody = make_edit([steer("scale", 2.5, 2, only_seeds=frozenset())], SAE)
     assert torch.equal(applied(nobody), H)
 
 
 def test_an_image_is_edited_alike_in_any_batch() -> None:
-    edit = compile([turn("scale", 2.0, 2), turn("add", 1.0, 3, only_seeds=frozenset({13}))], SAE)
+    edit = make_edit([steer("scale", 2.0, 2), steer("add", 1.0, 3, only_seeds=frozenset({13}))], SAE)
     alone = applied(edit, H[2:3], seeds=(13,))
     close(applied(edit)[2], alone[0])
     with pytest.raises(LensError, match="one seed per image"):
@@ -124,40 +125,40 @@ def test_an_image_is_edited_alike_in_any_batch() -> None:
 
 
 def test_windows() -> None:
-    early, late = turn("scale", 2.0, 2, window=(1, 3)), turn("add", 1.0, 3, window=(5, 6))
-    edit = compile([early, late], SAE)
+    early, late = steer("scale", 2.0, 2, window=(1, 3)), steer("add", 1.0, 3, window=(5, 6))
+    edit = make_edit([early, late], SAE)
     assert edit.window == (1, 6)
-    assert compile([early, turn("add", 1.0, 3)], SAE).window is None
+    assert make_edit([early, steer("add", 1.0, 3)], SAE).window is None
     for step in range(7):
         change = {2: (2.0, 0.0)} if 1 <= step < 3 else {3: (1.0, 1.0)} if step == 5 else {}
         close(applied(edit, step=step), slow(H, change))
 
 
 def test_faults_are_named() -> None:
-    good = turn("scale", 2.0, 1, 2)
+    good = steer("scale", 2.0, 1, 2)
     foreign = replace(good, features=replace(good.features, sae_id="0123456789abcdef"))
     with pytest.raises(LensError, match="0123456789abcdef"):
-        compile([good, foreign], SAE)
+        make_edit([good, foreign], SAE)
     with pytest.raises(LensError, match="0123456789abcdef"):
-        compile([replace(good, opposite=replace(features(5), sae_id="0123456789abcdef"))], SAE)
+        make_edit([replace(good, opposite=replace(features(5), sae_id="0123456789abcdef"))], SAE)
     with pytest.raises(LensError, match="Feature 12"):
-        compile([turn("scale", 2.0, 12)], SAE)
+        make_edit([steer("scale", 2.0, 12)], SAE)
     for overrides in (((3, 1.0),), ((1, 1.0), (1, 2.0))):
         with pytest.raises(LensError, match="override"):
-            compile([replace(good, overrides=overrides)], SAE)
+            make_edit([replace(good, overrides=overrides)], SAE)
     with pytest.raises(LensError, match="one sampler"):
-        compile([good, replace(good, sampler="symmetric")], SAE)
+        make_edit([good, replace(good, sampler="symmetric")], SAE)
     with pytest.raises(LensError, match="at least one"):
-        compile([], SAE)
+        make_edit([], SAE)
 
 
 def test_specs_tell_edits_apart() -> None:
-    base = turn("scale", 2.0, 1, 2)
-    same = compile([turn("scale", 2.0, 1, 2)], SAE).spec
-    assert compile([base], SAE).spec == same
+    base = steer("scale", 2.0, 1, 2)
+    same = make_edit([steer("scale", 2.0, 1, 2)], SAE).spec
+    assert make_edit([base], SAE).spec == same
     assert "gender=male" in describe(same) and "beta 2" in describe(same)
     others = [
-        replace(base, beta=2.0000001),
+        replace(base, strength=1.0000001),
         replace(base, mode="add"),
         replace(base, overrides=((1, 2.5),)),
         replace(base, features=features(1, 3)),
@@ -167,9 +168,9 @@ def test_specs_tell_edits_apart() -> None:
         replace(base, only_seeds=frozenset({1})),
         replace(base, only_seeds=frozenset({2})),
     ]
-    specs = {same, *(compile([other], SAE).spec for other in others)}
+    specs = {same, *(make_edit([other], SAE).spec for other in others)}
     assert len(specs) == len({spec.digest for spec in specs}) == len({describe(spec) for spec in specs}) == 10
-    assert compile([base, others[1]], SAE).spec != compile([others[1], base], SAE).spec
+    assert make_edit([base, others[1]], SAE).spec != make_edit([others[1], base], SAE).spec
 
 
 def test_drawn_classes_meet_the_target_and_part_the_images() -> None:

@@ -31,7 +31,7 @@ from diffusion_lens.results.dissection import (
     to_atlas,
 )
 from diffusion_lens.results.manifest import verify
-from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.studies.dissect import run as module
 from diffusion_lens.studies.dissect.choose import candidates, choose_features, contrasts, difference_shares
 from diffusion_lens.studies.dissect.config import DissectConfig
@@ -78,7 +78,9 @@ def made(effects: dict[str, np.ndarray], p_values: dict[str, np.ndarray], **chan
 
 def alone(lens: DiffusionLens, feature: int, mode: Any = "scale", beta: float = 8.0) -> Intervention:
     """One feature's turn, as anybody would write it."""
-    return Intervention(FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id), mode, beta, sampler="symmetric")
+    return Intervention.at_beta(
+        FeatureSet((feature,), (0.0,), "", "", lens.sae.sae_id), mode, beta, sampler="symmetric"
+    )
 
 
 def some_features(lens: DiffusionLens) -> tuple[int, ...]:
@@ -98,7 +100,7 @@ def test_features_are_turned_alone_on_the_same_seeds(
     assert found.features == tuple(sorted(features)) and set(found.classes) == {"gender", "age", "glasses"}
     before = tiny_lens.classify(tiny_lens.generate(PROMPTS[0], seeds=seeds, batch_size=20).images)
     for row, feature in enumerate(found.features):
-        turn = Intervention(alone(tiny_lens, feature).features, "scale", 8.0, sampler=sampler)
+        turn = Intervention.at_beta(alone(tiny_lens, feature).features, "scale", 8.0, sampler=sampler)
         after = tiny_lens.classify(tiny_lens.generate(PROMPTS[0], turn, seeds=seeds, batch_size=20).images)
         for name, p in before.items():
             both = p.certain & after[name].certain
@@ -179,7 +181,7 @@ def test_a_batch_of_features_turns_each_image_by_its_own(tiny_lens: DiffusionLen
 
     together = FeatureTurns(tiny_lens.sae, own, mode, "symmetric", (0, 4)).apply(h, context(seeds))
     for row, seed in enumerate(seeds):
-        edit = compile([alone(tiny_lens, own[seed][0], mode, own[seed][1])], tiny_lens.sae)
+        edit = make_edit([alone(tiny_lens, own[seed][0], mode, own[seed][1])], tiny_lens.sae)
         expected = edit.apply(h[row : row + 1], context((seed,)))
         torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(together, h)

@@ -120,13 +120,11 @@ class TestTurns:
 
     def test_a_card_turns_its_own_feature_by_its_own_strength(self, tiny_lens: DiffusionLens, view: View) -> None:
         """Whatever pole a feature stands in, its card's number is what the feature is multiplied by."""
-        from diffusion_lens.steering.intervene import _turns
-
         features, opposite = state.poles(tiny_lens, view)
         assert opposite is not None
         for feature in (features.ids[0], opposite.ids[0]):
             (turn,) = state.interventions(tiny_lens, replace(view, own=((feature, 3.0),)))
-            scales = {i: gain for i, gain, _ in _turns(turn)}
+            scales = {i: gain for i, gain, _ in turn.coefficients()}
             assert scales.pop(feature) == 3.0
             assert set(scales.values()) == {1.0}
 

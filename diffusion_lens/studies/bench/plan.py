@@ -13,7 +13,6 @@ from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison
 from diffusion_lens.results.manifest import Setting
-from diffusion_lens.steering.settings import identity_beta
 from diffusion_lens.studies.bench.run import Bench
 from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 
@@ -122,7 +121,7 @@ def telling_prompt(
     off: dict[str | None, float] = {}
     for result in sweeps:
         if result.attribute.name == attribute and attribute in settings and result.request.prompt in prompts:
-            identity = identity_beta(settings[attribute].mode)
+            identity = settings[attribute].identity
             even = 1 / len(result.attribute.classes)
             for point in result.points:
                 if point.beta == identity:

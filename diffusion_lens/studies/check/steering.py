@@ -13,7 +13,7 @@ from diffusion_lens.measuring.balance import balance
 from diffusion_lens.measuring.sweep import Baseline, Reading, collect, measure_baseline, measure_point, read_images
 from diffusion_lens.model.generate import generate_batches
 from diffusion_lens.results import metrics, stats
-from diffusion_lens.steering.settings import Control, control_turn, describe_setting, identity_beta
+from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
 from diffusion_lens.studies.check.result import (
     SEVERITY,
     Interval,
@@ -107,19 +107,19 @@ def steer(
     request = job.request(prompt, job.seeds(5, place, job.sizes.sweep))
     stage = f"5 sweep: {name_of(prompt)}{'' if control is None else ', a control'}"
     wanted = job.sizes.strengths if control is None else job.sizes.control_strengths
-    betas = thin(setting.betas, wanted, identity_beta(setting.mode))
+    betas = thin(setting.betas, wanted, setting.identity)
     size = job.sizes.batch_size
     base = base or measure_baseline(
         lens.model, request, lens.classifier, batch_size=size, n_examples=0, on_step=job.told(f"{stage}, unedited")
     )
 
     def at(beta: float) -> Reading:
-        if beta == identity_beta(setting.mode):
+        if beta == setting.identity:
             return base.reading
-        turn = lens.intervention(attribute.name, setting.target, beta)
-        turn = turn if control is None else control_turn(turn, control, lens.atlas.activity, draw)
+        steer = lens.intervention(attribute.name, setting.target, beta)
+        steer = steer if control is None else control_intervention(steer, control, lens.atlas.activity, draw)
         told = job.told(f"{stage}, β = {beta:.3g}")
-        parts = generate_batches(lens.model, request, edit=lens.edit(turn), batch_size=size, on_step=told)
+        parts = generate_batches(lens.model, request, edit=lens.edit(steer), batch_size=size, on_step=told)
         return read_images(parts, lens.classifier, 0)
 
     confusion = lens.classifier.confusion[attribute.name]

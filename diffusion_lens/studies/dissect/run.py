@@ -36,7 +36,7 @@ from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
 from diffusion_lens.model.generate import OnStep, generate_batches, join, record_trajectory, request
 from diffusion_lens.results import stats
 from diffusion_lens.results.dissection import Dissection
-from diffusion_lens.steering.intervene import compile
+from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.studies.bench.run import JudgedLens
 from diffusion_lens.studies.dissect.choose import choose_features
 from diffusion_lens.studies.dissect.config import DissectConfig
@@ -58,7 +58,7 @@ MEASURED = ("effects", "low", "high", "p_values")
 
 @dataclass(frozen=True, eq=False)
 class FeatureTurns:
-    """Image by image another feature turned alone, by difference, as ``intervene.compile`` turns one.
+    """Image by image another feature turned alone, by difference, as ``intervene.make_edit`` turns one.
 
     ``turn``: seed → the feature turned in its image, and how far.
     """
@@ -86,13 +86,10 @@ class FeatureTurns:
         """The edited ``h [n, c, y, x]`` of the images ``context.seeds``."""
         turns = [self.turn[seed] for seed in context.seeds]
         ids, own = np.unique([feature for feature, _ in turns], return_inverse=True)
-        betas = torch.tensor([beta for _, beta in turns])
         scale, shift = torch.ones(len(h), len(ids)), torch.zeros(len(h), len(ids))
-        rows = torch.arange(len(h))
-        if self.mode == "add":
-            shift[rows, own] = betas
-        else:
-            scale[rows, own] = betas if self.mode == "scale" else 1 - betas
+        for row, (feature, beta) in enumerate(turns):
+            ((_, gain, add),) = _alone(self.sae, feature, self.mode, beta, self.sampler).coefficients()
+            scale[row, own[row]], shift[row, own[row]] = gain, add
         return h + self.sae.edit_delta(h, ids.tolist(), scale, shift)
 
 
@@ -348,11 +345,11 @@ def q_values(p_values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _check_turn(lens: JudgedLens, config: DissectConfig, feature: int) -> None:
     for beta in config.betas:
-        compile([_alone(lens.sae, feature, config.mode, beta, config.sampler)], lens.sae)
+        make_edit([_alone(lens.sae, feature, config.mode, beta, config.sampler)], lens.sae)
 
 
 def _alone(sae: SparseAutoencoder, feature: int, mode: Mode, beta: float, sampler: Sampler) -> Intervention:
-    return Intervention(FeatureSet((feature,), (0.0,), "", "", sae.sae_id), mode, beta, sampler=sampler)
+    return Intervention.at_beta(FeatureSet((feature,), (0.0,), "", "", sae.sae_id), mode, beta, sampler=sampler)
 
 
 def _claim(folder: Path, identity: list[object]) -> None:
