@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from diffusion_lens.base.files import read_json
 from diffusion_lens.base.types import LensError
 
 C = TypeVar("C", bound="StrictConfig")
@@ -31,12 +31,7 @@ class StrictConfig(BaseModel):
     @classmethod
     def load(cls: type[C], path: Path) -> C:
         """Read a JSON file; raises ``LensError`` that names the file."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LensError(f"{path.name} is missing from {path.parent}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise LensError(f"{path} is not readable JSON; restore it from the original.") from None
+        values = read_json(path)
         if not isinstance(values, dict):
             raise LensError(f"{path} does not hold a JSON object.")
         return cls.parse(values, where=path.name)

@@ -117,7 +117,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LensError(f"{path.name} is missing from {path.parent}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
+        # Not JSON or not UTF-8; also a number of too many digits, or brackets nested too deep.
         raise LensError(f"{path} is not readable JSON; restore it from the original.") from None
 
 
