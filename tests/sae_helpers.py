@@ -16,11 +16,11 @@ CHANNELS, SPATIAL = 5, (3, 2)
 
 
 def random_sae(layout: str = "position", *, seed: int = 0, **changes: Any) -> SparseAutoencoder:
-    """Random weights on maps ``[n, 5, 3, 2]``: 12 features, 4 kept, a scale that is not 1."""
+    """Random weights on maps ``[n, 5, 3, 2]``: 12 features, 4 kept."""
     width = CHANNELS if layout == "position" else CHANNELS * SPATIAL[0] * SPATIAL[1]
     values: dict[str, Any] = {
         "d_in": width, "d_sae": 12, "k": 4, "layout": layout, "hook_name": "mid_block", "model_id": "tiny",
-        "spatial": SPATIAL, "normalise": 0.7, **changes,
+        "spatial": SPATIAL, **changes,
     }  # fmt: skip
     sae = SparseAutoencoder(SAEConfig(**values))
     generator = torch.Generator().manual_seed(seed)

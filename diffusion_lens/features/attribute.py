@@ -242,7 +242,7 @@ def _logit_reach(sae: SparseAutoencoder, probe: Probe, step: int, spatial: tuple
     else:
         columns = sae.W_dec.reshape(sae.cfg.d_sae, sae.cfg.channels, places)
         reach = torch.einsum("kcp,fcp->kpf", weight, columns)
-    return reach / sae.cfg.normalise
+    return reach
 
 
 def _decoded_logits(

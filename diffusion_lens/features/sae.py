@@ -5,77 +5,28 @@ Terms are the field's: ``d_in, d_sae, k, W_enc, b_enc, W_dec, b_dec, hidden_pre,
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.types import FeatureActs, LensError
+from diffusion_lens.features.sae_config import SAEConfig as SAEConfig
+from diffusion_lens.features.sae_files import StoredSAE, read_sae, write_sae
+from diffusion_lens.features.sae_identity import Origin, fold, identify
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
 # Dense hidden_pre of one chunk: 2^24 floats are 64 MiB.
 CHUNK_NUMBERS = 2**24
 
 
-class SAEConfig(StrictConfig):
-    """What an SAE reads and how.
-
-    Attributes:
-        d_in: numbers in one sample: channels ("position") or channels · y · x ("map").
-        d_sae: dictionary size. k: features kept per sample.
-        layout: "position" makes every position of the map a sample (1×1 kernel), "map" the whole map one.
-        hook_name, model_id: the module and the model the activations come from.
-        spatial: ``(y, x)`` of the map.
-        normalise: one factor the input is multiplied by, so that mean ‖x‖² = d_in; feature_acts are in these units.
-        apply_b_dec_to_input: subtract ``b_dec`` before encoding (paper eq; the published weights do not).
-    """
-
-    d_in: int = Field(gt=0)
-    d_sae: int = Field(gt=0)
-    k: int = Field(gt=0)
-    layout: Literal["position", "map"]
-    hook_name: str
-    model_id: str
-    spatial: tuple[int, int]
-    normalise: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    apply_b_dec_to_input: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SAEConfig:
-        if self.k > self.d_sae:
-            raise ValueError("k must not exceed d_sae")
-        if min(self.spatial) < 1:
-            raise ValueError("spatial must be two positive numbers")
-        if self.layout == "map" and self.d_in % (self.spatial[0] * self.spatial[1]):
-            raise ValueError("d_in must be a multiple of y * x in the map layout")
-        return self
-
-    @property
-    def channels(self) -> int:
-        """Channels of the activation map that is read."""
-        return self.d_in if self.layout == "position" else self.d_in // (self.spatial[0] * self.spatial[1])
-
-    @property
-    def code_grid(self) -> tuple[int, int]:
-        """``(y, x)`` of the codes: the map itself, or ``(1, 1)`` where one code stands for the whole map."""
-        return self.spatial if self.layout == "position" else (1, 1)
-
-
 class SparseAutoencoder(nn.Module):
-    """``s = TopK(ReLU((c x − b_dec) W_enc + b_enc))``, ``x̂ = (s W_dec + b_dec) / c`` (DiffLens, paper eq).
+    """``s = TopK(ReLU((x − b_dec) W_enc + b_enc))``, ``x̂ = s W_dec + b_dec`` (DiffLens, paper eq; SAELens' TopK).
 
-    ``c`` is ``cfg.normalise``, a working form of ours. Weights: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``,
-    ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``; all zero until trained or loaded.
+    Weights: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``; all zero until
+    trained or loaded. Training scales x so that mean ``‖x‖² = d_in`` and folds that scale in (``fold_scale``): codes
+    are in the units of training, x̂ and the decoder's rows in those of x.
     """
 
     def __init__(self, cfg: SAEConfig) -> None:
@@ -85,16 +36,17 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.origin: Origin | None = None
         self._known_id: tuple[tuple[object, ...], str] | None = None
 
     @property
     def sae_id(self) -> str:
-        """First 16 hex digits of a sha256 over configuration and weights; follows every change of them."""
+        """First 16 hex digits of a sha256 over configuration and weights (``sae_identity``); follows every change."""
         key: tuple[object, ...] = tuple(
             (p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()
         )
         if self._known_id is None or self._known_id[0] != key:
-            self._known_id = key, _fingerprint(self)
+            self._known_id = key, identify(self.cfg, dict(self.named_parameters()), self.origin)
         return self._known_id[1]
 
     def to_samples(self, h: Tensor) -> Tensor:
@@ -120,8 +72,6 @@ class SparseAutoencoder(nn.Module):
     def hidden_pre(self, x: Tensor) -> Tensor:
         """Samples ``[..., d_in]`` → pre-activations ``[..., d_sae]``."""
         x = x.to(self.W_enc.dtype)
-        if self.cfg.normalise != 1.0:
-            x = x * self.cfg.normalise
         if self.cfg.apply_b_dec_to_input:
             x = x - self.b_dec
         return x @ self.W_enc + self.b_enc
@@ -141,12 +91,12 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Dense feature_acts ``[..., d_sae]`` → sae_out ``[..., d_in]``."""
-        return (feature_acts @ self.W_dec + self.b_dec) / self.cfg.normalise
+        return feature_acts @ self.W_dec + self.b_dec
 
     def decode_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
         """``values, indices [samples, k]`` → sae_out ``[samples, d_in]``, without a dense code."""
         summed = nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
-        return (summed + self.b_dec) / self.cfg.normalise
+        return summed + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """Samples ``[..., d_in]`` → sae_out ``[..., d_in]``."""
@@ -163,7 +113,7 @@ class SparseAutoencoder(nn.Module):
     def edit_delta(self, h: Tensor, ids: Sequence[int] | Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The change of ``h [n, c, y, x]`` when feature ``ids[j]`` goes from ``s_j`` to ``scale_j s_j + shift_j``.
 
-        ``Δh = ((scale − 1) s_S + shift) W_dec[S] / c``: by difference, so SAE error and bias cancel, and
+        ``Δh = ((scale − 1) s_S + shift) W_dec[S]``: by difference, so SAE error and bias cancel, and
         exact zeros where ``scale`` is 1 and ``shift`` 0. ``scale, shift [n or 1, m]``; only the edited
         columns are decoded, and a pure shift needs no encoder.
         """
@@ -172,7 +122,7 @@ class SparseAutoencoder(nn.Module):
         change = shift.to(self.W_dec).expand(h.shape[0], -1)[:, None]
         if bool(gain.any()):
             change = change + gain[:, None] * self.feature_acts_of(h.to(self.W_dec), ids)
-        moved = change @ (self.W_dec[ids] / self.cfg.normalise)
+        moved = change @ self.W_dec[ids]
         if self.cfg.layout == "map":
             return moved.reshape(h.shape).to(h)
         y, x = h.shape[2:]
@@ -186,49 +136,44 @@ class SparseAutoencoder(nn.Module):
         In the map layout y = x = 1, for there is one code per map.
         """
         n, n_steps = h.shape[:2]
-        grid = self.cfg.code_grid
-        values = np.empty((n, n_steps, *grid, self.cfg.k), np.float32)
-        indices = np.empty((n, n_steps, *grid, self.cfg.k), np.int32)
+        y, x = h.shape[3:] if self.cfg.layout == "position" else (1, 1)
+        values = np.empty((n, n_steps, y, x, self.cfg.k), np.float32)
+        indices = np.empty((n, n_steps, y, x, self.cfg.k), np.int32)
         for step in range(n_steps):
-            for rows in image_chunks(self, n):
+            for rows in image_chunks(self, n, (y, x)):
                 part = torch.as_tensor(h[rows, step]).to(self.W_enc)
                 v, i = self.encode_sparse(self.to_samples(part))
-                values[rows, step] = v.reshape(-1, *grid, self.cfg.k).cpu().numpy()
-                indices[rows, step] = i.reshape(-1, *grid, self.cfg.k).cpu().numpy()
+                values[rows, step] = v.reshape(-1, y, x, self.cfg.k).cpu().numpy()
+                indices[rows, step] = i.reshape(-1, y, x, self.cfg.k).cpu().numpy()
         return FeatureActs(values, indices, self.cfg.d_sae, self.sae_id)
 
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Become the SAE that does for x what this one does for ``scale · x``: the same codes, x̂ in x's units."""
+        folded = fold(dict(self.named_parameters()), scale)
+        for name, parameter in self.named_parameters():
+            parameter.copy_(folded[name])
+
     def save(self, folder: Path | str) -> None:
-        """Write ``cfg.json`` and ``sae_weights.safetensors`` into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.cfg.save(folder / CONFIG_FILE)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"sae_id": self.sae_id})
+        """Write ``cfg.json`` and ``sae_weights.safetensors`` into ``folder``, as SAELens does (see ``sae_files``)."""
+        write_sae(Path(folder), StoredSAE(self.cfg, dict(self.named_parameters()), self.origin))
 
     @classmethod
     def load(cls, folder: Path | str, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
-        """Read a folder written by ``save``; frozen weights. Raises ``LensError`` that names a bad file."""
-        folder = Path(folder)
-        sae = cls(SAEConfig.load(folder / CONFIG_FILE))
-        path = folder / WEIGHTS_FILE
-        if not path.is_file():
-            raise LensError(f"{WEIGHTS_FILE} is missing from {folder}.")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-                written_id = (file.metadata() or {}).get("sae_id")
-        except SafetensorError:
-            raise LensError(f"{path} is damaged; restore it from the original.") from None
-        _fill(sae, tensors, str(path))
-        if written_id not in (None, sae.sae_id):
-            raise LensError(f"{path} does not belong to the {CONFIG_FILE} beside it; restore both from the original.")
+        """Read a folder written by ``save``, by version 0.4, or a TopK SAE by SAELens itself; frozen weights.
+
+        Raises ``LensError`` that names a bad file, or another format or architecture.
+        """
+        stored = read_sae(Path(folder))
+        sae = _fill(cls(stored.cfg), stored.weights, str(folder))
+        sae.origin = stored.origin
         return sae.to(device)
 
 
-def image_chunks(sae: SparseAutoencoder, n: int) -> Iterator[slice]:
-    """Rows of ``n`` maps in chunks whose dense pre-activations stay near 64 MiB."""
-    per_map = sae.cfg.code_grid[0] * sae.cfg.code_grid[1] * sae.cfg.d_sae
-    size = max(1, CHUNK_NUMBERS // per_map)
+def image_chunks(sae: SparseAutoencoder, n: int, grid: tuple[int, int] | None = None) -> Iterator[slice]:
+    """Rows of ``n`` maps, of codes ``grid (y, x)`` (the SAE's own), in chunks near 64 MiB of pre-activations."""
+    y, x = grid or sae.cfg.code_grid
+    size = max(1, CHUNK_NUMBERS // (y * x * sae.cfg.d_sae))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
@@ -279,11 +224,3 @@ def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], where: str) -> 
                 raise LensError(f"{where}: {name} should be {list(parameter.shape)}; found {found}.")
             parameter.copy_(tensors[name])
     return sae.requires_grad_(False)
-
-
-def _fingerprint(sae: SparseAutoencoder) -> str:
-    digest = hashlib.sha256(json.dumps(sae.cfg.model_dump(mode="json"), sort_keys=True).encode())
-    for name, parameter in sorted(sae.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:16]

@@ -84,9 +84,10 @@ def train_sae(
 ) -> tuple[SparseAutoencoder, SAELog]:
     """Train a TopK SAE on ``samples [N, d_in]``, or on chunks of them from an iterable.
 
+    Samples are scaled so that mean ``‖x‖² = d_in``, and the scale is folded into the weights when training is done.
     Loss: fraction of variance unexplained plus AuxK on dead features (Gao et al. 2024), with a scale of its own
-    and a slight lift (our working form, see ``_auxiliary``). The decoder's rows keep unit norm (gradient
-    projected, rows renormalised), ``b_dec`` starts at the mean, ``W_enc`` at ``W_decᵀ``; Adam, linear decay,
+    and a slight lift (our working form, see ``_auxiliary``). The decoder's rows keep unit norm while it trains
+    (gradient projected, rows renormalised), ``b_dec`` starts at the mean, ``W_enc`` at ``W_decᵀ``; Adam, linear decay,
     gradient clipped at norm 1. The same seed gives the same SAE on the same hardware. Chunks are shuffled within
     themselves and read again when they run out, where the iterable can be. ``on_step(done, total)`` may raise.
     Raises ``LensError`` for samples that cannot be learned from.
@@ -94,12 +95,13 @@ def train_sae(
     generator = torch.Generator().manual_seed(config.seed)
     stream = _chunks(samples, torch.device(device))
     first = next(stream)
-    sae = _initial_sae(first, config, _Place(model_id, hook_name, spatial), generator)
+    scale = _scale(first)
+    sae = _initial_sae(first, scale, config, _Place(model_id, hook_name, spatial), generator)
     held_out = first[HOLD_EVERY - 1 :: HOLD_EVERY]
     held_out = held_out[torch.randperm(len(held_out), generator=generator)[:HELD_OUT].to(first.device)]
-    batches = _batches(chain([first], stream), config.batch_size, generator)
-    curves = _fit_sae(sae, batches, config, on_step, checkpoint)
-    sae.requires_grad_(False)
+    batches = (x * scale for x in _batches(chain([first], stream), config.batch_size, generator))
+    curves = _fit_sae(sae, batches, config, scale, on_step, checkpoint)
+    sae.requires_grad_(False).fold_scale(scale)
     fvu, l0 = evaluate_sae(sae, held_out)
     return sae, SAELog(fvu, l0, _dead_share(sae, first), *curves)
 
@@ -131,7 +133,7 @@ def evaluate_sae(sae: SparseAutoencoder, samples: Tensor) -> tuple[float, float]
 def _dead_share(sae: SparseAutoencoder, samples: Tensor) -> float:
     """Share of features that fire on none of up to ``LIVENESS`` samples, spread evenly over ``samples``."""
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=samples.device)
-    for part in samples[:: max(1, len(samples) // LIVENESS)][:LIVENESS].split(EVALUATION_BATCH):
+    for part in _some(samples).split(EVALUATION_BATCH):
         values, indices = sae.encode_sparse(part)
         fired[indices[values > 0]] = True
     return 1 - float(fired.float().mean())
@@ -162,30 +164,39 @@ def _batches(chunks: Iterator[Tensor], batch_size: int, generator: torch.Generat
             yield chunk[part].float()
 
 
-def _initial_sae(
-    samples: Tensor, config: SAETrainConfig, place: _Place, generator: torch.Generator
-) -> SparseAutoencoder:
-    """Random unit decoder rows, ``W_enc = W_decᵀ``, ``b_dec`` at the mean of the scaled samples."""
-    x = samples[:: max(1, len(samples) // LIVENESS)][:LIVENESS].float()
+def _some(samples: Tensor) -> Tensor:
+    """Up to ``LIVENESS`` samples in float32, spread evenly."""
+    return samples[:: max(1, len(samples) // LIVENESS)][:LIVENESS].float()
+
+
+def _scale(samples: Tensor) -> float:
+    """The factor that makes the mean ``‖x‖²`` of ``samples [N, d_in]`` ``d_in``; raises ``LensError`` for no spread."""
+    x = _some(samples)
     power = float(x.square().sum(1).mean())
     if not np.isfinite(power) or not bool((x != x[0]).any()):
         raise LensError("These activations are not finite, or all the same; collect them again.")
+    return float((x.shape[1] / power) ** 0.5)
+
+
+def _initial_sae(
+    samples: Tensor, scale: float, config: SAETrainConfig, place: _Place, generator: torch.Generator
+) -> SparseAutoencoder:
+    """Random unit decoder rows, ``W_enc = W_decᵀ``, ``b_dec`` at the mean of the scaled samples."""
     cfg = SAEConfig(
-        d_in=x.shape[1],
+        d_in=samples.shape[1],
         d_sae=config.d_sae,
         k=config.k,
         layout=config.layout,
         hook_name=place.hook_name,
         model_id=place.model_id,
         spatial=place.spatial,
-        normalise=(x.shape[1] / power) ** 0.5,
     )
     sae = SparseAutoencoder(cfg).to(samples.device)
     rows = F.normalize(torch.randn(config.d_sae, cfg.d_in, generator=generator), dim=1)
     with torch.no_grad():
         sae.W_dec.copy_(rows)
         sae.W_enc.copy_(rows.T)
-        sae.b_dec.copy_(x.mean(0) * cfg.normalise)
+        sae.b_dec.copy_(_some(samples).mean(0) * scale)
     return sae
 
 
@@ -193,18 +204,18 @@ def _fit_sae(
     sae: SparseAutoencoder,
     batches: Iterator[Tensor],
     config: SAETrainConfig,
+    scale: float,
     on_step: Callable[[int, int], None] | None,
     checkpoint: Path | None = None,
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
-    """Train in place; returns the curves ``(steps, train_fvu, train_dead)`` of ``SAELog``."""
+    """Train in place on samples already scaled; returns the curves ``(steps, train_fvu, train_dead)``."""
     optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=config.n_steps)
     last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=sae.W_dec.device)
     dead = last_fired[:0]
     curves: list[tuple[int, float, float]] = []
     # Another number of threads moves the last bits of the scale; what was trained so far is as good.
-    place = sae.cfg.model_copy(update={"normalise": float(f"{sae.cfg.normalise:.4g}")})
-    identity = config.model_dump_json() + place.model_dump_json()
+    identity = f"{config.model_dump_json()} {sae.cfg.model_dump_json()} {scale:.4g}"
     saver = Checkpoint(checkpoint, identity, {"sae": sae, "optimiser": optimiser, "decay": decay}, CHECKPOINT_SECONDS)
     first_step = 0
     if (saved := saver.load(sae.W_dec.device)) is not None:
@@ -236,13 +247,12 @@ def _fit_sae(
 def _losses(
     sae: SparseAutoencoder, x: Tensor, dead: Tensor, aux_k: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """``(fvu, auxiliary, (values, indices))`` of a batch ``x [n, d_in]``; ``dead [m]`` are feature ids."""
+    """``(fvu, auxiliary, (values, indices))`` of scaled samples ``x [n, d_in]``; ``dead [m]`` are feature ids."""
     pre = sae.hidden_pre(x)
     values, indices = pre.topk(sae.cfg.k, dim=1, sorted=False)
     values = values.relu()
-    target = x * sae.cfg.normalise
-    residual = target - (_summed(sae, values, indices) + sae.b_dec)
-    fvu = residual.square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
+    residual = x - (_summed(sae, values, indices) + sae.b_dec)
+    fvu = residual.square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)
     use_aux = aux_k > 0 and len(dead) > 0
     aux = _auxiliary(sae, pre[:, dead], dead, residual.detach(), aux_k) if use_aux else fvu.new_zeros(())
     return fvu, aux, (values.detach(), indices)

@@ -45,7 +45,7 @@ def edit_published(sae: SparseAutoencoder, h: Tensor, turns: Sequence[Turn], mod
             scale[:, places] *= beta
         else:
             shift[:, places] += beta
-    bias = sae.b_dec.detach() / sae.cfg.normalise
+    bias = sae.b_dec.detach()
     moved_by_bias = sae.from_samples(bias[None]) if sae.cfg.layout == "map" else bias[None, :, None, None]
     return h + sae.edit_delta(h, ids, scale.to(h.device), shift.to(h.device)) + moved_by_bias.to(h)
 
@@ -111,6 +111,6 @@ def attribution_published(
     is_target = torch.nn.functional.one_hot(chosen, probs.shape[-1])
     slope = (of_target * (is_target - probs)).mean(dim=0) / probe.temperature
     to_h = (slope @ probe.weight[step].to(h)).reshape(h.shape)
-    scores = samples * (sae.to_samples(to_h) @ sae.W_dec.T) / sae.cfg.normalise
+    scores = samples * (sae.to_samples(to_h) @ sae.W_dec.T)
     grid = spatial if sae.cfg.layout == "position" else (1, 1)
     return scores.reshape(len(h), *grid, -1).permute(0, 3, 1, 2)

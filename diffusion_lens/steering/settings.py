@@ -73,8 +73,9 @@ def random_set(features: FeatureSet, activity: np.ndarray, *, seed: int, avoid: 
     """A control: as many live features drawn at random, as active as those they stand for.
 
     For each of ``features``, one of the ``LIKE`` free features whose mean activation is nearest to its own (in
-    ratio); none of ``features`` or ``avoid`` is drawn. Decoder columns have unit norm, so a set as active pushes
-    the bottleneck about as far. ``activity [d_sae]``: mean activation (``Atlas.activity``); 0 is a dead feature.
+    ratio); none of ``features`` or ``avoid`` is drawn. The decoder rows of an SAE trained here are of one length, so
+    a set as active pushes the bottleneck about as far. ``activity [d_sae]``: mean activation (``Atlas.activity``); 0
+    is a dead feature.
     """
     taken = {*features.ids, *avoid}
     free = [i for i in np.flatnonzero(activity > 0).tolist() if i not in taken]

@@ -55,7 +55,7 @@ def test_a_planted_dictionary_is_recovered(trained: tuple[SparseAutoencoder, SAE
     sae, log = trained
     samples, directions = planted(8000)
     assert log.fvu < 0.1 and log.l0 <= 3 and log.dead_share <= 0.1
-    nearest = (directions @ sae.W_dec.T).max(1).values
+    nearest = (directions @ F.normalize(sae.W_dec, dim=1).T).max(1).values
     assert (nearest > 0.9).float().mean() > 0.9
     shuffled = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(1))]
     assert evaluate_sae(sae, shuffled)[0] == pytest.approx(log.fvu, abs=0.02)
@@ -64,8 +64,8 @@ def test_a_planted_dictionary_is_recovered(trained: tuple[SparseAutoencoder, SAE
 def test_the_sae_keeps_its_promises(trained: tuple[SparseAutoencoder, SAELog]) -> None:
     sae, log = trained
     samples = planted(8000)[0]
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
-    assert (sae.cfg.normalise**2 * samples.square().sum(1)).mean() == pytest.approx(24, rel=1e-4)
+    # Unit rows for samples of mean square norm d_in, in the samples' own units.
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), (samples.square().sum(1).mean() / 24).sqrt().expand(40))
     assert sae.cfg.hook_name == "mid_block" and sae.cfg.layout == "position"
     assert not any(p.requires_grad for p in sae.parameters())
     assert len(log.steps) == len(log.train_fvu) == len(log.train_dead)
@@ -100,7 +100,7 @@ def test_auxiliary_loss_equals_a_slow_twin_whatever_the_residuals_scale() -> Non
     sae, x = random_sae(), random_maps(4).permute(0, 2, 3, 1).reshape(-1, 5)
     dead = torch.tensor([2, 5, 11])
     pre = sae.hidden_pre(x)
-    residual = x * 0.7 - (sae.encode(x) @ sae.W_dec + sae.b_dec)
+    residual = x - (sae.encode(x) @ sae.W_dec + sae.b_dec)
     guess = torch.zeros_like(x)
     for row in range(len(x)):
         for feature in sorted(dead.tolist(), key=lambda i, row=row: -float(pre[row, i]))[:2]:
@@ -123,9 +123,7 @@ def test_a_sparse_decode_trains_like_a_dense_one(sparse: int, monkeypatch: pytes
     found = _losses(sae, x, torch.tensor([]).long(), 0)[0]
     found.backward()
     twin = random_sae().requires_grad_(True)
-    target = x * twin.cfg.normalise
-    acts = twin.encode(x)
-    slow = (target - acts @ twin.W_dec - twin.b_dec).square().sum() / (target - target.mean(0)).square().sum()
+    slow = (x - twin.encode(x) @ twin.W_dec - twin.b_dec).square().sum() / (x - x.mean(0)).square().sum()
     slow.backward()
     torch.testing.assert_close(found, slow)
     for name, parameter in sae.named_parameters():

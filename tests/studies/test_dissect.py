@@ -381,7 +381,7 @@ def test_shares_of_a_difference_are_those_of_the_sum_written_out(tiny_lens: Diff
             for x in range(h.shape[4]):
                 samples = torch.from_numpy(h[:, step, :, y, x].copy())
                 acts = contrast[0] @ sae.encode(samples).detach().numpy()
-                change = contrast[0] @ samples.numpy() * sae.cfg.normalise
+                change = contrast[0] @ samples.numpy()
                 total += float(change @ change)
                 expected += acts * (w_dec @ change)
     np.testing.assert_allclose(found, expected / total, atol=1e-5)

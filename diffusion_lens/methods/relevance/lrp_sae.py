@@ -33,8 +33,7 @@ def decoder_relevance(sae: SparseAutoencoder, acts: Tensor, relevance: Tensor, r
 
 def encoder_relevance(sae: SparseAutoencoder, samples: Tensor, relevance: Tensor, rule: Rule) -> Tensor:
     """Through the encoder: samples ``[samples, d_in]`` from the features' relevance; ReLU and TopK pass it on."""
-    x = samples * sae.cfg.normalise
-    x = x - sae.b_dec.detach() if sae.cfg.apply_b_dec_to_input else x
+    x = samples - sae.b_dec.detach() if sae.cfg.apply_b_dec_to_input else samples
     return through(torch.matmul, x, sae.W_enc.detach(), relevance, rule)
 
 

@@ -62,8 +62,8 @@ def difference_shares(sae: SparseAutoencoder, h: np.ndarray, contrast: np.ndarra
     """What part of a difference in h each feature carries, ``[contrast, d_sae]`` (our working form).
 
     ``h [n, step, c, y, x]``; ``contrast [contrast, n]`` weighs the images, as 1/n of a class's and -1/n of the
-    others'. With Δ for the weighted sum, the difference at one step and position is ``c Δh = Σ_i Δs_i W_dec[i] + Δ(SAE
-    error)``; feature i carries ``Δs_i W_dec[i] · c Δh``, summed over steps and positions, over the sum of ``|c Δh|²``.
+    others'. With Δ for the weighted sum, the difference at one step and position is ``Δh = Σ_i Δs_i W_dec[i] + Δ(SAE
+    error)``; feature i carries ``Δs_i W_dec[i] · Δh``, summed over steps and positions, over the sum of ``|Δh|²``.
     The shares of a difference add up to 1 but for the SAE's error.
     """
     weights = torch.as_tensor(contrast, dtype=sae.W_dec.dtype, device=sae.W_dec.device)
@@ -77,7 +77,7 @@ def difference_shares(sae: SparseAutoencoder, h: np.ndarray, contrast: np.ndarra
                 own = weights[:, rows]
                 acts = acts + own @ sae.encode(x).reshape(own.shape[1], -1)
                 change = change + own @ x.reshape(own.shape[1], -1)
-            change = change.view(len(weights), -1, sae.cfg.d_in) * sae.cfg.normalise
+            change = change.view(len(weights), -1, sae.cfg.d_in)
             shares += (acts.view(len(weights), -1, sae.cfg.d_sae) * (change @ sae.W_dec.T)).sum(dim=1)
             total += change.square().sum(dim=(1, 2))
     return (shares / total[:, None].clamp(min=1e-12)).cpu().numpy().astype(np.float64)
