@@ -14,29 +14,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from diffusion_lens.base.pictures import open_image
 from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure
 from diffusion_lens.judging.classify import check_images
 from diffusion_lens.judging.photos import PhotoClassifier
 
-MAX_PIXELS = 50_000_000
-
-
 CHUNK = 64
-
-
-def open_image(path: Path) -> np.ndarray:
-    """An image file as RGB ``uint8[H, W, 3]``; ``LensError`` that names a missing, broken or huge file."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise LensError(f"{path.name} has more than {MAX_PIXELS:,} pixels; make it smaller.")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        raise LensError(f"{path.name} is missing or is no image; put one in {path.parent}, or leave it out.") from None
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.pictures import SUFFIXES, open_image
 from diffusion_lens.base.types import MAX_IMAGES, LensError
 from diffusion_lens.base.weights import weight_file
 from diffusion_lens.judging.calibration import softmax
 from diffusion_lens.judging.classify import Classifier, check_images
-from diffusion_lens.judging.labelled import open_image
 from diffusion_lens.judging.readers import ClipReader
 from diffusion_lens.results import metrics
 from diffusion_lens.results.stats import paired_bootstrap
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION = "Inception v3"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CHUNK = 64
 STATISTICS_ERRORS = (
     SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, OSError
@@ -168,7 +167,7 @@ def folder_statistics(
     ``on_step`` is called with (images read, in total).
     """
     folder = Path(folder)
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
     if not 2 <= len(paths) <= MAX_IMAGES:
         raise LensError(f"{folder} must hold 2 to {MAX_IMAGES:,} images; it holds {len(paths):,}.")
     rows: list[np.ndarray] = []

@@ -126,7 +126,7 @@ def test_majority_labels(tmp_path: Path) -> None:
         ("file,tone\na.png,pale\n", "line 2: 'pale' is no tone; use one of light, dark"),
         ("file,tone\n", "it names 0"),
         ("file,tone\n../secret.png,dark\n", "lies outside its folder"),
-        ("file,tone\nnone.png,dark\n", "is missing or is no image"),
+        ("file,tone\nnone.png,dark\n", "none.png is missing"),
         ("file,tone\na.png,\n", "Too few images are labelled for tone"),
     ],
 )

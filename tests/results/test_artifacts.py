@@ -252,7 +252,7 @@ def test_many_images_go_to_several_sheets(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_bad_sheet_is_named(tmp_path: Path) -> None:
     save_sheets(np.zeros((4, 8, 8, 3), np.uint8), tmp_path, "pool")
     (tmp_path / "pool-00.webp").write_bytes(b"no image")
-    with pytest.raises(LensError, match=r"pool-00\.webp is not a readable WebP"):
+    with pytest.raises(LensError, match=r"pool-00\.webp is no image of a known kind; restore it"):
         load_sheets(tmp_path, "pool")
     (tmp_path / "pool-00.webp").unlink()
     with pytest.raises(LensError, match=r"pool-00\.webp is missing"):

@@ -250,7 +250,7 @@ MISTAKES = [
     (("--fid", "nowhere", "--fid-features", "classifier"), "no folder of images and no statistics file at nowhere"),
     (("--fid", "empty", "--fid-features", "classifier"), "empty must hold 2 to 20,000 images; it holds 0"),
     (("--fid", "few", "--fid-features", "classifier"), "needs >= 50 reference images; few has 3"),
-    (("--fid", "broken", "--fid-features", "classifier"), "1.png is missing or is no image"),
+    (("--fid", "broken", "--fid-features", "classifier"), "1.png is no image of a known kind"),
     (("--fid", "notes.txt", "--fid-features", "classifier"), "notes.txt holds no feature statistics"),
     (("--fid", "array.npz"), "array.npz holds no feature statistics"),
     (("--fid", "wide.npz"), "wide.npz holds statistics of 5 features, but Inception v3 gives 2"),
