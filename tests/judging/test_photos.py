@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from photo_models import LABEL_MAP, photos
+from photo_models import LABEL_MAP, hub_folder, photos  # noqa: F401
 from tiny_clip import save_tiny_clip
 from transformers import CLIPModel, CLIPProcessor, ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -87,7 +87,7 @@ def test_missing_clip_and_bad_prompts_say_what_to_do(tmp_path: Path) -> None:
         ClipReader.load(ClipConfig(model_id=str(tmp_path), face_prompts={"one face": ("a",)}))
 
 
-def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:
+def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:  # noqa: F811
     classifier = PhotoClassifier(HubReader.load(str(hub_folder), LABEL_MAP, offline=True))
     images = photos(3)
     model = ResNetForImageClassification.from_pretrained(hub_folder).eval()
@@ -102,7 +102,7 @@ def test_any_transformers_classifier_with_a_label_map(hub_folder: Path) -> None:
     np.testing.assert_allclose(classifier.features(images), hidden, atol=1e-5)
 
 
-def test_unknown_labels_of_a_classifier_are_named(hub_folder: Path) -> None:
+def test_unknown_labels_of_a_classifier_are_named(hub_folder: Path) -> None:  # noqa: F811
     with pytest.raises(LensError, match="no label 'lady'; its labels are cat, girl, man, woman"):
         HubReader.load(str(hub_folder), {"gender": {"female": ("lady",), "male": ("man",)}}, offline=True)
 
