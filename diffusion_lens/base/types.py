@@ -516,6 +516,14 @@ class Predictions:
     attribute: Attribute
     classifier_id: str
 
+    @classmethod
+    def from_labels(
+        cls, labels: np.ndarray, certain: np.ndarray, attribute: Attribute, classifier_id: str
+    ) -> Predictions:
+        """A reading of which labels ``[n]`` and certainty alone were kept; its probabilities are 0 and 1."""
+        probs = np.eye(len(attribute.classes), dtype=np.float32)[np.asarray(labels, dtype=np.int64)]
+        return cls(probs, np.asarray(certain, dtype=bool), attribute, classifier_id)
+
     @property
     def labels(self) -> np.ndarray:
         """Most probable class index per image, ``[n]`` (uncertain images included)."""
@@ -530,6 +538,14 @@ class Predictions:
     def n_uncertain(self) -> int:
         """Images the classifier would not decide."""
         return int((~self.certain).sum())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a classifier reads in ``n`` images: attribute → predictions, and features ``[n, d]`` where it has any."""
+
+    predictions: dict[str, Predictions]
+    features: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -573,86 +589,6 @@ class Change:
     difference: float
     interval: tuple[float, float]
     n: int
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """One strength of a sweep, on the same seeds as every other.
-
-    Attributes:
-        shares: one per class of the steered attribute, in class order.
-        log_ratio: raw; ``log_ratio_corrected``: after correction for the classifier's error.
-            ``None`` for attributes with more than two classes.
-        fd: fairness discrepancy from the target distribution; ``fd_floor`` the 95 % point of its null.
-        spillover: other attribute → class shares at this point ``[class]``.
-        agreement: nuisance attribute → share of images that kept their class against the unedited ones.
-        activation_ratio: mean ``|h'| / |h|`` over edited steps (a flag for leaving the data's range).
-        fid: "FID, portraits features" against the unedited images; ``None`` where n is too small.
-        examples: a few images ``uint8[m, H, W, 3]`` of the first seeds.
-        labels: class index of the steered attribute per seed, ``int64[n]``; ``certain [n]`` says which count.
-        changes: classes of the other attributes against the unedited images, with paired intervals.
-    """
-
-    beta: float
-    shares: tuple[Share, ...]
-    log_ratio: LogRatio | None
-    log_ratio_corrected: LogRatio | None
-    fd: float
-    fd_floor: float
-    spillover: dict[str, tuple[float, ...]]
-    agreement: dict[str, float]
-    activation_ratio: float
-    fid: float | None
-    examples: np.ndarray
-    labels: np.ndarray
-    certain: np.ndarray
-    changes: tuple[Change, ...] = ()
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """Strength × seeds: one ``SweepPoint`` per β in rising order, plus what made them."""
-
-    points: tuple[SweepPoint, ...]
-    attribute: Attribute
-    target: str
-    request: GenerationRequest
-    setting: str
-    classifier_id: str
-    is_control: bool = False
-    provenance: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def betas(self) -> tuple[float, ...]:
-        """The strengths measured, rising."""
-        return tuple(p.beta for p in self.points)
-
-
-@dataclass(frozen=True)
-class Balance:
-    """The strength that meets a target share, read off a measured sweep.
-
-    Attributes:
-        beta: where the monotone curve meets the target; the nearest measured strength if it never does.
-        interval: 95 % interval of ``beta``, cut to the measured range; ``open_below``/``open_above`` say that
-            it runs past that end.
-        reached: whether the target lies within the measured range.
-        share: corrected share of ``label`` on the curve at ``beta``, with its interval.
-        off_curve: largest distance of a measured share from the monotone curve (over-steering shows here).
-        note: one sentence that says all this.
-    """
-
-    beta: float
-    interval: tuple[float, float]
-    reached: bool
-    open_below: bool
-    open_above: bool
-    label: str
-    target_share: float
-    share: float
-    share_interval: tuple[float, float]
-    off_curve: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -734,33 +670,6 @@ class FeatureCard:
     label_source: str
     effect_source: str
     sae_id: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a classifier reads in one generation, with its uncertainty.
-
-    Attributes:
-        shares: one per class, raw and corrected for the classifier's error.
-        log_ratio, log_ratio_corrected: two-class attributes only.
-        fd: fairness discrepancy from the uniform distribution; ``fd_floor`` the 95 % point of its null at this n.
-        agreement: attribute → share of images that kept their class against the reference (empty without one).
-        changes: classes of every attribute against the reference, with paired intervals.
-    """
-
-    attribute: Attribute
-    shares: tuple[Share, ...]
-    log_ratio: LogRatio | None
-    log_ratio_corrected: LogRatio | None
-    fd: float
-    fd_floor: float
-    n: int
-    n_uncertain: int
-    agreement: dict[str, float]
-    changes: tuple[Change, ...]
-    request: GenerationRequest
-    edit: EditSpec | None
-    classifier_id: str
 
 
 def is_assumed(counts: np.ndarray) -> bool:

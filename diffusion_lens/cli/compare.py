@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.words import duration
 from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
@@ -22,6 +21,7 @@ from diffusion_lens.cli.options import (
     checked_prompt,
     open_lens,
 )
+from diffusion_lens.results.as_json import row_json
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
@@ -96,7 +96,7 @@ def compare(
         if not as_json:
             _print_table(comparison)
     if as_json:
-        show_json(to_plain({name: comparison.rows for name, comparison in found.items()}))
+        show_json({name: [row_json(row) for row in comparison.rows] for name, comparison in found.items()})
     for comparison in found.values() if store else ():
         say(f"Wrote {opened.store(comparison)}")
 

@@ -11,7 +11,7 @@ import typer
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import Evaluation, Generation, LensError
+from diffusion_lens.base.types import Generation, LensError
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     guarded,
@@ -35,6 +35,8 @@ from diffusion_lens.cli.options import (
     parse_turn,
     with_flags,
 )
+from diffusion_lens.results.as_json import figures_json
+from diffusion_lens.results.measurement import Figures
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
@@ -86,13 +88,15 @@ def generate(
         with progress("drawing with the turn") as bar:
             drawn.append(opened.generate(request, *turns, batch_size=size, on_step=bar.work.step))
     written = save_images(drawn, out)
-    found = {a.name: opened.evaluate(drawn[-1], a.name, reference=base if turns else None) for a in opened.attributes}
+    measured = opened.measure(drawn[-1], reference=base if turns else None)
+    found = {a.name: measured[a.name] for a in opened.attributes}
     if as_json:
         in_words = describe(drawn[-1].edit) if drawn[-1].edit else None
-        show_json({"request": to_plain(request), "edit": in_words, "files": written, "read": to_plain(found)})
+        read = {name: figures_json(own) for name, own in found.items()}
+        show_json({"request": to_plain(request), "edit": in_words, "files": written, "read": read})
         return
-    for name, evaluation in found.items():
-        show_evaluation(name, evaluation)
+    for name, figures in found.items():
+        show_figures(name, figures)
     say(f"Wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
 
 
@@ -124,15 +128,15 @@ def _padded(images: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([images, missing])
 
 
-def show_evaluation(name: str, evaluation: Evaluation) -> None:
+def show_figures(name: str, found: Figures) -> None:
     """Print the shares of one attribute, and what moved against the unedited images."""
-    show_table(f"{name}, {evaluation.n_uncertain} undecided", SHARE_COLUMNS, map(share_row, evaluation.shares))
-    ratio = evaluation.log_ratio_corrected
+    show_table(f"{name}, {found.n_uncertain} undecided", SHARE_COLUMNS, map(share_row, found.shares))
+    ratio = found.log_ratio_corrected
     if ratio is not None:
         say(f"ln({ratio.numerator} / {ratio.denominator}) = {ratio_text(ratio)}")
-    say(f"FD {evaluation.fd:.3f}; a balanced model shows up to {evaluation.fd_floor:.3f} at this n.")
-    if evaluation.agreement:
-        kept = ", ".join(f"{key} {value:.0%}" for key, value in evaluation.agreement.items())
+    say(f"FD {found.fd:.3f}; a balanced model shows up to {found.fd_floor:.3f} at this n.")
+    if found.agreement:
+        kept = ", ".join(f"{key} {value:.0%}" for key, value in found.agreement.items())
         say(f"Images that kept their class: {kept}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import (
     guarded,
     percent,
@@ -32,6 +32,8 @@ from diffusion_lens.cli.options import (
     parse_betas,
     with_flags,
 )
+from diffusion_lens.results.as_json import sweep_json
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 from diffusion_lens.steering.settings import Control
 
 BetasOption = Annotated[str | None, typer.Option("--betas", help="Strengths, like '-1,0,1,2'; the lens's own grid.")]
@@ -87,7 +89,7 @@ def sweep(
     if html is not None:
         _plot(results, html)
     if as_json:
-        show_json(to_plain(results, without="examples"))
+        show_json([sweep_json(result) for result in results])
         return
     for result in results:
         show_sweep(result)
@@ -124,7 +126,7 @@ def balance(
     if html is not None:
         _plot([result], html, found)
     if as_json:
-        show_json({"balance": to_plain(found), "sweep": to_plain(result, without="examples")})
+        show_json({"balance": to_plain(found), "sweep": sweep_json(result)})
         return
     show_sweep(result)
     say(found.note)

@@ -19,18 +19,19 @@ from diffusion_lens.base.types import (
     LensError,
     Mode,
     Sampler,
-    SweepPoint,
     beta_of,
     strength_of,
 )
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.measuring.sweep import Baseline, measure_baseline, sweep_points
+from diffusion_lens.measuring.observe import Baseline, observe_baseline
+from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.model.generate import Edit
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.records import load_point, save_point
+from diffusion_lens.results.sweeps import SweepPoint
 from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.steering.settings import describe_setting, make_intervention
 
@@ -163,7 +164,7 @@ def choose_setting(
             points = kept_points(folder, setting)
             if points is None:
                 if place not in bases:
-                    bases[place] = measure_baseline(model, asked, classifier, batch_size=batch_size, n_examples=0)
+                    bases[place] = observe_baseline(model, asked, classifier, batch_size=batch_size, n_examples=0)
                 points = measure_setting(
                     model, sae, attribution, classifier, bases[place], setting, probes=probes, batch_size=batch_size,
                     n_examples=0, keep=folder,

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.base.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention, SweepResult
+from diffusion_lens.base.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.fit.choose import candidates, choose_setting, describe, measure_setting, trial_folder
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
-from diffusion_lens.measuring.sweep import Baseline, collect, measure_baseline, sweep_points
+from diffusion_lens.measuring.observe import Baseline, observe_baseline
+from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.model.generate import request
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.records import load_atlas, save_sweep
+from diffusion_lens.results.sweeps import SweepResult, collect
 from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
 
@@ -39,7 +41,7 @@ def fit_settings(work: Work) -> None:
     mine, base = work.processes.share(plan), None
     for done, (name, number, setting, place) in enumerate(mine):
         if base is None or base.request != asked[place]:
-            base = measure_baseline(
+            base = observe_baseline(
                 work.model, asked[place], work.classifier, batch_size=work.config.batch_size, n_examples=0
             )
         measure_setting(
@@ -109,7 +111,7 @@ def fit_effects(work: Work) -> None:
     for number, (feature, setting) in enumerate(mine):
         path = work.folders["effects"] / f"{feature}.safetensors"
         if not path.is_file():
-            base = base or measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
+            base = base or observe_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
             save_tensors(path, _effect(work, sae, base, feature, setting))
         work.progress.step(number + 1, len(mine))
     prompt = "" if wanted.prompt is None else f' of "{wanted.prompt}"'
@@ -134,14 +136,8 @@ def _effect(
         work.model, base.request, lambda _: make_edit([steer], sae), [steer.beta], work.classifier, attribute,
         setting.target, baseline=base, batch_size=work.config.batch_size, n_examples=0,
     )  # fmt: skip
-    before = {name: _shares(p.counts) for name, p in base.reading.predictions.items()}
-    after = {name: np.array(shares) for name, shares in point.spillover.items()}
-    after[attribute.name] = np.array([share.raw for share in point.shares])
-    return {name: after[name] - before[name] for name in before}
-
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-    return counts / counts.sum() if counts.sum() else np.full(len(counts), np.nan)
+    before, after = base.measurement.shares_read, point.measurement.shares_read
+    return {name: np.array(after[name]) - np.array(before[name]) for name in before}
 
 
 def read_atlas(work: Work) -> Atlas:
@@ -169,7 +165,7 @@ def fit_sweeps(work: Work) -> None:
         if not (work.folders["sweeps"] / f"{stem}.json").is_file():
             wanted = _sweep_request(work, config.sweeps[p], config.sweep_images)
             if base is None or base.request != wanted:
-                base = measure_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
+                base = observe_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
             result = _sweep(work, base, settings[name], control, work.folders["sweeps"] / stem)
             save_sweep(result, work.folders["sweeps"], stem)
         work.progress.step(number + 1, len(plan))
@@ -197,11 +193,8 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
     )
     return collect(
         points,
-        attribute=attribution.attribute,
         target=setting.target,
-        request=base.request,
         setting=describe_setting(setting, control, seed),
-        classifier_id=work.classifier.classifier_id,
         is_control=control is not None,
         provenance={"sae": sae.sae_id, "control": control or ""},
     )

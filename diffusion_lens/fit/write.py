@@ -16,6 +16,7 @@ from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read
 from diffusion_lens.judging.described import save_classifier
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, commit_whole, content
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_sweeps, save_atlas, save_attributions, save_sweep
 
 OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
@@ -41,7 +42,7 @@ def _write_parts(work: Work, change: Change) -> list[str]:
     save_attributions(out / "attribution.safetensors", read_attributions(work))
     save_atlas(out / "atlas.safetensors", read_atlas(work))
     _write_examples(work, out / "examples")
-    for number, sweep in enumerate(load_sweeps(work.folders["sweeps"])):
+    for number, sweep in enumerate(load_sweeps(work.folders["sweeps"], Missing(classifier.confusion))):
         suffix = "-control" if sweep.is_control else ""
         save_sweep(sweep, out / "sweeps", f"{number:03d}-{sweep.attribute.name}{suffix}")
     _write_log(work, out / "fit")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.precision import mixed_precision
-from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure, softmax
@@ -45,6 +45,9 @@ class Classifier(Protocol):
     @property
     def confusion(self) -> Mapping[str, np.ndarray]:
         """Attribute → counts ``[true class, predicted class]`` of certain, labelled, held-out images."""
+
+    def read(self, images: np.ndarray) -> Reading:
+        """Read ``uint8[n, H, W, 3]``, predictions and features in one pass."""
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         """Read ``uint8[n, H, W, 3]``; pictures of one flat colour are never certain (``base.validity``)."""
@@ -142,15 +145,15 @@ class HeadsClassifier:
         self.network.to(device)
         return self
 
-    def read(self, images: np.ndarray) -> tuple[dict[str, Predictions], np.ndarray]:
-        """Predictions and features ``[n, d]`` of ``uint8[n, H, W, 3]`` in one pass."""
+    def read(self, images: np.ndarray) -> Reading:
+        """Read ``uint8[n, H, W, 3]`` in one pass; other sizes are resized to ``image_size``."""
         features, logits = self.logits(images)
         predictions = {a.name: self._decide(a, logits[a.name]) for a in self.attributes}
-        return discard(predictions, find_constant(check_images(images).numpy())), features
+        return Reading(discard(predictions, find_constant(check_images(images).numpy())), features)
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
-        """Attribute → predictions for ``uint8[n, H, W, 3]``; other sizes are resized to ``image_size``."""
-        return self.read(images)[0]
+        """Attribute → predictions for ``uint8[n, H, W, 3]``."""
+        return self.read(images).predictions
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """The penultimate layer, float32 ``[n, d]``: the features of "FID, portraits features"."""

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_lens.base.pictures import open_image
-from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions
+from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure
 from diffusion_lens.judging.classify import check_images
@@ -123,6 +123,10 @@ class HumanLabels:
                 votes[a.name][key] = votes[a.name].get(key, 0) + table.votes[a.name][i]
                 digest.update(f"{key} {a.name} {a.classes} {table.votes[a.name][i].tolist()}".encode())
         return cls(kept, votes, digest.hexdigest()[:16])
+
+    def read(self, images: np.ndarray) -> Reading:
+        """What people saw; without features."""
+        return Reading(self.predict(images), None)
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         """Look up ``uint8[n, H, W, 3]``; see the class for unlabelled and tied images."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.types import Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import softmax
 from diffusion_lens.judging.classify import check_images
@@ -27,15 +27,13 @@ INSIDE = 0.5
 
 
 @dataclass(frozen=True)
-class PhotoReading:
+class PhotoReading(Reading):
     """Predictions for ``n`` images, their features ``[n, d]``, and how many faces each shows.
 
     ``faces [n]`` indexes ``readers.FACES``; it is ``None`` where nobody looked for faces.
     """
 
-    predictions: dict[str, Predictions]
-    features: np.ndarray
-    faces: np.ndarray | None
+    faces: np.ndarray | None = None
 
     def tally(self, attribute: str) -> dict[str, int]:
         """Images per class, plus ``uncertain``, ``no face`` and ``several faces``; the counts sum to ``n``."""
@@ -106,7 +104,9 @@ class PhotoClassifier:
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """The reader's features ``[n, d]`` of ``uint8[n, H, W, 3]``."""
-        return self.read(images).features
+        features = self.read(images).features
+        assert features is not None  # a reader has features
+        return features
 
     def logits(self, images: np.ndarray | Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Attribute → log probabilities ``[n, class]`` at temperature 1, for fitting the decision rule."""

@@ -20,14 +20,16 @@ import numpy as np
 from diffusion_lens.base.files import check_empty, disk_errors, read_json
 from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.transaction import changing, read_whole
-from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError, SweepResult
+from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError
 from diffusion_lens.results.comparison import Comparison
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.results.dissection import Dissection, to_atlas
 from diffusion_lens.results.joint import JointResult
 from diffusion_lens.results.kinds import kind_of, load_stored
 from diffusion_lens.results.manifest import MANIFEST, Manifest, Setting, commit, read_manifest, verify
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_atlas, load_attributions
+from diffusion_lens.results.sweeps import SweepResult
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +165,8 @@ class LensFolder:
         known = kind_of(kind)
 
         def read() -> dict[str, T]:
-            return dict(load_stored(self.folder, known, read_manifest(self.folder), self.manifest))
+            missing = Missing(self.confusion, self.manifest.base_model.id)
+            return dict(load_stored(self.folder, known, read_manifest(self.folder), self.manifest, missing))
 
         return self._parts.get(kind.__name__, lambda: read_whole(self.folder, MANIFEST, read))
 
@@ -227,6 +230,16 @@ class LensFolder:
     def classifier(self) -> Classifier:
         """The image classifier that judges."""
         return self._parts.get("classifier", self._load_classifier)
+
+    @property
+    def confusion(self) -> Mapping[str, np.ndarray]:
+        """Attribute → counts ``[true, read]`` of the judging classifier, read without loading its network."""
+        if self._parts.has("classifier"):
+            return self.classifier.confusion
+        if "classifier/config.json" not in self.manifest.files:
+            return {}
+        tables = read_json(self.folder / "classifier/config.json").get("confusion", {})
+        return {name: np.asarray(table, dtype=np.int64) for name, table in tables.items()}
 
     @property
     def probes(self) -> dict[str, Probe]:

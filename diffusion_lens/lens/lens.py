@@ -16,8 +16,6 @@ import numpy as np
 from diffusion_lens.base.types import (
     Attribute,
     Attribution,
-    Balance,
-    Evaluation,
     FeatureCard,
     FeatureSet,
     Generation,
@@ -28,16 +26,14 @@ from diffusion_lens.base.types import (
     Predictions,
     Sampler,
     Seeds,
-    SweepPoint,
-    SweepResult,
     as_seeds,
     as_whole,
-    same_request_but_edit,
 )
-from diffusion_lens.base.validity import discard, faults_of, require_valid
 from diffusion_lens.features.atlas import feature_card
 from diffusion_lens.lens.folder import LensFolder
 from diffusion_lens.results.manifest import Setting
+from diffusion_lens.results.measurement import Figures, Measurement
+from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
 from diffusion_lens.steering.settings import (
     Control,
     control_intervention,
@@ -159,7 +155,7 @@ class DiffusionLens(LensFolder):
             "gradient_x_activation": attribute.gradient_x_activation,
         }
         if method == "activation_difference":
-            predictions = self.read(generation)[attribute_name]
+            predictions = self.measure(generation).readings[attribute_name]
             sure = predictions.certain
             return attribute.activation_difference(self.sae, h[sure], predictions.labels[sure], predictions.attribute)
         if method not in known:
@@ -211,27 +207,18 @@ class DiffusionLens(LensFolder):
         """Attribute → the classifier's reading of ``uint8 [n, H, W, 3]``, nuisances included."""
         return self.classifier.predict(images)
 
-    def read(self, generation: Generation) -> dict[str, Predictions]:
-        """The same of drawn images; those that show nobody are undecided. ``LensError`` where none shows anybody."""
-        faults = faults_of(generation)
-        require_valid(faults)
-        return discard(self.classify(generation.images), faults)
+    def measure(self, generation: Generation, *, reference: Measurement | Generation | None = None) -> Measurement:
+        """What the classifier reads in these images; ``reference``: the same request, unedited."""
+        from diffusion_lens.measuring.observe import read
+
+        base = self.measure(reference) if isinstance(reference, Generation) else reference
+        return read([generation], generation.request, self.classifier, reference=base)
 
     def evaluate(
-        self, generation: Generation, attribute_name: str, *, reference: Generation | None = None
-    ) -> Evaluation:
-        """Shares, log ratio and FD of one attribute in these images; ``reference``: the same request, unedited."""
-        from diffusion_lens.measuring.evaluate import evaluate
-
-        before = None
-        if reference is not None:
-            same_request_but_edit(generation, reference)
-            before = self.read(reference)
-        readings = self.read(generation)
-        if attribute_name not in readings:
-            raise LensError(f"The classifier does not read '{attribute_name}'; it reads {', '.join(readings)}.")
-        confusion = self.classifier.confusion
-        return evaluate(readings, attribute_name, confusion, generation.request, generation.edit, reference=before)
+        self, generation: Generation, attribute_name: str, *, reference: Measurement | Generation | None = None
+    ) -> Figures:
+        """Shares, log ratio and FD of one attribute in these images; see ``measure``."""
+        return self.measure(generation, reference=reference)[attribute_name]
 
     def sweep_points(
         self,
@@ -285,8 +272,6 @@ class DiffusionLens(LensFolder):
         **options: Any,
     ) -> SweepResult:
         """All of ``sweep_points`` as one result."""
-        from diffusion_lens.measuring.sweep import collect
-
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         name, target = self._goal(attribute, target)
         points = self.sweep_points(
@@ -294,11 +279,8 @@ class DiffusionLens(LensFolder):
         )
         return collect(
             points,
-            attribute=self.attribute_named(name),
             target=target,
-            request=request,
             setting=self._describe(attribute, name, control, control_seed),
-            classifier_id=self.classifier.classifier_id,
             is_control=control is not None,
             provenance={"lens": self.manifest.lens_id, "sae": self.manifest.sae_id, "control": control or ""},
         )

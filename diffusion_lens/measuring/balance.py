@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from diffusion_lens.base.types import Balance, LensError, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.results import stats
+from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
 
 
 def balance(

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from diffusion_lens.base.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.plots.theme import DASHES, OKABE_ITO, SYMBOLS, TEXT, Style, blank, percent, style
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
 FAINT = 0.5
 LEGEND_ROOM = 14

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from diffusion_lens.base.types import Balance, LensError, LogRatio, Share, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError, LogRatio, Share
 from diffusion_lens.plots.theme import TEXT, Style, blank, percent, span, style
+from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
 
 Measure = Literal["log_ratio", "share"]
 

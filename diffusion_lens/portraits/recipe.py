@@ -21,10 +21,10 @@ from torch import Tensor
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Generation, GenerationRequest, LensError
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
-from diffusion_lens.measuring.tally import Tally
+from diffusion_lens.measuring.observe import read
 from diffusion_lens.model.generate import generate_batches, request
 from diffusion_lens.model.pipelines import load_model
 from diffusion_lens.portraits import world
@@ -307,11 +307,12 @@ def drawn_shares(
     for place, prompt in enumerate(prompts):
         first = MATCH_SEED + place * MAX_MATCH
         told = partial(report, f"shares of prompt {place + 1} of {len(prompts)}")
-        counted = Tally()
-        for images in draw(prompt, range(first, first + n), told):
-            counted.add(classifier.predict(images), len(images))
-        shares = {a.name: counted.shares(a, classifier.confusion[a.name]) for a in world.ATTRIBUTES}
-        found[prompt] = {name: np.array([share.corrected for share in own]) for name, own in shares.items()}
+        wanted = GenerationRequest(prompt, tuple(range(first, first + n)), N_STEPS, 1.0, folder.name)
+        parts = (Generation(images, wanted) for images in draw(prompt, range(first, first + n), told))
+        counted = read(parts, wanted, classifier, n_examples=0)
+        found[prompt] = {
+            a.name: np.array([share.corrected for share in counted[a.name].shares]) for a in world.ATTRIBUTES
+        }
     return found
 
 

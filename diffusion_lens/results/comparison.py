@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.types import Attribute, LogRatio, Share, SweepResult
+from diffusion_lens.base.types import Attribute, LogRatio, Share
+from diffusion_lens.results.measurement import Figures
+from diffusion_lens.results.sweeps import SweepResult
 
 UNSTEERED = "unsteered"
 NORM_FLAG = 1.25
@@ -30,21 +33,17 @@ class Measured:
     interval: Interval
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MethodRow:
     """One method at its best setting, on seeds that were not used to choose it.
 
     Attributes:
         goal: the class or shares it was fitted to. strength: chosen by ``RULE`` on ``n_tune`` images per strength.
-        fd: from counts of decided images, against the target; ``fd_floor`` the 95 % point of its null.
-        fid, inception: in the features and over the heads that their labels name (``labels``), FID against the
-            unedited images of the same seeds; inception is the mean over the other attributes' heads.
+        figures: what was measured, FD from the target; ``None`` where the method could not run.
+        inception: over the heads that ``Comparison.labels`` names, the mean over the other attributes' heads.
         image_likeness, prompt_likeness: CLIP-I and CLIP-T, or their stand-ins, as ``labels`` says.
-        spd: largest difference between the shares of two classes.
         subgroup_entropy: class → mean entropy of the reading, in nats, among the images read as that class.
-        agreement: other attribute → share of images that kept their class; ``kept`` their mean.
-        certain: share of images that the classifier decides.
-        activation_ratio: mean ``|h'| / |h|``; ``flagged`` beyond ``NORM_FLAG``.
+        norm_ratio: mean ``|h'| / |h|`` where an edit changes the model and not h itself, measured apart.
         note: why there are no numbers, where there are none.
     """
 
@@ -55,28 +54,97 @@ class MethodRow:
     goal: str
     strength: float
     strength_name: str
-    n: int
     n_tune: int
-    n_uncertain: int
-    shares: tuple[Share, ...] = ()
-    log_ratio: LogRatio | None = None
-    log_ratio_corrected: LogRatio | None = None
-    fd: Measured | None = None
-    fd_floor: float | None = None
-    fid: float | None = None
+    figures: Figures | None = None
     inception: float | None = None
     image_likeness: Measured | None = None
     prompt_likeness: Measured | None = None
-    spd: Measured | None = None
     subgroup_entropy: dict[str, float] | None = None
-    agreement: dict[str, float] | None = None
-    kept: float | None = None
-    certain: float | None = None
-    activation_ratio: float | None = None
-    flagged: bool | None = None
+    norm_ratio: float | None = None
     seconds_to_fit: float | None = None
     seconds_per_image: float | None = None
     note: str = ""
+
+    @property
+    def n(self) -> int:
+        """Images drawn."""
+        return self.figures.measurement.n if self.figures else 0
+
+    @property
+    def n_uncertain(self) -> int:
+        """Images left undecided."""
+        return self.figures.n_uncertain if self.figures else 0
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """One per class, corrected and raw; empty where nothing was measured."""
+        return self.figures.shares if self.figures else ()
+
+    @property
+    def log_ratio(self) -> LogRatio | None:
+        """As counted; two classes alone."""
+        return self.figures.log_ratio if self.figures else None
+
+    @property
+    def log_ratio_corrected(self) -> LogRatio | None:
+        """After correction for the classifier's error; two classes alone."""
+        return self.figures.log_ratio_corrected if self.figures else None
+
+    @cached_property
+    def _distances(self) -> tuple[Measured | None, Measured | None]:
+        from diffusion_lens.results.metrics import share_distances
+
+        if self.figures is None:
+            return None, None
+        found = share_distances(self.figures.labels, self.figures.certain, self.figures.goal)
+        fd, spd = (None if e is None else Measured(e.value, e.interval) for e in found)
+        return fd, spd
+
+    @property
+    def fd(self) -> Measured | None:
+        """Fairness discrepancy of decided images from the target; ``None`` for too few."""
+        return self._distances[0]
+
+    @property
+    def spd(self) -> Measured | None:
+        """Largest difference between the shares of two classes; ``None`` for too few decided images."""
+        return self._distances[1]
+
+    @property
+    def fd_floor(self) -> float | None:
+        """The 95 % point of FD's null."""
+        return self.figures.fd_floor if self.figures else None
+
+    @property
+    def fid(self) -> float | None:
+        """Fréchet distance to the unedited images of the same seeds, in the features that ``labels`` names."""
+        return self.figures.fid if self.figures else None
+
+    @property
+    def agreement(self) -> dict[str, float] | None:
+        """Other attribute → share of images that kept their class."""
+        return self.figures.agreement if self.figures else None
+
+    @property
+    def kept(self) -> float | None:
+        """Mean of ``agreement``."""
+        return self.figures.kept if self.figures else None
+
+    @property
+    def certain(self) -> float | None:
+        """Share of images that the classifier decides."""
+        return float(self.figures.certain.mean()) if self.figures else None
+
+    @property
+    def activation_ratio(self) -> float | None:
+        """Mean ``|h'| / |h|``."""
+        return self.norm_ratio or (self.figures.activation_ratio if self.figures else None)
+
+    @property
+    def flagged(self) -> bool | None:
+        """Whether ``activation_ratio`` lies beyond ``NORM_FLAG``."""
+        ratio = self.activation_ratio
+        return None if ratio is None else not 1 / NORM_FLAG <= ratio <= NORM_FLAG
 
 
 class CompareConfig(StrictConfig):

@@ -1,87 +1,184 @@
-"""A comparison on disk: one JSON with everything, and the images of each method's best setting."""
+"""A comparison on disk: compact JSON, every image's class in safetensors, and images of each method's best setting."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from diffusion_lens.base.files import atomic_path, read_json
-from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.sheets import load_sheets, save_sheets
-from diffusion_lens.base.types import Attribute, LensError, SweepResult
-from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison, MethodRow
-from diffusion_lens.results.records import NO_IMAGES, n_examples, sweep_from_plain, sweep_to_plain
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.plain import from_plain, to_plain
+from diffusion_lens.base.sheets import load_sheets
+from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Predictions
+from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison, Measured, MethodRow
+from diffusion_lens.results.measurement import NO_IMAGES, Figures, Measurement
+from diffusion_lens.results.measurement_files import FORMAT_VERSION, Missing, Queue, measured_beside, save_measured
+from diffusion_lens.results.records import (
+    n_examples_of_0_4,
+    recorded_in_0_4,
+    sweep_of,
+    sweep_of_0_4,
+    sweep_values,
+)
+from diffusion_lens.results.sweeps import SweepResult
 
-FORMAT_VERSION = 1
+TEXTS = ("rule", "lens_key", "sae_id", "model_id", "classifier_id")
+ROW_VALUES = (
+    "method", "name", "kind", "is_control", "goal", "strength", "strength_name", "n_tune", "inception",
+    "image_likeness", "prompt_likeness", "subgroup_entropy", "norm_ratio", "seconds_to_fit", "seconds_per_image",
+    "note",
+)  # fmt: skip
+"""Fields of a row that are kept as they are; its figures are kept as a measurement."""
 
 
 def save_comparison(comparison: Comparison, folder: Path, stem: str = "comparison") -> Path:
-    """Write ``<stem>.json`` and, where there are any, ``<stem>-examples…``; returns the JSON's path.
+    """Write a comparison; returns the path of its JSON.
 
     Of the curves' images those of strength 0 and of each method's best setting are kept.
     """
-    curves = {key: _without_most_images(comparison, key) for key in comparison.curves}
-    strips = [p.examples for curve in curves.values() for p in curve.points if len(p.examples)]
-    if strips:
-        save_sheets(np.concatenate(strips), folder, f"{stem}-examples", columns=max(map(len, strips)))
-    plain = to_plain({
-        "format_version": FORMAT_VERSION,
-        **{name: getattr(comparison, name) for name in (
-            "attribute", "target", "rows", "labels", "rule", "lens_key", "sae_id", "model_id", "classifier_id",
-        )},
+    measured: list[Measurement] = []
+    rows, curves = [], {}
+    for row in comparison.rows:
+        rows.append(row_values(row))
+        if row.figures is not None:
+            measured.append(replace(row.figures.measurement, examples=NO_IMAGES))
+    for key in comparison.curves:
+        values, points = sweep_values(_without_most_images(comparison, key))
+        curves[key] = values
+        measured += points
+    values = {
+        "attribute": to_plain(comparison.attribute),
+        "target": list(comparison.target),
+        "rows": rows,
+        "curves": curves,
+        "labels": comparison.labels,
         "config": comparison.config.model_dump(mode="json"),
-        "curves": {key: sweep_to_plain(curve) for key, curve in curves.items()},
-    })  # fmt: skip
-    path = folder / f"{stem}.json"
-    with atomic_path(path) as partial:  # compact: a curve holds every image's reading
-        partial.write_text(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+        **{name: getattr(comparison, name) for name in TEXTS},
+    }
+    return save_measured(folder, stem, values, measured)
+
+
+def row_values(row: MethodRow) -> dict[str, Any]:
+    """A row as plain JSON values, without its figures."""
+    return {name: to_plain(getattr(row, name)) for name in ROW_VALUES} | {"measured": row.figures is not None}
+
+
+def row_of(values: Mapping[str, Any], figures: Figures | None) -> MethodRow:
+    """What ``row_values`` took apart; foreign values raise as they come."""
+    known = {name: values[name] for name in ROW_VALUES}
+    for name in ("image_likeness", "prompt_likeness"):
+        known[name] = None if values[name] is None else from_plain(Measured, values[name])
+    return MethodRow(**known, figures=figures)
 
 
 def _without_most_images(comparison: Comparison, key: str) -> SweepResult:
     row = comparison.row(key)
     wanted = {0.0, row.strength if row else 0.0}
     curve = comparison.curves[key]
-    none = np.zeros((0, *next((p.examples.shape[1:] for p in curve.points), NO_IMAGES.shape[1:])), np.uint8)
-    return replace(curve, points=tuple(p if p.beta in wanted else replace(p, examples=none) for p in curve.points))
+    return replace(curve, points=tuple(
+        p if p.beta in wanted else replace(p, measurement=replace(p.measurement, examples=NO_IMAGES))
+        for p in curve.points
+    ))  # fmt: skip
 
 
-def load_comparison(folder: Path, stem: str = "comparison") -> Comparison:
-    """Read what ``save_comparison`` wrote; raises ``LensError`` that names a bad file."""
+def load_comparison(folder: Path, stem: str, missing: Missing) -> Comparison:
+    """Read a stored comparison; raises ``LensError`` that names a bad file.
+
+    ``missing``: what comparisons of version 0.4 do not hold themselves.
+    """
     path = folder / f"{stem}.json"
     values = read_json(path)
     try:
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (1, FORMAT_VERSION):
             raise LensError(f"{path} has another format than {FORMAT_VERSION}; run: compare --store.")
-        return _check(_read(values, folder, stem))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        read = _read_0_4 if values["format_version"] == 1 else _read
+        return _check(read(values, folder, stem, missing))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, LensError):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise LensError(f"{path} is not a stored comparison ({reason}); run: compare --store.") from None
 
 
-def _read(values: dict[str, Any], folder: Path, stem: str) -> Comparison:
-    counts = {key: n_examples(curve) for key, curve in values["curves"].items()}
+def _read(values: dict[str, Any], folder: Path, stem: str, _: Missing) -> Comparison:
+    queue = Queue(measured_beside(values, folder, stem))
+    attribute, target = from_plain(Attribute, values["attribute"]), tuple(float(s) for s in values["target"])
+    rows = tuple(
+        row_of(row, queue.take()[0].figures(attribute.name, target) if row["measured"] else None)
+        for row in values["rows"]
+    )
+    curves = {key: sweep_of(curve, queue.take(len(curve["points"]))) for key, curve in values["curves"].items()}
+    return _comparison(values, stem, attribute, target, rows, curves)
+
+
+def _comparison(
+    values: Mapping[str, Any],
+    stem: str,
+    attribute: Attribute,
+    target: tuple[float, ...],
+    rows: tuple[MethodRow, ...],
+    curves: dict[str, SweepResult],
+) -> Comparison:
+    return Comparison(
+        config=CompareConfig.parse(values["config"], where=f"{stem}.json"),
+        attribute=attribute,
+        target=target,
+        rows=rows,
+        curves=curves,
+        labels={str(key): str(text) for key, text in values["labels"].items()},
+        **{name: str(values[name]) for name in TEXTS},
+    )
+
+
+def _read_0_4(values: dict[str, Any], folder: Path, stem: str, missing: Missing) -> Comparison:
+    """A comparison of version 0.4: rows hold counts and no readings, so that their images have no order."""
+    counts = {key: n_examples_of_0_4(curve) for key, curve in values["curves"].items()}
     images = load_sheets(folder, f"{stem}-examples") if any(counts.values()) else NO_IMAGES
     if len(images) != sum(counts.values()):
         raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {sum(counts.values())}.")
     ends = np.cumsum([0, *counts.values()])
     parts = {key: images[a:b] for key, a, b in zip(counts, ends, ends[1:], strict=False)}
-    return Comparison(
-        config=CompareConfig.parse(values["config"], where=f"{stem}.json"),
-        attribute=TypeAdapter(Attribute).validate_python(values["attribute"]),
-        target=tuple(float(share) for share in values["target"]),
-        rows=TypeAdapter(tuple[MethodRow, ...]).validate_python(values["rows"]),
-        curves={key: sweep_from_plain(curve, parts[key]) for key, curve in values["curves"].items()},
-        labels={str(key): str(text) for key, text in values["labels"].items()},
-        **{name: str(values[name]) for name in ("rule", "lens_key", "sae_id", "model_id", "classifier_id")},
+    curves = {key: sweep_of_0_4(curve, parts[key], missing) for key, curve in values["curves"].items()}
+    attribute, target = from_plain(Attribute, values["attribute"]), tuple(float(s) for s in values["target"])
+    curves = {key: replace(c, points=tuple(replace(p, target=target) for p in c.points)) for key, c in curves.items()}
+    request = next((curve.request for curve in curves.values()), None)
+    rows = tuple(_row_of_0_4(row, values, attribute, target, request, missing) for row in values["rows"])
+    return _comparison(values, stem, attribute, target, rows, curves)
+
+
+def _row_of_0_4(
+    row: Mapping[str, Any],
+    values: Mapping[str, Any],
+    attribute: Attribute,
+    target: tuple[float, ...],
+    request: GenerationRequest | None,
+    missing: Missing,
+) -> MethodRow:
+    plain = {**row, "norm_ratio": row["activation_ratio"]}
+    if row["note"] or request is None:
+        return row_of(plain, None)
+    if tuple(share["label"] for share in row["shares"]) != attribute.classes:
+        raise ValueError(f"the shares of {row['method']} are of other classes")
+    counts = [int(share["count"]) for share in row["shares"]]
+    labels = np.repeat(np.arange(len(counts) + 1), [*counts, int(row["n_uncertain"])])
+    certain = labels < len(counts)
+    first = int(values["config"]["first_seed"])
+    measured = Measurement(
+        request=replace(request, seeds=tuple(range(first, first + len(labels)))),
+        edit=None,
+        readings={
+            attribute.name: Predictions.from_labels(labels * certain, certain, attribute, str(values["classifier_id"]))
+        },
+        confusion=missing.confusion,
+        classifier_id=str(values["classifier_id"]),
+        activation_ratio=float(row["activation_ratio"]),
+        frechet=None if row["fid"] is None else float(row["fid"]),
+        recorded=recorded_in_0_4(row["agreement"] or {}, (), {}),
     )
+    return row_of(plain, measured.figures(attribute.name, target))
 
 
 def _check(found: Comparison) -> Comparison:
@@ -95,7 +192,4 @@ def _check(found: Comparison) -> Comparison:
         raise ValueError("its curves are not those of its rows")
     if any(curve.attribute != found.attribute for curve in found.curves.values()):
         raise ValueError("a curve is of another attribute")
-    for row in found.rows:
-        if not row.note and tuple(share.label for share in row.shares) != found.attribute.classes:
-            raise ValueError(f"the shares of {row.method} are of other classes")
     return found

@@ -156,6 +156,15 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
 
 
+CSV_FIELDS = (
+    "method", "name", "kind", "is_control", "goal", "strength", "strength_name", "n", "n_tune", "n_uncertain", "shares",
+    "log_ratio", "log_ratio_corrected", "fd", "fd_floor", "fid", "inception", "image_likeness", "prompt_likeness",
+    "spd", "subgroup_entropy", "agreement", "kept", "certain", "activation_ratio", "flagged", "seconds_to_fit",
+    "seconds_per_image", "note",
+)  # fmt: skip
+"""Fields of a row in the order of the CSV's columns."""
+
+
 def csv_text(comparison: Comparison) -> str:
     """One line per method; intervals, shares and entropies in columns of their own."""
     rows = [_flat(row) for row in comparison.rows]
@@ -169,7 +178,8 @@ def csv_text(comparison: Comparison) -> str:
 
 def _flat(row: MethodRow) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in vars(row).items():
+    for name in CSV_FIELDS:
+        value = getattr(row, name)
         if name == "shares":
             for share in value:
                 flat[f"share {share.label}"], flat[f"share {share.label} corrected"] = share.raw, share.corrected

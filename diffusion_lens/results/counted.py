@@ -4,43 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+import numpy as np
+from pydantic import TypeAdapter
 
-from diffusion_lens.base.files import read_json, write_json
-from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import LensError, Share
+from diffusion_lens.base.files import read_json
+from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Predictions, Share
+from diffusion_lens.results.measurement import Measurement
+from diffusion_lens.results.measurement_files import FORMAT_VERSION, Missing, measured_beside, save_measured
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CountedShares:
-    """Shares of unedited images.
+    """Unedited images of several prompts (``""`` stands for none), as read by one classifier."""
 
-    Attributes:
-        shares: prompt (``""`` for none) → attribute → every class's share, corrected for the classifier's error.
-        n_steps, guidance_scale: how the images were drawn; ``first_seed``: from which seed on.
-        classifier_id: who read them.
+    measurements: Mapping[str, Measurement]
+
+    @property
+    def classifier_id(self) -> str:
+        """Who read them."""
+        return next(iter(self.measurements.values())).classifier_id
+
+    @cached_property
+    def shares(self) -> Mapping[str, Mapping[str, tuple[Share, ...]]]:
+        """Prompt → attribute → every class's share, corrected for the classifier's error."""
+        return {prompt: {name: one[name].shares for name in one.readings} for prompt, one in self.measurements.items()}
+
+
+def save_shares(counted: CountedShares, folder: Path, stem: str) -> Path:
+    """Write them; returns the path of the JSON."""
+    return save_measured(folder, stem, {"prompts": list(counted.measurements)}, list(counted.measurements.values()))
+
+
+def load_shares(folder: Path, stem: str, missing: Missing) -> CountedShares:
+    """Read counted shares; raises ``LensError`` that names a file of another kind.
+
+    ``missing``: what files of version 0.4 do not hold themselves.
     """
-
-    shares: Mapping[str, Mapping[str, tuple[Share, ...]]]
-    n_steps: int
-    guidance_scale: float
-    first_seed: int
-    classifier_id: str
-
-
-_READER = TypeAdapter(CountedShares)
-
-
-def save_shares(path: Path, counted: CountedShares) -> None:
-    """Write them as JSON."""
-    write_json(path, to_plain(counted))
-
-
-def load_shares(path: Path) -> CountedShares:
-    """Read what ``save_shares`` wrote; raises ``LensError`` that names a file of another kind."""
+    path = folder / f"{stem}.json"
+    values = read_json(path)
     try:
-        return _READER.validate_python(read_json(path))
-    except ValidationError:
+        if values.get("format_version") == FORMAT_VERSION:
+            return CountedShares(
+                dict(zip(map(str, values["prompts"]), measured_beside(values, folder, stem), strict=True))
+            )
+        return _of_0_4(values, missing)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, LensError):
+            raise
         raise LensError(f"{path} holds no counted shares; run check --full --part 1 --store again.") from None
+
+
+_SHARES = TypeAdapter(tuple[Share, ...])
+
+
+def _of_0_4(values: Mapping[str, Any], missing: Missing) -> CountedShares:
+    """Version 0.4 kept counts alone, so that these images have no order and cannot be paired."""
+    found = {}
+    for prompt, own in values["shares"].items():
+        readings: dict[str, Predictions] = {}
+        for name, stored in own.items():
+            shares = _SHARES.validate_python(stored)
+            attribute = Attribute(name, tuple(share.label for share in shares))
+            counts = [share.count for share in shares]
+            labels = np.repeat(np.arange(len(counts) + 1), [*counts, shares[0].n_uncertain])
+            decided = labels < len(counts)
+            readings[name] = Predictions.from_labels(labels * decided, decided, attribute, values["classifier_id"])
+        n, first = len(next(iter(readings.values())).certain), int(values["first_seed"])
+        request = GenerationRequest(
+            prompt,
+            tuple(range(first, first + n)),
+            int(values["n_steps"]),
+            float(values["guidance_scale"]),
+            missing.model_id,
+        )
+        found[prompt] = Measurement(request, None, readings, missing.confusion, str(values["classifier_id"]))
+    return CountedShares(found)

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from diffusion_lens.base.types import LensError, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.results.comparison import Comparison
 from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.counted import CountedShares, load_shares, save_shares
 from diffusion_lens.results.dissection import Dissection, load_dissection, save_dissection
 from diffusion_lens.results.joint import JointResult, load_joint, save_joint
 from diffusion_lens.results.manifest import Manifest
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_sweep, save_sweep
+from diffusion_lens.results.sweeps import SweepResult
 
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ class Kind(Generic[T]):
         place: its main file inside a lens; ``*`` stands for the stem, where there may be several. Arrays may lie beside
             it as ``<stem>.safetensors``, images as ``<stem>-examples…``.
         stem: a result's own; storing another one of the same stem replaces it.
-        save, load: write and read ``(result,) folder, stem``.
+        save: writes ``result, folder, stem``. load: reads ``folder, stem``, with what files of version 0.4 lack.
         belongs: what a result was measured with → what it should be in a lens, by name.
     """
 
@@ -43,7 +45,7 @@ class Kind(Generic[T]):
     place: str
     stem: Callable[[T], str]
     save: Callable[[T, Path, str], object]
-    load: Callable[[Path, str], T]
+    load: Callable[[Path, str, Missing], T]
     belongs: Callable[[T, Manifest], dict[str, tuple[str, str]]]
 
     @property
@@ -116,19 +118,18 @@ KINDS: tuple[Kind[Any], ...] = (
     Kind(
         "dissection", Dissection, "dissect --store", "dissection.safetensors", lambda _: "dissection",
         lambda found, folder, stem: save_dissection(folder / f"{stem}.safetensors", found),
-        lambda folder, stem: load_dissection(folder / f"{stem}.safetensors"),
+        lambda folder, stem, _: load_dissection(folder / f"{stem}.safetensors"),
         lambda found, manifest: {"SAE": (found.sae_id, manifest.sae_id)},
     ),
     Kind(
         "result of steering together", JointResult, "together --store", "together/together.json", lambda _: "together",
         lambda found, folder, stem: save_joint(found, folder / f"{stem}.json"),
-        lambda folder, stem: load_joint(folder / f"{stem}.json"),
+        lambda folder, stem, _: load_joint(folder / f"{stem}.json"),
         lambda found, manifest: {"SAE": (found.sae_id, manifest.sae_id)},
     ),
     Kind(
         "count of shares", CountedShares, "check --full --part 1 --store", "counted/shares.json", lambda _: "shares",
-        lambda found, folder, stem: save_shares(folder / f"{stem}.json", found),
-        lambda folder, stem: load_shares(folder / f"{stem}.json"),
+        save_shares, load_shares,
         lambda found, manifest: {"classifier": (found.classifier_id, manifest.classifier_id)},
     ),
 )  # fmt: skip
@@ -143,12 +144,14 @@ def kind_of(result: type[T]) -> Kind[T]:
     raise LensError(f"A lens keeps no {result.__name__}; it keeps {known}.")
 
 
-def load_stored(folder: Path, kind: Kind[T], listed: Manifest, lens: Manifest) -> Iterator[tuple[str, T]]:
+def load_stored(
+    folder: Path, kind: Kind[T], listed: Manifest, lens: Manifest, missing: Missing
+) -> Iterator[tuple[str, T]]:
     """Stem and result of every result of a kind that the manifest ``listed`` names.
 
     Raises ``LensError`` for a damaged one, and for one that does not belong to ``lens``.
     """
     for stem in kind.stems(listed):
-        found = kind.load(folder / kind.folder, stem)
+        found = kind.load(folder / kind.folder, stem, missing)
         kind.check(found, lens)
         yield stem, found

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import qr, svdvals
 
 from diffusion_lens.base.types import Change, LensError, Predictions
-from diffusion_lens.results.stats import paired_difference
+from diffusion_lens.results.stats import MIN_PAIRS, Estimate, paired_bootstrap, paired_difference
 
 MIN_FRECHET = 50
 """Images below which a Fréchet distance is refused: its bias would drown what it measures."""
@@ -54,6 +54,29 @@ def fd_null_floor(
 def _fd_null(n: int, target: tuple[float, ...], seed: int, n_draws: int) -> np.ndarray:
     draws = np.random.default_rng(seed).multinomial(n, target, size=n_draws) / n
     return np.linalg.norm(draws - np.asarray(target), axis=1)
+
+
+def share_distances(
+    labels: np.ndarray, certain: np.ndarray, target: np.ndarray
+) -> tuple[Estimate | None, Estimate | None]:
+    """``(FD, SPD)`` with bootstrap intervals over decided images; ``None`` below ``stats.MIN_PAIRS`` of them.
+
+    Near 0 both are biased upwards, as any distance is: read them beside the noise floor.
+    """
+    decided = labels[certain]
+    if len(decided) < MIN_PAIRS:
+        return None, None
+    columns = [(decided == index).astype(float) for index in range(len(target))]
+
+    def fd(*classes: np.ndarray, axis: int) -> np.ndarray:
+        gaps = [c.mean(axis=axis) - t for c, t in zip(classes, target, strict=True)]
+        return np.sqrt(sum(gap**2 for gap in gaps))
+
+    def spd(*classes: np.ndarray, axis: int) -> np.ndarray:
+        means = np.stack([c.mean(axis=axis) for c in classes])
+        return means.max(axis=0) - means.min(axis=0)
+
+    return paired_bootstrap(fd, *columns), paired_bootstrap(spd, *columns)
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:

@@ -1,18 +1,19 @@
-"""Results on disk: sweeps, attributions and the atlas, as JSON, WebP and safetensors."""
+"""Sweeps, attributions and the atlas on disk, as JSON, WebP and safetensors; sweeps of version 0.4 are read too."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors
 from diffusion_lens.base.plain import from_plain, to_plain
-from diffusion_lens.base.sheets import load_sheets, save_sheets
+from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.types import (
     Atlas,
     Attribute,
@@ -20,110 +21,147 @@ from diffusion_lens.base.types import (
     Change,
     GenerationRequest,
     LensError,
-    LogRatio,
-    Share,
-    SweepPoint,
-    SweepResult,
+    Predictions,
 )
-
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
-NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
+from diffusion_lens.results.measurement import NO_IMAGES, Measurement, Recorded
+from diffusion_lens.results.measurement_files import (
+    FORMAT_VERSION,
+    Missing,
+    load_measured,
+    measured_beside,
+    save_measured,
+)
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
 
 def save_point(point: SweepPoint, folder: Path, stem: str) -> None:
-    """Write one point as ``<stem>.json`` and its examples, lossless, as ``<stem>-examples…``."""
-    if len(point.examples):
-        save_sheets(point.examples, folder, f"{stem}-examples", lossless=True)
-    write_json(folder / f"{stem}.json", _plain_point(point))
+    """Write one point with its reference, examples lossless; ``load_point`` gives it back, labels for readings."""
+    save_measured(folder, stem, _point_values(point), [point.measurement], lossless=True)
 
 
 def load_point(folder: Path, stem: str) -> SweepPoint:
-    """Read what ``save_point`` wrote, equal in every bit."""
-    values = read_json(folder / f"{stem}.json")
-    images = load_sheets(folder, f"{stem}-examples") if values["examples"] else NO_IMAGES
-    return _read_point(values, images)
+    """Read what ``save_point`` wrote."""
+    values, (measurement,) = load_measured(folder, stem)
+    return _point(values, measurement)
+
+
+def _point_values(point: SweepPoint) -> dict[str, Any]:
+    return {"attribute": to_plain(point.attribute), "target": to_plain(point.target), "beta": point.beta}
+
+
+def _point(values: Mapping[str, Any], measurement: Measurement) -> SweepPoint:
+    target = None if values["target"] is None else tuple(float(share) for share in values["target"])
+    return SweepPoint(measurement, from_plain(Attribute, values["attribute"]), target, beta=float(values["beta"]))
 
 
 def save_sweep(result: SweepResult, folder: Path, stem: str) -> None:
-    """Write ``<stem>.json`` and, where it has examples, ``<stem>-examples…`` (lossy)."""
-    strips = [point.examples for point in result.points if len(point.examples)]
-    if strips:
-        save_sheets(np.concatenate(strips), folder, f"{stem}-examples", columns=max(map(len, strips)))
-    write_json(folder / f"{stem}.json", sweep_to_plain(result))
+    """Write a sweep with every reading (examples lossy)."""
+    values, measurements = sweep_values(result)
+    save_measured(folder, stem, values, measurements)
 
 
-def sweep_to_plain(result: SweepResult) -> dict[str, Any]:
-    """A sweep as plain JSON values; of its examples only how many each point has."""
-    values: dict[str, Any] = to_plain(dataclasses.replace(result, points=()))
-    values["points"] = [_plain_point(point) for point in result.points]
-    return values
+def sweep_values(result: SweepResult) -> tuple[dict[str, Any], list[Measurement]]:
+    """A sweep as plain JSON values, and the measurements of its points."""
+    values = {
+        "points": [_point_values(point) for point in result.points],
+        "target": result.target,
+        "setting": result.setting,
+        "is_control": result.is_control,
+        "provenance": result.provenance,
+    }
+    return values, [point.measurement for point in result.points]
 
 
-def load_sweep(folder: Path, stem: str) -> SweepResult:
-    """Read what ``save_sweep`` wrote (examples lossy); raises ``LensError`` that names a bad file."""
+def sweep_of(values: Mapping[str, Any], measurements: list[Measurement]) -> SweepResult:
+    """What ``sweep_values`` took apart; foreign values raise as they come."""
+    points = tuple(_point(own, m) for own, m in zip(values["points"], measurements, strict=True))
+    first = points[0]
+    return SweepResult(
+        points, first.attribute, str(values["target"]), first.request, str(values["setting"]), first.classifier_id,
+        bool(values["is_control"]), dict(values["provenance"]),
+    )  # fmt: skip
+
+
+def load_sweep(folder: Path, stem: str, missing: Missing) -> SweepResult:
+    """Read a stored sweep; raises ``LensError`` that names a bad file.
+
+    ``missing``: what sweeps of version 0.4 do not hold themselves.
+    """
     path = folder / f"{stem}.json"
     values = read_json(path)
     try:
-        return _read_sweep(values, folder, stem)
-    except (KeyError, TypeError, AttributeError, ValidationError, ValueError) as error:
+        if values.get("format_version") == FORMAT_VERSION:
+            return sweep_of(values, measured_beside(values, folder, stem))
+        images = load_sheets(folder, f"{stem}-examples") if n_examples_of_0_4(values) else NO_IMAGES
+        return sweep_of_0_4(values, images, missing)
+    except (KeyError, IndexError, TypeError, AttributeError, ValidationError, ValueError) as error:
         if isinstance(error, LensError):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise LensError(f"{path} is not a stored sweep ({reason}); fit the lens again.") from None
 
 
-def _read_sweep(values: dict[str, Any], folder: Path, stem: str) -> SweepResult:
-    n = n_examples(values)
-    images = load_sheets(folder, f"{stem}-examples") if n else NO_IMAGES
-    if len(images) != n:
-        raise LensError(f"{stem}-examples holds {len(images)} images, {stem}.json speaks of {n}.")
-    return sweep_from_plain(values, images)
-
-
-def n_examples(values: dict[str, Any]) -> int:
-    """How many example images the plain values of a sweep speak of."""
+def n_examples_of_0_4(values: Mapping[str, Any]) -> int:
+    """How many example images the plain values of a sweep of version 0.4 speak of."""
     return sum(int(point["examples"]) for point in values["points"])
 
 
-def sweep_from_plain(values: dict[str, Any], images: np.ndarray) -> SweepResult:
-    """What ``sweep_to_plain`` made, with its ``n_examples`` images; foreign values raise as they come."""
-    counts = [int(point["examples"]) for point in values["points"]]
-    strips = np.split(images, np.cumsum(counts)[:-1]) if counts else []
-    points = tuple(_read_point(point, strip) for point, strip in zip(values["points"], strips, strict=True))
-    rest = {k: v for k, v in values.items() if k not in ("points", "attribute", "request")}
+def sweep_of_0_4(values: Mapping[str, Any], images: np.ndarray, missing: Missing) -> SweepResult:
+    """A sweep of version 0.4 from its plain values and images; foreign values raise as they come."""
+    if len(images) != n_examples_of_0_4(values):
+        raise LensError(f"{len(images)} example images are kept, {n_examples_of_0_4(values)} are spoken of.")
+    attribute = from_plain(Attribute, values["attribute"])
+    request = from_plain(GenerationRequest, values["request"])
+    strips = np.split(images, np.cumsum([int(point["examples"]) for point in values["points"]])[:-1])
+    points = tuple(
+        SweepPoint(_measurement_of_0_4(own, attribute, request, values["classifier_id"], strip, missing), attribute,
+                   beta=float(own["beta"]))
+        for own, strip in zip(values["points"], strips, strict=True)
+    )  # fmt: skip
     return SweepResult(
-        points=points,
-        attribute=from_plain(Attribute, values["attribute"]),
-        request=from_plain(GenerationRequest, values["request"]),
-        **rest,
+        points, attribute, str(values["target"]), request, str(values["setting"]), str(values["classifier_id"]),
+        bool(values["is_control"]), dict(values["provenance"]),
+    )  # fmt: skip
+
+
+def _measurement_of_0_4(
+    point: Mapping[str, Any],
+    attribute: Attribute,
+    request: GenerationRequest,
+    classifier_id: str,
+    examples: np.ndarray,
+    missing: Missing,
+) -> Measurement:
+    """One point: the steered attribute image by image, of the others what was kept."""
+    labels = np.asarray(point["labels"], dtype=np.int64)
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(attribute.classes):
+        raise LensError(f"A reading of {attribute.name} is of a class that it has not.")
+    return Measurement(
+        request=request,
+        edit=None,
+        readings={attribute.name: Predictions.from_labels(labels, point["certain"], attribute, classifier_id)},
+        confusion=missing.confusion,
+        classifier_id=classifier_id,
+        activation_ratio=float(point["activation_ratio"]),
+        frechet=None if point["fid"] is None else float(point["fid"]),
+        examples=examples,
+        recorded=recorded_in_0_4(point["agreement"], point["changes"], point["spillover"]),
     )
 
 
-def _plain_point(point: SweepPoint) -> dict[str, Any]:
-    plain = to_plain(dataclasses.replace(point, examples=np.zeros(0)))
-    plain["examples"] = len(point.examples)
-    return plain
+def recorded_in_0_4(agreement: Mapping[str, Any], changes: Any, shares: Mapping[str, Any]) -> Recorded:
+    """What version 0.4 kept of the other attributes."""
+    return Recorded(
+        {name: float(share) for name, share in agreement.items()},
+        tuple(from_plain(Change, change) for change in changes),
+        {name: tuple(map(float, own)) for name, own in shares.items()},
+    )
 
 
-def _read_point(values: dict[str, Any], examples: np.ndarray) -> SweepPoint:
-    nested: dict[str, Any] = {
-        "shares": tuple(from_plain(Share, share) for share in values["shares"]),
-        "log_ratio": from_plain(LogRatio, values["log_ratio"]) if values["log_ratio"] else None,
-        "log_ratio_corrected": from_plain(LogRatio, values["log_ratio_corrected"])
-        if values["log_ratio_corrected"]
-        else None,
-        "spillover": {name: tuple(map(float, shares)) for name, shares in values["spillover"].items()},
-        "agreement": {name: float(share) for name, share in values["agreement"].items()},
-        "changes": tuple(from_plain(Change, change) for change in values["changes"]),
-        "labels": np.asarray(values["labels"], dtype=np.int64),
-        "certain": np.asarray(values["certain"], dtype=bool),
-        "examples": examples,
-    }
-    rest: dict[str, Any] = {name: None if v is None else float(v) for name, v in values.items() if name not in nested}
-    return SweepPoint(**nested, **rest)
+def load_sweeps(folder: Path, missing: Missing) -> tuple[SweepResult, ...]:
+    """Every sweep of a folder, by file name."""
+    stems = sorted(path.stem for path in folder.glob("[0-9]*.json") if not path.stem.endswith("-examples"))
+    return tuple(load_sweep(folder, stem, missing) for stem in stems)
 
 
 def save_attributions(path: Path, attributions: dict[str, Attribution]) -> None:
@@ -170,9 +208,3 @@ def load_atlas(path: Path) -> Atlas:
     effects = {name.split(".", 1)[1]: array for name, array in arrays.items() if name.startswith("effects.")}
     fields: dict[str, Any] = {name: arrays[name] for name in ATLAS_ARRAYS}
     return Atlas(**fields, **texts, effects=effects)
-
-
-def load_sweeps(folder: Path) -> tuple[SweepResult, ...]:
-    """Every sweep of a lens folder's ``sweeps/``, by file name."""
-    stems = sorted(path.stem for path in folder.glob("[0-9]*.json") if not path.stem.endswith("-examples"))
-    return tuple(load_sweep(folder, stem) for stem in stems)

@@ -17,13 +17,14 @@ from diffusers import AutoencoderTiny
 from pydantic import Field, model_validator
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import read_json, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Attribute, EditSpec, LensError, Predictions
 from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
 from diffusion_lens.model.denoise import Edit
-from diffusion_lens.model.generate import generate_batches, request
+from diffusion_lens.model.generate import request
 from diffusion_lens.model.pipelines import DiffusionModel, load_model
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import encode_all
@@ -33,6 +34,7 @@ from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.portraits.recipe import save_pipeline
 from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
+from diffusion_lens.results.measurement_files import load_measured, save_measured
 
 OnStage = Callable[[str, int, int], None]
 
@@ -162,25 +164,19 @@ def _read(
     if not prompt and not bypassed:  # both halves of a guided step are told nothing: the scale changes nothing
         scale = config.guidance_scales[0]
         where = (name, bypassed, prompt, scale)
-    wanted = {a.name: a for a in classifier.attributes if a.name in config.attributes}
-    path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.safetensors"
+    wanted = [a.name for a in classifier.attributes if a.name in config.attributes]
+    path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.json"
     if not path.is_file():
         seeds = range(config.first_seed, config.first_seed + config.n)
         edit: Edit | None = _bypass(config) if bypassed else None
         stage = f"{name}{', bypassed' if bypassed else ''}, guidance {scale:g}"
-        drawn = generate_batches(
-            model, request(model, prompt, seeds, config.n_steps, scale), edit=edit, batch_size=config.batch_size,
-            on_step=_step(on_stage, stage),
+        found = observe(
+            model, request(model, prompt, seeds, config.n_steps, scale), edit, classifier, n_examples=0,
+            batch_size=config.batch_size, on_step=_step(on_stage, stage),
         )  # fmt: skip
-        parts = [classifier.predict(part.images) for part in drawn]
-        arrays = {f"{n}.probs": np.concatenate([p[n].probs for p in parts]) for n in wanted}
-        arrays |= {f"{n}.certain": np.concatenate([p[n].certain for p in parts]) for n in wanted}
-        save_tensors(path, arrays)
-    stored = load_tensors(path)
-    return {
-        n: Predictions(stored[f"{n}.probs"], stored[f"{n}.certain"], a, classifier.classifier_id)
-        for n, a in wanted.items()
-    }
+        save_measured(path.parent, path.stem, {}, [found])
+    _, (found,) = load_measured(path.parent, path.stem)
+    return {name: found.readings[name] for name in wanted}
 
 
 def _points(

@@ -11,11 +11,12 @@ import numpy as np
 
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Change, Intervention, LensError, Predictions, Sampler
-from diffusion_lens.measuring.sweep import Reading, read_images
+from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.protocol import Target, target_shares
-from diffusion_lens.model.generate import OnStep, generate_batches, request
-from diffusion_lens.results import metrics, stats
+from diffusion_lens.model.generate import OnStep, request
+from diffusion_lens.results import metrics
 from diffusion_lens.results.joint import TOGETHER, JointResult, JointTable
+from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.steering.intervene import FeatureEdit, draw_classes, make_edit
 from diffusion_lens.steering.settings import make_intervention
 from diffusion_lens.studies.bench.run import JudgedLens
@@ -114,7 +115,7 @@ def steer_together(
         joint_edit(lens, steers, seeds, draw_seed=draw_seed, sampler=sampler, reverse=r) for r in (False, True)
     )
     edits: dict[str, FeatureEdit | None] = {"": None, **alone, TOGETHER: both, "reversed": backwards}
-    readings: dict[str, Reading] = {}
+    found: dict[str, Measurement] = {}
     steps = manifest.n_steps * -(-len(wanted.seeds) // batch_size)
     for number, (name, edit) in enumerate(edits.items()):
 
@@ -122,41 +123,33 @@ def steer_together(
             if on_step is not None:
                 on_step(before + done, len(edits) * steps)
 
-        parts = generate_batches(lens.model, wanted, edit=edit, batch_size=batch_size, on_step=report)
-        readings[name] = read_images(parts, lens.classifier, 0)
-    return _result(lens, prompt, steers, readings, alone, both)
+        found[name] = observe(
+            lens.model, wanted, edit, lens.classifier, reference=found.get(""), batch_size=batch_size, n_examples=0,
+            on_step=report,
+        )  # fmt: skip
+    return _result(lens, prompt, steers, found, alone, both)
 
 
 def _result(
     lens: JudgedLens,
     prompt: str | None,
     steers: Mapping[str, Steer],
-    readings: dict[str, Reading],
+    found: Mapping[str, Measurement],
     alone: Mapping[str, FeatureEdit],
     both: FeatureEdit,
 ) -> JointResult:
-    base, names = readings[""].predictions, list(steers)
-    spillover = {
-        name: tuple(change for other, p in base.items() for change in metrics.changes(p, reading.predictions[other]))
-        for name, reading in readings.items()
-        if name in (*names, TOGETHER)
-    }
-    after = readings[TOGETHER].predictions
+    names, after = list(steers), found[TOGETHER]
+    spillover = {name: one.changes for name, one in found.items() if name in (*names, TOGETHER)}
     turned = [{f for i in edit.interventions for f in _features(i)} for edit in alone.values()]
     shared = {f for i, own in enumerate(turned) for other in turned[i + 1 :] for f in own & other}
     return JointResult(
-        before=joint_table([base[name] for name in names]),
-        after=joint_table([after[name] for name in names]),
-        shares={
-            name: stats.shares(
-                after[name].counts, after[name].n_uncertain, after[name].attribute, lens.classifier.confusion[name]
-            )
-            for name in names
-        },
+        before=joint_table([found[""].readings[name] for name in names]),
+        after=joint_table([after.readings[name] for name in names]),
+        shares={name: after[name].shares for name in names},
         spillover=spillover,
         interference={name: _interference(spillover, name) for name in names},
         shared_features=tuple(sorted(shared)),
-        order_matters=_differ(readings[TOGETHER], readings["reversed"]),
+        order_matters=_differ(after, found["reversed"]),
         description=describe(both.spec),
         steered={name: _told(lens, name, steer) for name, steer in steers.items()},
         prompt=prompt,
@@ -187,10 +180,8 @@ def _interference(spillover: Mapping[str, Sequence[Change]], name: str) -> dict[
     return {label: together[label] - alone[label] for label in alone if label in together}
 
 
-def _differ(a: Reading, b: Reading) -> float:
-    changed = [
-        metrics.decided_labels(p) != metrics.decided_labels(b.predictions[name]) for name, p in a.predictions.items()
-    ]
+def _differ(a: Measurement, b: Measurement) -> float:
+    changed = [metrics.decided_labels(p) != metrics.decided_labels(b.readings[name]) for name, p in a.readings.items()]
     return float(np.logical_or.reduce(changed).mean())
 
 

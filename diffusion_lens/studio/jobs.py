@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from diffusion_lens.base.types import Balance, GenerationRequest, LensError, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError
+from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
 from diffusion_lens.steering.settings import Control, describe_setting
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View, check_prompt
@@ -164,7 +165,7 @@ def _check(studio: Studio, job: SweepJob) -> None:
 
 def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emit: Callable[[Event], None]) -> None:
     import_engine()
-    from diffusion_lens.measuring.sweep import measure_baseline
+    from diffusion_lens.measuring.observe import observe_baseline
 
     lens = studio.lens
     setting = lens.setting(job.attribute)
@@ -173,7 +174,7 @@ def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emi
     meter = Meter(1 + edited * len(controls), emit)
     request = lens.request(job.prompt, range(job.n))
     with studio.work(owner, urgent=False, tell=meter.tell, flag=flag) as on_step:
-        base = measure_baseline(
+        base = observe_baseline(
             lens.model, request, lens.classifier, restart_steps=setting.window[:1] if setting.window else (),
             batch_size=BATCH, n_examples=EXAMPLES, on_step=on_step,
         )  # fmt: skip
@@ -186,24 +187,19 @@ def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emi
                 n_examples=EXAMPLES, on_step=on_step,
             ):  # fmt: skip
                 points.append(point)
-                meter.results = (*finished, _result(studio, job, request, control, points))
+                meter.results = (*finished, _result(studio, job, control, points))
                 meter.send()
             finished = meter.results
 
 
-def _result(
-    studio: Studio, job: SweepJob, request: GenerationRequest, control: Control | None, points: Sequence[SweepPoint]
-) -> SweepResult:
-    from diffusion_lens.measuring.sweep import collect
+def _result(studio: Studio, job: SweepJob, control: Control | None, points: Sequence[SweepPoint]) -> SweepResult:
+    from diffusion_lens.results.sweeps import collect
 
     lens = studio.lens
     return collect(
         points,
-        attribute=lens.attribute_named(job.attribute),
         target=job.target,
-        request=request,
         setting=describe_setting(lens.setting(job.attribute), control),
-        classifier_id=lens.classifier.classifier_id,
         is_control=control is not None,
         provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
     )

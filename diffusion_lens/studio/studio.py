@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from diffusion_lens.base.types import GenerationRequest, Predictions, SweepPoint, SweepResult
+from diffusion_lens.base.types import GenerationRequest, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.as_json import sweep_json
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 from diffusion_lens.steering.settings import describe_setting
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.previews import Preview, Sight
@@ -306,7 +308,4 @@ def _row(images: np.ndarray, readings: dict[str, Predictions], attribute: str) -
 
 def as_json(results: tuple[SweepResult, ...]) -> str:
     """Sweeps as JSON text, without their example images."""
-    from diffusion_lens.base.plain import to_plain
-
-    bare = [replace(r, points=tuple(replace(p, examples=np.zeros(0)) for p in r.points)) for r in results]
-    return json.dumps(to_plain(bare), ensure_ascii=False)
+    return json.dumps([sweep_json(result) for result in results], ensure_ascii=False)

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from diffusion_lens.base.types import SweepResult
+from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
 

@@ -6,8 +6,9 @@ from html import escape
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribute, SweepPoint
+from diffusion_lens.base.types import Attribute
 from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.sweeps import SweepPoint
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Row

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from diffusion_lens.base.types import SweepPoint, SweepResult
 from diffusion_lens.plots import describe_spillover
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 from diffusion_lens.studio.studio import as_json
 from diffusion_lens.ui.pictures import data_uri
 

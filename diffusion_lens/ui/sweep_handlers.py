@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.base.types import Balance, LensError, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.plots import describe_sweep, sweep_figure
+from diffusion_lens.results.sweeps import Balance, SweepResult
 from diffusion_lens.steering.settings import Control
 from diffusion_lens.studio import jobs
 from diffusion_lens.studio.jobs import SweepJob

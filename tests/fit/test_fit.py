@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from fits import SETTING, quick
 from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier
+from measured import counted, measured
 
 from diffusion_lens.base.files import load_tensors, read_json
 from diffusion_lens.base.progress import Progress, Status
-from diffusion_lens.base.types import Attribution, FeatureSet, LensError, Predictions, Share, SweepPoint
+from diffusion_lens.base.types import Attribution, FeatureSet, LensError, Predictions
 from diffusion_lens.features.atlas import AtlasConfig
 from diffusion_lens.features.train_sae import SAETrainConfig
 from diffusion_lens.fit.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
@@ -27,7 +28,13 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.activations import ActivationStore
 from diffusion_lens.model.generate import Capture, generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
-from diffusion_lens.steering.settings import control_intervention, feature_sets, make_intervention, random_set
+from diffusion_lens.results.sweeps import SweepPoint
+from diffusion_lens.steering.settings import (
+    control_intervention,
+    feature_sets,
+    make_intervention,
+    random_set,
+)
 
 
 class Killed(Exception):
@@ -289,13 +296,12 @@ def test_random_features_are_as_active_as_those_they_stand_for() -> None:
 
 
 def point(beta: float, male: int, changed: float, n: int = 100) -> SweepPoint:
-    shares = tuple(
-        Share(label, k, n, 0, k / n, (0, 1), k / n, (0, 1)) for label, k in (("female", n - male), ("male", male))
-    )
-    nothing = np.zeros(0)
-    return SweepPoint(
-        beta, shares, None, None, 0, 0, {}, {"age": 1 - changed}, 1.0, None, nothing, nothing, nothing
-    )  # fmt: skip
+    """``male`` of ``n`` images, measured against images of which ``changed`` had another age."""
+    gender, ages = counted(GENDER, n - male, male), np.zeros(n, int)
+    before = measured({GENDER: gender, AGE: ages})
+    ages = ages.copy()
+    ages[: round(changed * n)] = 1
+    return SweepPoint(measured({GENDER: gender, AGE: ages}, reference=before), GENDER, beta=beta)
 
 
 def test_a_trial_is_judged_where_its_effect_is_one() -> None:
@@ -362,7 +368,7 @@ def test_a_setting_is_chosen_by_measuring_and_resumes(
     (tmp_path / "0001-01" / "002.json").unlink()
     again = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
     assert again[0] == chosen and repr(again[1]) == repr(trials)
-    monkeypatch.setattr("diffusion_lens.fit.choose.measure_baseline", None)  # nothing is left to draw
+    monkeypatch.setattr("diffusion_lens.fit.choose.observe_baseline", None)  # nothing is left to draw
     assert choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)[0] == chosen
 
 

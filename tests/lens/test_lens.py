@@ -57,7 +57,7 @@ def test_a_lens_is_not_saved_over_something(tiny_lens: DiffusionLens, tmp_path: 
 
 @pytest.mark.parametrize(
     "name",
-    ["sae/sae_weights.safetensors", "classifier/model.safetensors", "pipeline/unet/config.json", "sweeps/000-age.json"],
+    ["sae/sae_weights.safetensors", "classifier/model.safetensors", "pipeline/unet/config.json", "sweeps/sweeps.json"],
 )
 def test_a_damaged_lens_does_not_open(copied_lens: Callable[[], Path], name: str) -> None:
     folder = copied_lens()
@@ -243,7 +243,11 @@ def test_an_evaluation_counts_what_the_classifier_reads(tiny_lens: DiffusionLens
     assert found.n + found.n_uncertain == 24 and found.n_uncertain == reading.n_uncertain
     assert found.log_ratio is not None and found.log_ratio.numerator == "male"
     assert found.edit == edited.edit and found.request == base.request
-    assert set(found.agreement) == {"gender", "age", "glasses"}
+    assert set(found.agreement) == {"age", "glasses"} and set(found.measurement.agreement) == {
+        "gender",
+        "age",
+        "glasses",
+    }
     same = tiny_lens.evaluate(base, "gender", reference=base)
     assert set(same.agreement.values()) == {1.0} and {c.difference for c in same.changes} == {0.0}
     assert tiny_lens.evaluate(base, "age").log_ratio is None and tiny_lens.evaluate(base, "age").agreement == {}

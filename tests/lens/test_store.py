@@ -18,7 +18,7 @@ from kills import at_once, die_at, die_by_signal, needs_fork
 from diffusion_lens.base import transaction
 from diffusion_lens.base.files import save_tensors, sha256_of, write_json
 from diffusion_lens.base.transaction import changing, settle
-from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Share, SweepPoint, SweepResult
+from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Share
 from diffusion_lens.lens.folder import LensFolder
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.results.kinds import KINDS, kind_of
@@ -34,6 +34,7 @@ from diffusion_lens.results.manifest import (
     verify,
     write_manifest,
 )
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
 GENDER = Attribute("gender", ("female", "male"))
 SHARE = Share("male", 3, 4, 0, 0.75, (0.3, 0.95), 0.75, (0.3, 0.95))

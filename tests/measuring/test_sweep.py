@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from measured import measured
 
 from diffusion_lens.base.types import (
     Attribute,
@@ -17,15 +19,18 @@ from diffusion_lens.base.types import (
     GenerationRequest,
     LensError,
     Predictions,
-    SweepPoint,
-    SweepResult,
+    Reading,
 )
+from diffusion_lens.measuring import observe
 from diffusion_lens.measuring.balance import balance, crossing
-from diffusion_lens.measuring.sweep import collect, measure_baseline, measure_point, read_images, sweep_points
+from diffusion_lens.measuring.observe import observe_baseline, read
+from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.model.generate import Cancelled, StepContext, request
 from diffusion_lens.model.pipelines import DiffusionModel
-from diffusion_lens.results import metrics, stats
+from diffusion_lens.results import metrics
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_sweep, save_sweep
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult, collect
 
 GENDER = Attribute("gender", ("female", "male"))
 GLASSES = Attribute("glasses", ("no", "yes"))
@@ -80,7 +85,8 @@ class FakeWorld:
             for step in range(request.n_steps):
                 if on_step is not None:
                     on_step(batch * request.n_steps + step + 1, total)
-            yield Generation(images, replace(request, seeds=seeds), activation_ratio=1.0 + beta if edit else None)
+            ratio = 1.0 + beta if edit else None
+            yield Generation(images, replace(request, seeds=seeds), edit and edit.spec, activation_ratio=ratio)
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,9 @@ class PixelClassifier:
     confusion: dict[str, np.ndarray] = field(default_factory=lambda: {"gender": PERFECT, "glasses": PERFECT})
     classifier_id: str = "pixels"
     attributes: tuple[Attribute, ...] = (GENDER, GLASSES)
+
+    def read(self, images: np.ndarray) -> Reading:
+        return Reading(self.predict(images), self.features(images))
 
     def predict(self, images: np.ndarray) -> dict[str, Predictions]:
         certain = images[:, 0, 0, 2] == 0
@@ -111,15 +120,18 @@ def edit_at(beta: float) -> FakeEdit | None:
 
 
 def run(world: FakeWorld, n: int, betas: list[float], **changes: Any) -> list[SweepPoint]:
-    arguments: dict[str, Any] = {"batch_size": 16, "draw": world.draw, **changes}
-    return list(sweep_points(MODEL, ask(n), edit_at, betas, PixelClassifier(), GENDER, "male", **arguments))
+    arguments: dict[str, Any] = {"batch_size": 16, **changes}
+    with drawn_by(world):
+        return list(sweep_points(MODEL, ask(n), edit_at, betas, PixelClassifier(), GENDER, "male", **arguments))
 
 
-def result_of(points: list[SweepPoint], n: int) -> SweepResult:
-    return collect(
-        points, attribute=GENDER, target="male", request=ask(n), setting="fake", classifier_id="pixels",
-        provenance={"method": "fake"},
-    )  # fmt: skip
+def drawn_by(world: FakeWorld) -> Any:
+    """Let the one loop that draws draw from ``world``."""
+    return patch.object(observe, "generate_batches", world.draw)
+
+
+def result_of(points: list[SweepPoint]) -> SweepResult:
+    return collect(points, target="male", setting="fake", provenance={"method": "fake"})
 
 
 def test_unedited_images_are_drawn_once_and_points_come_in_order() -> None:
@@ -166,20 +178,19 @@ def test_progress_counts_every_run_and_cancels() -> None:
             raise Cancelled
 
     kept = []
-    with pytest.raises(Cancelled):
-        for point in sweep_points(
-            MODEL, ask(20), edit_at, [0, 1, 2], PixelClassifier(), GENDER, "male", on_step=stop, draw=FakeWorld().draw
-        ):
+    with pytest.raises(Cancelled), drawn_by(FakeWorld()):
+        for point in sweep_points(MODEL, ask(20), edit_at, [0, 1, 2], PixelClassifier(), GENDER, "male", on_step=stop):
             kept.append(point)
-    assert [p.beta for p in result_of(kept, 20).points] == [0]
+    assert [p.beta for p in result_of(kept).points] == [0]
 
 
 def test_a_baseline_is_shared_and_checked() -> None:
     world = FakeWorld()
-    base = measure_baseline(MODEL, ask(20), PixelClassifier(), draw=world.draw)
+    with drawn_by(world):
+        base = observe_baseline(MODEL, ask(20), PixelClassifier())
     run(world, 20, [0.0, 1.0], baseline=base)
     assert world.runs == [None, "fake 1.0"]
-    with pytest.raises(LensError, match="another request"):
+    with pytest.raises(LensError, match="for another request"):
         run(world, 21, [0.0, 1.0], baseline=base)
 
 
@@ -194,8 +205,8 @@ def test_a_point_without_decided_images_is_reported_not_invented() -> None:
     images = np.zeros((12, 4, 4, 3), np.uint8)
     images[..., 2] = 1
     images[:, 1::2, :, 2] = 9
-    reading = read_images([Generation(images, ask(12))], PixelClassifier())
-    point = measure_point(3.0, reading, reading, GENDER, PERFECT)
+    found = read([Generation(images, ask(12))], ask(12), PixelClassifier())
+    point = SweepPoint(found.against(found), GENDER, beta=3.0)
     assert np.isnan(point.shares[0].raw) and np.isnan(point.fd) and point.log_ratio is None
     assert np.isnan(point.spillover["glasses"]).all() and point.changes == ()
 
@@ -216,15 +227,15 @@ def test_refusals_come_before_anything_is_drawn(changes: dict[str, Any], message
     given: dict[str, Any] = {
         "betas": [0.0], "classifier": PixelClassifier(), "attribute": GENDER, "target": "male", **changes
     }  # fmt: skip
-    with pytest.raises(LensError, match=message):
-        sweep_points(MODEL, ask(4), edit_at, draw=world.draw, **given)
+    with pytest.raises(LensError, match=message), drawn_by(world):
+        sweep_points(MODEL, ask(4), edit_at, **given)
     assert world.runs == []
 
 
 def test_a_sweep_survives_the_disk(tmp_path: Any) -> None:
-    result = result_of(run(FakeWorld(), 60, [0.0, 1.0]), 60)
+    result = result_of(run(FakeWorld(), 60, [0.0, 1.0]))
     save_sweep(result, tmp_path, "s")
-    back = load_sweep(tmp_path, "s")
+    back = load_sweep(tmp_path, "s", Missing({}))
     assert (back.betas, back.attribute, back.request) == (result.betas, result.attribute, result.request)
     assert back.provenance == {"method": "fake"}
     for a, b in zip(result.points, back.points, strict=True):
@@ -244,11 +255,7 @@ def test_crossing_by_hand() -> None:
 
 
 def point_from(labels: np.ndarray, beta: float) -> SweepPoint:
-    counts = np.bincount(labels, minlength=2)
-    return SweepPoint(
-        beta, stats.shares(counts, 0, GENDER, PERFECT), None, None, 0.0, 0.0, {}, {}, 1.0, None,
-        np.zeros((0, 1, 1, 3), np.uint8), labels, np.ones(len(labels), bool),
-    )  # fmt: skip
+    return SweepPoint(measured({GENDER: labels}, confusion={"gender": PERFECT}), GENDER, beta=beta)
 
 
 def simulated(seed: int, n: int, betas: list[float], confusion: np.ndarray = PERFECT) -> SweepResult:
@@ -260,7 +267,7 @@ def simulated(seed: int, n: int, betas: list[float], confusion: np.ndarray = PER
     for beta in betas:
         truth = (u < male_share(beta)).astype(int)
         points.append(point_from((v < rates[truth, 1]).astype(int), beta))
-    return result_of(points, n)
+    return result_of(points)
 
 
 def test_balance_meets_the_target_and_says_so() -> None:
@@ -304,7 +311,7 @@ def test_a_target_out_of_range_is_not_invented() -> None:
 def test_over_steering_shows_off_the_curve() -> None:
     points = list(simulated(3, 1000, [0, 0.5, 1, 1.5]).points)
     points.append(point_from(np.array([0, 1, 1, 1] * 250), 2.0))
-    assert balance(result_of(points, 1000), PERFECT).off_curve > 0.1
+    assert balance(result_of(points), PERFECT).off_curve > 0.1
 
 
 def test_balance_refusals() -> None:
@@ -358,9 +365,9 @@ def test_on_the_tiny_pipeline_restarts_are_bit_identical(text_model: DiffusionMo
 
     seen: list[tuple[int, int]] = []
     shared = points(on_step=lambda done, total: seen.append((done, total)))
-    whole = measure_baseline(text_model, asked, BrightClassifier(), batch_size=3)
+    whole = observe_baseline(text_model, asked, BrightClassifier(), batch_size=3)
     assert whole.start is None
-    kept = measure_baseline(text_model, asked, BrightClassifier(), batch_size=3, restart_steps=[2, 0])
+    kept = observe_baseline(text_model, asked, BrightClassifier(), batch_size=3, restart_steps=[2, 0])
     assert kept.start is not None and list(kept.start.latents) == [2]
     slow = points(baseline=whole)  # every run from noise
     for a, b in zip(shared, slow, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,14 @@ from diffusion_lens.base.types import (
     Atlas,
     Attribute,
     Attribution,
-    Balance,
     Change,
     GenerationRequest,
     LensError,
     LogRatio,
     Share,
-    SweepPoint,
-    SweepResult,
 )
 from diffusion_lens.plots import theme
+from diffusion_lens.results.sweeps import Balance, SweepResult
 
 GENDER = Attribute("gender", ("female", "male"))
 TONES = Attribute("skin tone", ("light", "mid", "dark"))
@@ -35,14 +34,27 @@ def share(label: str, p: float, corrected: float | None = None) -> Share:
     return Share(label, round(200 * p), 200, 4, p, (p - 0.05, p + 0.05), c, (c - 0.08, c + 0.08))
 
 
-def point(beta: float, p: float, *, fid: float | None = 1.0, fd: float = 0.2) -> SweepPoint:
+@dataclass(frozen=True)
+class FakePoint:
+    """A sweep's point with the numbers it is given."""
+
+    beta: float
+    shares: tuple[Share, ...]
+    log_ratio: LogRatio | None
+    log_ratio_corrected: LogRatio | None
+    fd: float
+    fid: float | None
+    fd_floor: float = 0.1
+    agreement: Mapping[str, float] = field(default_factory=lambda: {"glasses": 0.9})
+    activation_ratio: float = 1.0
+    changes: tuple[Change, ...] = ()
+
+
+def point(beta: float, p: float, *, fid: float | None = 1.0, fd: float = 0.2) -> Any:
     value = float(np.log(p / (1 - p)))
     raw = LogRatio(value / 2, (value / 2 - 0.3, value / 2 + 0.3), "male", "female", False)
     ratio = LogRatio(value, (value - 0.5, value + 0.5), "male", "female", True)
-    return SweepPoint(
-        beta, (share("female", 1 - p), share("male", p)), raw, ratio, fd, 0.1, {}, {"glasses": 0.9}, 1.0, fid,
-        np.zeros((0, 1, 1, 3), np.uint8), np.zeros(200, np.int64), np.ones(200, bool),
-    )  # fmt: skip
+    return FakePoint(beta, (share("female", 1 - p), share("male", p)), raw, ratio, fd, fid)
 
 
 def sweep(name: str, shares: list[float], *, control: bool = False) -> SweepResult:

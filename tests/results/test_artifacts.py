@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from measured import measured
 
 from diffusion_lens.base.files import (
     atomic_path,
@@ -21,18 +23,9 @@ from diffusion_lens.base.files import (
     write_json,
 )
 from diffusion_lens.base.sheets import load_sheets, save_sheets
-from diffusion_lens.base.types import (
-    Attribute,
-    Attribution,
-    Change,
-    GenerationRequest,
-    LensError,
-    LogRatio,
-    Share,
-    SweepPoint,
-    SweepResult,
-)
+from diffusion_lens.base.types import Attribute, Attribution, GenerationRequest, LensError
 from diffusion_lens.features.probes import Probe, load_probes, save_probes
+from diffusion_lens.results.as_json import FIGURES
 from diffusion_lens.results.manifest import (
     MANIFEST,
     AttributeConfig,
@@ -43,6 +36,7 @@ from diffusion_lens.results.manifest import (
     verify,
     write_manifest,
 )
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import (
     load_attributions,
     load_point,
@@ -52,6 +46,7 @@ from diffusion_lens.results.records import (
     save_sweep,
     to_plain,
 )
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
 GENDER = Attribute("gender", ("female", "male"))
 
@@ -261,35 +256,33 @@ def test_a_bad_sheet_is_named(tmp_path: Path) -> None:
         save_sheets(np.zeros((4, 8, 8, 3)), tmp_path, "pool")
 
 
+YOUTH = Attribute("age", ("young", "adult", "old"))
+
+
 def point(beta: float, *, two_classes: bool = True) -> SweepPoint:
-    ratio = LogRatio(0.5, (float("-inf"), 1.5), "male", "female", True) if two_classes else None
-    return SweepPoint(
-        beta=beta,
-        shares=(Share("female", 1, 3, 1, 1 / 3, (0.1, 0.9), float("nan"), (0.0, 1.0)),),
-        log_ratio=ratio,
-        log_ratio_corrected=None,
-        fd=0.1 + beta,
-        fd_floor=0.2,
-        spillover={"age": (0.25, 0.75)},
-        agreement={"age": 0.5},
-        activation_ratio=1.25,
-        fid=None,
-        examples=np.random.default_rng(int(beta)).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8),
-        labels=np.array([0, 1, 1, 0]),
-        certain=np.array([True, True, False, True]),
-        changes=(Change("age", "old", 0.1, 0.2, 0.1, (-0.1, 0.3), 4),),
-    )
+    """Four images, one undecided, measured against the unedited ones."""
+    rng = np.random.default_rng(int(beta))
+    certain = np.array([True, True, False, True])
+    seeds = GenerationRequest("a portrait", (0, 1, 2, 2**63 - 1), 4, 2.0, "tiny")
+    labels = {GENDER: np.array([0, 1, 1, 0]), YOUTH: np.array([2, 1, 0, 0])}
+    before = replace(measured({a: own[::-1] for a, own in labels.items()}, certain), request=seeds)
+    found = replace(
+        measured(labels, certain), request=seeds, activation_ratio=1.25, frechet=2.5,
+        examples=rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), reference=before,
+    )  # fmt: skip
+    return SweepPoint(found, GENDER if two_classes else YOUTH, None if two_classes else (0.5, 0.25, 0.25), beta=beta)
 
 
 def assert_same(a: SweepPoint, b: SweepPoint, *, examples: bool = True) -> None:
-    for name in a.__dataclass_fields__:
+    for name in ("beta", "labels", "certain", *FIGURES):
         left, right = getattr(a, name), getattr(b, name)
         if isinstance(left, np.ndarray):
-            assert left.dtype == right.dtype and left.shape == right.shape
-            if name != "examples" or examples:
-                np.testing.assert_array_equal(left, right)
+            np.testing.assert_array_equal(left, right)
         else:
             assert repr(left) == repr(right), name
+    assert a.request == b.request and a.examples.shape == b.examples.shape
+    if examples:
+        np.testing.assert_array_equal(a.examples, b.examples)
 
 
 @pytest.mark.parametrize("two_classes", [True, False])
@@ -299,20 +292,30 @@ def test_a_point_reads_back_in_every_bit(tmp_path: Path, two_classes: bool) -> N
 
 
 def test_a_sweep_reads_back(tmp_path: Path) -> None:
-    request = GenerationRequest("a portrait", (0, 1, 2, 2**63 - 1), 4, 2.0, "tiny")
-    result = SweepResult((point(0.0), point(2.0)), GENDER, "male", request, "3 features", "c", True, {"sae": "x"})
+    points = (point(0.0), point(2.0))
+    result = SweepResult(points, GENDER, "male", points[0].request, "3 features", "hand", True, {"sae": "x"})
     save_sweep(result, tmp_path, "000-gender")
-    found = load_sweep(tmp_path, "000-gender")
-    assert (found.request, found.attribute, found.provenance) == (request, GENDER, {"sae": "x"})
+    found = load_sweep(tmp_path, "000-gender", Missing({}))
+    assert (found.request, found.attribute, found.provenance) == (result.request, GENDER, {"sae": "x"})
     assert found.is_control and found.betas == (0.0, 2.0)
     for mine, theirs in zip(result.points, found.points, strict=True):
         assert_same(mine, theirs, examples=False)
+    assert found.points[0].measurement.reference is found.points[1].measurement.reference  # kept once
+
+
+def test_an_unedited_point_is_measured_against_itself_after_it_was_read_back(tmp_path: Path) -> None:
+    unedited = measured({GENDER: np.array([0, 1, 1, 0]), YOUTH: np.array([2, 1, 0, 0])})
+    itself = SweepPoint(unedited.against(unedited), GENDER, beta=1.0)
+    save_point(itself, tmp_path, "000")
+    found = load_point(tmp_path, "000")
+    assert found.agreement == itself.agreement == {"age": 1.0}
+    assert found.measurement.reference is not None
 
 
 def test_a_file_that_is_no_sweep_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "000.json", {"points": [{"beta": 1}]})
     with pytest.raises(LensError, match=r"000\.json is not a stored sweep"):
-        load_sweep(tmp_path, "000")
+        load_sweep(tmp_path, "000", Missing({}))
 
 
 def test_attributions_and_probes_read_back(tmp_path: Path) -> None:

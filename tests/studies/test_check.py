@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from check_sizes import TINY
+from measured import counted, measured
 from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
 from scipy.stats import norm
 
-from diffusion_lens.base.types import Attribute, LensError, Predictions, SweepResult
+from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
 from diffusion_lens.features.train_sae import evaluate_sae
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring.sweep import Reading
-from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.model.generate import StepContext
 from diffusion_lens.portraits import world as portraits
 from diffusion_lens.results.stats import wilson
+from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studies.check import steering, world
 from diffusion_lens.studies.check.inside import Reconstruction, fidelity
 from diffusion_lens.studies.check.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
@@ -116,15 +116,9 @@ def test_thinned_grids_keep_both_ends_and_the_identity() -> None:
     assert steering.thin((0.0, 1.0, 2.0, 3.0), 3, 9.0) == (0.0, 2.0, 3.0)
 
 
-def reading(male: np.ndarray) -> Reading:
-    probs = np.stack([~male, male], axis=1).astype(float)
-    found = Predictions(probs, np.ones(len(male), bool), GENDER, "c")
-    return Reading({"gender": found}, np.zeros((len(male), 2)), np.zeros((0, 1, 1, 3), np.uint8), 1.0)
-
-
 def swept(*shares: float) -> Any:
-    runs = tuple(reading(np.arange(100) < 100 * share) for share in shares)
-    return SimpleNamespace(result=SimpleNamespace(attribute=GENDER), readings=runs)
+    runs = [measured({GENDER: (np.arange(100) < 100 * share).astype(int)})["gender"] for share in shares]
+    return SimpleNamespace(result=SimpleNamespace(attribute=GENDER, points=runs))
 
 
 def test_order_fails_on_a_fall_that_chance_does_not_explain() -> None:
@@ -149,14 +143,20 @@ def planted_lens() -> Any:
     return SimpleNamespace(prompts=SOME, classifier=classifier)
 
 
-def planted_tallies(n: int) -> dict[str | None, Tally]:
-    found: dict[str | None, Tally] = {}
+def planted_images(n: int, gender_of_nurses: tuple[int, int] | None = None) -> world.Counted:
+    """Images of both prompts as planted, but for the nurses' genders (female, male) where they are given."""
+    found: world.Counted = {}
     for prompt in SOME:
-        counts = {}
-        for name, shares in portraits.planted_shares(prompt).items():
-            counts[name] = np.floor(shares * n).astype(int)
-            counts[name][np.argmax(shares)] += n - counts[name].sum()
-        found[prompt] = Tally(counts, dict.fromkeys(counts, 0), n)
+        labels = {}
+        for attribute in portraits.ATTRIBUTES:
+            shares = portraits.planted_shares(prompt)[attribute.name]
+            counts = np.floor(shares * n).astype(int)
+            counts[np.argmax(shares)] += n - counts.sum()
+            if prompt and attribute.name == "gender" and gender_of_nurses is not None:
+                counts = np.array(gender_of_nurses)
+            labels[attribute] = counted(attribute, *counts)
+        sure = {a.name: 5000 * np.eye(len(a.classes), dtype=int) for a in portraits.ATTRIBUTES}
+        found[prompt] = measured(labels, prompt=prompt, confusion=sure)
     return found
 
 
@@ -183,21 +183,19 @@ def test_professions_that_do_not_hold_are_named_with_why(tiny_lens: DiffusionLen
 
 def test_shares_are_compared_with_the_planted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "has_truth", lambda lens: True)
-    tallies = planted_tallies(1000)
     job = Job(planted_lens(), replace(TINY, again=0), lambda *_: None)
-    rows = world.share_rows(job, tallies)
+    rows = world.share_rows(job, planted_images(1000))
     assert [row.verdict for row in rows] == ["holds"] * len(portraits.ATTRIBUTES)
-    tallies["a portrait of a nurse"].counts["gender"] = np.array([700, 300])  # planted: 900, 100
-    rows = world.share_rows(job, tallies)
+    rows = world.share_rows(job, planted_images(1000, (700, 300)))  # planted: 900, 100
     assert [row.verdict for row in rows] == ["fails"] + ["holds"] * (len(portraits.ATTRIBUTES) - 1)
     assert "nurse" in rows[0].note and rows[0].value == pytest.approx(0.2, abs=2e-3)
-    tallies["a portrait of a nurse"].counts["gender"] = np.array([855, 145])  # 4.5 points off: within chance
-    assert world.share_rows(job, tallies)[0].verdict == "open"
+    within_chance = planted_images(1000, (855, 145))  # 4.5 points off
+    assert world.share_rows(job, within_chance)[0].verdict == "open"
 
 
 def test_chance_of_a_perfect_model_to_miss_the_bar() -> None:
     lens = planted_lens()
-    smile = [c for c in world.compare(lens, planted_tallies(1000)) if c.share.label == "smile"]
+    smile = [c for c in world.compare(lens, planted_images(1000)) if c.share.label == "smile"]
     spread = np.sqrt(0.45 * 0.55 / 1000)
     assert smile[0].chance == pytest.approx(2 * norm.sf(0.04 / spread))
     assert 0.01 < smile[0].chance < 0.02
@@ -250,16 +248,16 @@ def test_a_whole_check_measures_every_part(whole: tuple[CheckReport, list[str]])
 def test_the_shares_measured_on_the_way_are_kept(
     whole: tuple[CheckReport, list[str]], tiny_lens: DiffusionLens
 ) -> None:
-    counted = whole[0].counted
-    assert counted is not None and tuple(counted.shares) == tuple(p or "" for p in tiny_lens.prompts)
+    kept = whole[0].counted
+    assert kept is not None and tuple(kept.shares) == tuple(p or "" for p in tiny_lens.prompts)
     job = Job(tiny_lens, TINY, lambda *_: None)
     prompt = tiny_lens.prompts[1]
     images = tiny_lens.generate(prompt, seeds=job.seeds(1, 1, TINY.shares)).images
     read = tiny_lens.classify(images)["gender"]
-    shares = counted.shares[prompt or ""]["gender"]
+    shares = kept.shares[prompt or ""]["gender"]
     assert [share.count for share in shares] == read.counts.tolist()
     assert shares[0].n + shares[0].n_uncertain == TINY.shares
-    assert counted.first_seed == job.seeds(1, 1, 1).start - 50_000
+    assert kept.measurements[prompt or ""].request.seeds == tuple(job.seeds(1, 1, TINY.shares))
     assert run_check(tiny_lens, parts=(4,), sizes=TINY).counted is None
 
 

@@ -8,8 +8,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from lens_fixtures import PROMPTS
 from diffusion_lens.base.types import LensError, LogRatio
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import find_method
-from diffusion_lens.model.generate import Cancelled, generate_batches
+from diffusion_lens.model.generate import Cancelled
 from diffusion_lens.results import metrics
+from diffusion_lens.results.as_json import row_json
 from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
 from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.comparison_tables import (
@@ -35,12 +37,13 @@ from diffusion_lens.results.comparison_tables import (
     verdict,
 )
 from diffusion_lens.results.manifest import read_manifest, verify, write_manifest
+from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.studies.bench import run as compare
 from diffusion_lens.studies.bench import shared as compare_shared
 from diffusion_lens.studies.bench.plan import costs, plan, telling_prompt
-from diffusion_lens.studies.bench.rows import Clock, choose, flag, kept, likeness, share_statistics, timed
+from diffusion_lens.studies.bench.rows import choose, likeness
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
-from diffusion_lens.studies.bench.shared import Shared, load_sight
+from diffusion_lens.studies.bench.shared import Shared, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("difflens", "bypass", "h-distribution", "control-prompt")
@@ -67,11 +70,16 @@ def comparison(tiny_lens: DiffusionLens, work: Path) -> Comparison:
     return run_compare(tiny_lens, small(), work)
 
 
+def shown(found: Comparison) -> list[dict[str, Any]]:
+    """Every number of every row."""
+    return [row_json(row) for row in found.rows]
+
+
 def test_every_cell_is_filled(comparison: Comparison) -> None:
     assert [row.method for row in comparison.rows] == ["unsteered", *METHODS]
     for row in comparison.rows:
         assert not row.note
-        empty = [name for name, value in vars(row).items() if value is None]
+        empty = [name for name in COLUMNS if getattr(row, name) is None]
         assert not empty, (row.method, empty)
         assert row.n == 56 and NOT_MEASURED not in cells(row)
     unsteered = comparison.rows[0]
@@ -127,10 +135,10 @@ def test_nothing_is_drawn_twice(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was drawn again")
 
-    for module, name in ((compare_shared, "generate_batches"), (compare, "sweep_points"), (compare, "generate")):
+    for module, name in ((compare_shared, "observe"), (compare, "sweep_points"), (compare, "generate")):
         monkeypatch.setattr(module, name, never)
     again = run_compare(tiny_lens, small(), work)
-    assert again.rows == comparison.rows and set(again.curves) == set(comparison.curves)
+    assert shown(again) == shown(comparison) and set(again.curves) == set(comparison.curves)
 
 
 def test_a_stopped_run_goes_on(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_goals_follow_the_approach(tiny_lens: DiffusionLens, tmp_path: Path) -> 
 
     two, three = bench(), bench(attribute="age")
     even = {"female": 0.5, "male": 0.5}
-    counts = two.shared.tuning.reading.predictions["gender"].counts
+    counts = two.shared.tuning.measurement["gender"].counts
     assert two.goal(ALL["difflens"]) == ("female", "male")[int(counts.argmin())]
     assert two.goal(ALL["h-distribution"]) == even and two.goal(ALL["bypass"]) == even
     assert bench(approach="draw").goal(ALL["difflens"]) == even
@@ -204,7 +212,7 @@ def test_a_method_that_cannot_run_says_why(tiny_lens: DiffusionLens, tmp_path: P
     found = run_compare(tiny_lens, config, tmp_path)
     assert "none.safetensors is missing" in found.rows[1].note and not found.curves
     assert "not run" in cells(found.rows[1])[1] and "not run" in markdown(found)
-    assert run_compare(tiny_lens, config, tmp_path).rows == found.rows
+    assert shown(run_compare(tiny_lens, config, tmp_path)) == shown(found)
 
 
 def test_mistakes_are_found_before_anything_is_drawn(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
@@ -230,25 +238,22 @@ def test_nothing_is_drawn_beyond_rows_curves_and_one_fit(tiny_lens: DiffusionLen
     assert len(runs) + 2 - len(final) == 3 + 13 + 1
 
 
-def test_the_rule(comparison: Comparison) -> None:
-    point = comparison.curves["bypass"].points[0]
-
+def test_the_rule() -> None:
     def made(beta: float, fd: float, keeps: float, floor: float = 0.1) -> Any:
-        return replace(point, beta=beta, fd=fd, fd_floor=floor, agreement={"age": keeps, "glasses": keeps})
+        return SimpleNamespace(beta=beta, fd=fd, fd_floor=floor, kept=keeps)
 
     assert choose([made(0, 0.4, 1), made(1, 0.2, 0.9), made(2, 0.3, 0.95)]).beta == 1  # least FD
     # Both 1 and 2 lie within the noise: the one that changes less.
     assert choose([made(0, 0.4, 1), made(1, 0.09, 0.7), made(2, 0.05, 0.6), made(3, 0.11, 0.9)]).beta == 1
     assert choose([made(0, 0.09, 1), made(1, 0.02, 0.9)]).beta == 0  # nothing to mend: leave it alone
     assert choose([made(0, 0.4, 1), made(1, float("nan"), 1)]).beta == 0
-    assert kept({}) == 1.0
 
 
 def test_share_statistics_by_hand() -> None:
     labels = np.array([0] * 30 + [1] * 10 + [2] * 10)
     certain = np.ones(50, dtype=bool)
     certain[0] = False
-    fd, spd = share_statistics(labels, certain, np.full(3, 1 / 3))
+    fd, spd = metrics.share_distances(labels, certain, np.full(3, 1 / 3))
     p = np.array([29, 10, 10]) / 49
     assert fd is not None and fd.value == pytest.approx(np.sqrt(((p - 1 / 3) ** 2).sum()))
     assert spd is not None and spd.value == pytest.approx(19 / 49)
@@ -256,15 +261,15 @@ def test_share_statistics_by_hand() -> None:
     draws = [rng.choice(labels[certain], 49) for _ in range(2000)]
     slow = [np.ptp([np.mean(d == c) for c in range(3)]) for d in draws]
     assert spd.interval == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=0.03)
-    assert share_statistics(labels[:5], certain[:5], np.full(3, 1 / 3)) == (None, None)
+    assert metrics.share_distances(labels[:5], certain[:5], np.full(3, 1 / 3)) == (None, None)
     assert likeness(np.ones((3, 2)), np.ones((3, 2))) is None
 
 
 def test_the_activation_flag(comparison: Comparison) -> None:
     row = comparison.rows[0]
-    assert not flag(row, 1.0).flagged and not flag(row, NORM_FLAG).flagged
-    assert flag(row, NORM_FLAG + 0.01).flagged and flag(row, 0.7).flagged
-    assert cells(flag(row, 2.0))[list(COLUMNS).index("activation_ratio")] == "2.00 !"
+    assert not row.flagged and not replace(row, norm_ratio=NORM_FLAG).flagged
+    assert replace(row, norm_ratio=NORM_FLAG + 0.01).flagged and replace(row, norm_ratio=0.7).flagged
+    assert cells(replace(row, norm_ratio=2.0))[list(COLUMNS).index("activation_ratio")] == "2.00 !"
 
 
 def test_edits_of_the_model_have_their_activations_measured_too(comparison: Comparison) -> None:
@@ -272,21 +277,12 @@ def test_edits_of_the_model_have_their_activations_measured_too(comparison: Comp
     assert row.activation_ratio is not None and (row.strength == 0 or row.activation_ratio != 1.0)
 
 
-def test_only_drawing_is_timed(tiny_lens: DiffusionLens, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_lens.studies.bench import rows as compare_rows
-
-    ticks = iter(range(100))
-    monkeypatch.setattr(compare_rows.time, "perf_counter", lambda: float(next(ticks)))
-    clock = Clock()
-    parts = generate_batches(tiny_lens.model, tiny_lens.request(PROMPTS[0], range(4)), batch_size=2)
-    assert len(list(timed(parts, clock))) == 2
-    assert clock.seconds == 3.0 and not clock.saw_ratio  # one tick for each of two batches, one for the end
-
-
 def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
     save_comparison(comparison, tmp_path, "gender")
-    loaded = load_comparison(tmp_path, "gender")
-    assert replace(loaded, curves={}) == replace(comparison, curves={})
+    loaded = load_comparison(tmp_path, "gender", Missing({}))
+    assert shown(loaded) == shown(comparison)
+    same = ("config", "attribute", "target", "labels", "lens_key", "sae_id", "model_id", "classifier_id")
+    assert [getattr(loaded, name) for name in same] == [getattr(comparison, name) for name in same]
     for key, curve in comparison.curves.items():
         kept_images = {0.0, next(row.strength for row in comparison.rows if row.method == key)}
         for point, again in zip(curve.points, loaded.curves[key].points, strict=True):
@@ -309,10 +305,11 @@ def test_files_round_trip(comparison: Comparison, tmp_path: Path) -> None:
     (lambda plain: plain.pop("rows"), "'rows'"),
     (lambda plain: plain.update(rows=[{"method": "unsteered"}]), "not a stored comparison"),
     (lambda plain: plain["rows"].reverse(), "not the unsteered one"),
-    (lambda plain: plain["rows"].append(plain["rows"][1]), "one per method"),
-    (lambda plain: plain["curves"].pop("bypass"), "images, gender.json speaks of"),
+    (lambda plain: plain["rows"].append({**plain["rows"][1], "measured": False}), "one per method"),
+    (lambda plain: plain["curves"].pop("bypass"), "its curves are not those of its rows"),
     (lambda plain: plain["target"].append(0.0), "target is of another attribute"),
-    (lambda plain: plain["rows"][1]["shares"].pop(), "shares of difflens"),
+    (lambda plain: plain["places"].pop(), "Fewer measurements"),
+    (lambda plain: plain["kept"]["attributes"].pop(), "readings are kept of"),
     (lambda plain: plain.update(curves=[]), "not a stored comparison"),
     (lambda plain: plain["config"].update(colour=1), "'colour' is wrong"),
 ])  # fmt: skip
@@ -324,7 +321,7 @@ def test_foreign_and_damaged_files_are_refused(
     change(plain)
     path.write_text(json.dumps(plain))
     with pytest.raises(LensError, match=message):
-        load_comparison(tmp_path, "gender")
+        load_comparison(tmp_path, "gender", Missing({}))
 
 
 def test_a_comparison_can_live_in_the_lens(comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
@@ -336,7 +333,7 @@ def test_a_comparison_can_live_in_the_lens(comparison: Comparison, copied_lens: 
     assert path == folder / "comparisons" / "gender.json"
     verify(folder)
     opened = DiffusionLens.from_pretrained(folder)
-    assert opened.comparisons["gender"].rows == comparison.rows
+    assert shown(opened.comparisons["gender"]) == shown(comparison)
     assert opened.manifest.sae_id == before.manifest.sae_id
     assert compare.lens_key(opened) == comparison.lens_key  # fitted methods still belong to it
     path.write_text(path.read_text() + " ")
@@ -371,10 +368,12 @@ def test_comparisons_are_read_without_torch(comparison: Comparison, copied_lens:
 def test_best_values_by_hand(comparison: Comparison) -> None:
     unsteered, a, b, c, d = (*comparison.rows[:1], *comparison.rows[1:])
 
-    def made(row: MethodRow, strength: float, fd: float, ratio: float, keeps: float, size: float) -> MethodRow:
+    def made(row: MethodRow, strength: float, fd: float, ratio: float, keeps: float, size: float) -> Any:
         log_ratio = LogRatio(ratio, (ratio - 1, ratio + 1), "male", "female", False)
-        return replace(row, strength=strength, fd=Measured(fd, (fd, fd)), log_ratio_corrected=log_ratio, kept=keeps,
-                       activation_ratio=size, fd_floor=0.1)  # fmt: skip
+        values = {name: getattr(row, name) for name in (*COLUMNS, "method", "is_control", "note", "strength_name")}
+        values |= {"strength": strength, "fd": Measured(fd, (fd, fd)), "log_ratio_corrected": log_ratio}
+        values |= {"kept": keeps, "activation_ratio": size, "fd_floor": 0.1, "flagged": False}
+        return make_dataclass("Row", values, frozen=True)(**values)
 
     rows = (
         made(unsteered, 0.0, 0.4, 2.0, 1.0, 1.0), made(a, 1.0, 0.2, -0.1, 0.9, 0.5), made(b, 2.0, 0.05, 0.3, 0.8, 1.2),
@@ -413,10 +412,10 @@ def test_a_table_of_another_attribute_draws_no_unedited_image_again(
     assert stages and not [stage for stage in stages if "unsteered" in stage]
     assert found.rows[0].certain is not None and found.rows[0].shares[0].label == "young"
     (kept_file,) = work.glob("unedited-*/final.safetensors")
-    sight, seconds = load_sight(kept_file, tiny_lens.classifier)
-    assert seconds == comparison.rows[0].seconds_per_image
-    own = sight.reading.predictions["gender"]
-    assert [s.count for s in comparison.rows[0].shares] == own.counts.tolist()
+    wanted = comparison.rows[0].figures.request
+    run = load_run(kept_file, wanted, tiny_lens.classifier)
+    assert run.seconds == comparison.rows[0].seconds_per_image
+    assert [s.count for s in comparison.rows[0].shares] == run.measurement["gender"].counts.tolist()
 
 
 def test_the_plan_shrinks_as_work_is_done(comparison: Comparison, tiny_lens: DiffusionLens, work: Path) -> None:
@@ -440,10 +439,10 @@ def test_the_telling_prompt(tiny_lens: DiffusionLens) -> None:
     told = telling_prompt("gender", (*tiny_lens.prompts, first), tiny_lens.sweeps, tiny_lens.settings)
     assert told == first
     assert telling_prompt("gender", ("x", "y"), (), {}) == "x"
-    even = [replace(s, request=replace(s.request, prompt="y"), points=tuple(
-        replace(p, shares=tuple(replace(share, corrected=1.0 * (i == 0)) for i, share in enumerate(p.shares)))
+    one_sided = [replace(s, request=replace(s.request, prompt="y"), points=tuple(
+        SimpleNamespace(beta=p.beta, shares=[SimpleNamespace(corrected=1.0 * (i == 0)) for i, _ in enumerate(p.shares)])
         for p in s.points)) for s in tiny_lens.sweeps]  # fmt: skip
-    assert telling_prompt("gender", (first, "y"), (*tiny_lens.sweeps, *even), tiny_lens.settings) == "y"
+    assert telling_prompt("gender", (first, "y"), (*tiny_lens.sweeps, *one_sided), tiny_lens.settings) == "y"
 
 
 def test_the_tradeoff_figure_takes_the_curves(comparison: Comparison) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
+from diffusion_lens.model.generate import generate_batches
 from diffusion_lens.plots import depth_figure, describe_depth
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.denoiser import DenoiserTrainConfig
@@ -105,13 +106,13 @@ def test_the_empty_prompt_is_the_same_at_every_scale(classifier: HeadsClassifier
     result = run_depth(config, make_autoencoder(8), classifier, tmp_path, device=torch.device("cpu"))
     model = module.load_model(tmp_path / "pipeline-2-levels", device=torch.device("cpu"), offline=True)
     images = [
-        module.generate_batches(model, module.request(model, "", range(11_000_000, 11_000_010), 2, scale))
+        generate_batches(model, module.request(model, "", range(11_000_000, 11_000_010), 2, scale))
         for scale in (1.0, 2.0)
     ]
     first, second = (np.concatenate([part.images for part in parts]).astype(int) for parts in images)
     assert np.abs(first - second).max() <= 1, "both halves of a guided step are equal"
     counts = [p.shares for p in result.points if p.depth == "2 levels" and not p.bypass]
-    assert counts[0] == counts[1] and len(list((tmp_path / "readings").iterdir())) == planned_images(config) // 10
+    assert counts[0] == counts[1] and len(list((tmp_path / "readings").glob("*.json"))) == planned_images(config) // 10
 
 
 def test_flips_are_found(run: tuple[DepthResult, Path]) -> None:
@@ -127,7 +128,7 @@ def test_nothing_is_made_twice(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was made again")
 
-    for name in ("train_denoiser", "draw_many", "generate_batches"):
+    for name in ("train_denoiser", "draw_many", "observe"):
         monkeypatch.setattr(module, name, never)
     assert run_depth(tiny(), make_autoencoder(8), classifier, work, device=torch.device("cpu")) == result
     with pytest.raises(LensError, match="another depth experiment"):

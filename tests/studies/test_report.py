@@ -128,7 +128,9 @@ def test_files_hold_the_same_shares(found: Audit, tmp_path: Path) -> None:
 def test_table_defuses_formulas(found: Audit) -> None:
     from dataclasses import replace
 
-    tricky = replace(found, findings=(replace(found.findings[0], prompt="=1+1"),))
+    first = found.findings[0].measurement
+    asked = replace(first.request, prompt="=1+1")
+    tricky = replace(found, findings=(replace(found.findings[0], measurement=replace(first, request=asked)),))
     first = next(csv.DictReader(io.StringIO(table_text(tricky))))
     assert tuple(first) == COLUMNS and first["prompt"] == "'=1+1"
 

@@ -286,9 +286,7 @@ def test_mistakes_get_one_sentence_before_anything_is_drawn(
         np.save(handle, np.zeros(3))
     np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
-    monkeypatch.setattr(
-        "diffusion_lens.studies.audit.run.generate_batches", lambda *_, **__: pytest.fail("drew an image")
-    )
+    monkeypatch.setattr("diffusion_lens.studies.audit.run.observe", lambda *_, **__: pytest.fail("drew an image"))
     words = tuple(clip_folder if word == "CLIP" else word for word in words)
     prompt = () if "-p" in words else ("-p", DOCTOR)
     assert sentence in mistake(run("audit", *prompt, *words))

@@ -5,7 +5,7 @@ Images are read batch by batch as they are drawn and dropped; only numbers are k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,11 +110,9 @@ class Seen:
     clip: np.ndarray | None = None
 
 
-def watch(parts: Iterable[Generation], measures: Measures, seen: list[Seen]) -> Iterator[Generation]:
-    """Pass batches on, and append what ``measures`` reads of each to ``seen``."""
-    for part in parts:
-        seen.append(_see(part.images, measures))
-        yield part
+def see(measures: Measures, seen: list[Seen], part: Generation) -> None:
+    """Append what ``measures`` reads of a batch to ``seen``."""
+    seen.append(_see(part.images, measures))
 
 
 def _see(images: np.ndarray, m: Measures) -> Seen:

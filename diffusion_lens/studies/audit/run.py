@@ -7,11 +7,13 @@ import csv
 import io
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,15 +21,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import atomic_path, write_json
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import Attribute, Evaluation, GenerationRequest, Intervention, LensError, is_assumed
+from diffusion_lens.base.types import Attribute, Intervention, LensError, is_assumed
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring.evaluate import evaluate
-from diffusion_lens.measuring.sweep import Reading, read_images
-from diffusion_lens.model.generate import Edit, OnStep, generate_batches
+from diffusion_lens.measuring.observe import observe
+from diffusion_lens.model.generate import Edit, OnStep
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import sheet
-from diffusion_lens.results import metrics, stats
+from diffusion_lens.results import stats
+from diffusion_lens.results.as_json import figures_json
+from diffusion_lens.results.measurement import Figures, Measurement
 from diffusion_lens.results.stats import Estimate
 from diffusion_lens.studies.audit.rows import (
     Discrepancy,
@@ -38,7 +41,7 @@ from diffusion_lens.studies.audit.rows import (
     image_quality,
     joined,
     measure_rows,
-    watch,
+    see,
 )
 from diffusion_lens.studies.check.world import has_truth
 
@@ -54,21 +57,35 @@ LIMITS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finding:
-    """One prompt, unedited or edited.
+    """One prompt, unedited or edited (then measured against the unedited images).
 
-    Attributes:
-        evaluations: attribute → what was read, nuisances included; an edited finding has paired changes.
-        examples: the first images ``uint8 [m, H, W, 3]``.
-        planted: attribute → class → share in the training data (empty: not known).
+    ``planted``: attribute → class → share in the training data (empty: not known).
     """
 
-    prompt: str | None
-    edit: str | None
-    evaluations: dict[str, Evaluation]
-    examples: np.ndarray
+    measurement: Measurement
     planted: dict[str, dict[str, float]]
+
+    @property
+    def prompt(self) -> str | None:
+        """What was asked for."""
+        return self.measurement.request.prompt
+
+    @property
+    def edit(self) -> str | None:
+        """How it was edited, in words; ``None``: unedited."""
+        return None if self.measurement.edit is None else describe(self.measurement.edit)
+
+    @property
+    def examples(self) -> np.ndarray:
+        """The first images ``uint8 [m, H, W, 3]``."""
+        return self.measurement.examples
+
+    @property
+    def evaluations(self) -> dict[str, Figures]:
+        """Attribute → what was read, nuisances included."""
+        return {name: self.measurement[name] for name in self.measurement.readings}
 
 
 @dataclass(frozen=True)
@@ -160,22 +177,21 @@ def audit(
     if measures is not None:
         measures.check(prompts, len(seeds), edited=edit is not None)
     runs = [(prompt, e) for prompt in prompts for e in ((None, edit) if edit else (None,))]
-    readings: list[Reading] = []
     findings: list[Finding] = []
     seen: list[Seen] = []
     truth = has_truth(lens)
     for number, (prompt, e) in enumerate(runs):
         request = lens.request(prompt, seeds)
         told = _share_of(on_step, number, len(runs))
-        drawn = generate_batches(lens.model, request, edit=e, batch_size=batch_size, on_step=told)
         batches: list[Seen] = []
-        parts = drawn if measures is None else watch(drawn, measures, batches)
-        reading = read_images(parts, lens.classifier, EXAMPLES)
+        found = observe(
+            lens.model, request, e, lens.classifier, reference=None if e is None else findings[-1].measurement,
+            batch_size=batch_size, n_examples=EXAMPLES, on_step=told,
+            on_batch=None if measures is None else partial(see, measures, batches),
+        )  # fmt: skip
         seen.append(joined(batches))
-        reference = readings[-1] if e is not None else None
-        readings.append(reading)
-        findings.append(_finding(lens, request, reading, reference, e, truth))
-    named = [(prompt, None if e is None else describe(e.spec)) for prompt, e in runs]
+        findings.append(Finding(replace(found, features=None), _planted(prompt or "") if truth and e is None else {}))
+    named = [(finding.prompt, finding.edit) for finding in findings]
     steered = tuple(a.name for a in lens.attributes)
     return Audit(
         title=title or f"Audit of {lens.manifest.name}",
@@ -187,11 +203,11 @@ def audit(
         attributes=tuple(lens.classifier.attributes),
         steered=steered,
         findings=tuple(findings),
-        pooled=_pooled(lens, runs, readings),
-        crossings=_crossings(lens, runs, readings),
+        pooled=_pooled(lens, findings),
+        crossings=_crossings(lens, findings),
         confusion={name: np.asarray(table) for name, table in lens.classifier.confusion.items()},
         files={name: seal.sha256 for name, seal in sorted(lens.manifest.files.items())},
-        discrepancies=discrepancies(named, [r.predictions for r in readings], steered),
+        discrepancies=discrepancies(named, [f.measurement.readings for f in findings], steered),
         quality=None if measures is None else image_quality(measures, named, seen, len(seeds)),
     )
 
@@ -202,26 +218,6 @@ def _share_of(on_step: OnStep | None, number: int, total: int) -> OnStep | None:
         return None
     report = on_step
     return lambda done, of: report(number * of + done, total * of)
-
-
-def _finding(
-    lens: DiffusionLens,
-    request: GenerationRequest,
-    reading: Reading,
-    reference: Reading | None,
-    edit: Edit | None,
-    truth: bool,
-) -> Finding:
-    spec = None if edit is None else edit.spec
-    before = None if reference is None else reference.predictions
-    evaluations = {
-        a.name: evaluate(reading.predictions, a.name, lens.classifier.confusion, request, spec, reference=before)
-        for a in lens.classifier.attributes
-    }
-    planted: dict[str, dict[str, float]] = {}
-    if truth and edit is None:
-        planted = _planted(request.prompt or "")
-    return Finding(request.prompt, describe(spec) if spec else None, evaluations, reading.examples, planted)
 
 
 def _planted(prompt: str) -> dict[str, dict[str, float]]:
@@ -255,23 +251,20 @@ def _list(seeds: Sequence[int]) -> str:
     return shown if len(seeds) <= 8 else f"{shown}, …"
 
 
-Runs = Sequence[tuple[str | None, Edit | None]]
-
-
-def _groups(runs: Runs, readings: Sequence[Reading]) -> dict[str | None, list[Reading]]:
-    """Edit in words (``None``: unedited) → its readings, prompt by prompt."""
-    groups: dict[str | None, list[Reading]] = {}
-    for (_, edit), reading in zip(runs, readings, strict=True):
-        groups.setdefault(None if edit is None else describe(edit.spec), []).append(reading)
+def _groups(findings: Sequence[Finding]) -> dict[str | None, list[Measurement]]:
+    """Edit in words (``None``: unedited) → its measurements, prompt by prompt."""
+    groups: dict[str | None, list[Measurement]] = {}
+    for finding in findings:
+        groups.setdefault(finding.edit, []).append(finding.measurement)
     return groups
 
 
-def _pooled(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> tuple[Pooled, ...]:
+def _pooled(lens: DiffusionLens, findings: Sequence[Finding]) -> tuple[Pooled, ...]:
     """Every steered class over all prompts; empty where a prompt has too few decided images, or is the only one."""
     rows = []
-    for edit, group in _groups(runs, readings).items():
+    for edit, group in _groups(findings).items():
         for a in lens.attributes:
-            found = [r.predictions[a.name] for r in group]
+            found = [one.readings[a.name] for one in group]
             if len(group) < 2 or min(int(p.certain.sum()) for p in found) < stats.MIN_PAIRS:
                 continue
             for column, label in enumerate(a.classes):
@@ -281,11 +274,11 @@ def _pooled(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> tup
     return tuple(rows)
 
 
-def _crossings(lens: DiffusionLens, runs: Runs, readings: Sequence[Reading]) -> tuple[Crossing, ...]:
+def _crossings(lens: DiffusionLens, findings: Sequence[Finding]) -> tuple[Crossing, ...]:
     rows = []
-    for edit, group in _groups(runs, readings).items():
+    for edit, group in _groups(findings).items():
         for a, b in combinations(lens.attributes, 2):
-            counts = sum(metrics.intersections(r.predictions[a.name], r.predictions[b.name]) for r in group)
+            counts = sum(one.crossings(a.name, b.name) for one in group)
             rows.append(Crossing(a, b, edit, np.asarray(counts)))
     return tuple(rows)
 
@@ -295,11 +288,28 @@ def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
     page, values, *tables = paths = tuple(Path(folder) / name for name in FILES)
     with atomic_path(page) as partial:
         partial.write_text(render(found), encoding="utf-8")
-    write_json(values, to_plain(found, without="examples"))
+    write_json(values, audit_json(found))
     for path, text in zip(tables, (table_text(found), measures_text(found)), strict=True):
         with atomic_path(path) as partial:
             partial.write_text(text, encoding="utf-8")
     return paths
+
+
+def audit_json(found: Audit) -> dict[str, Any]:
+    """Every number of a report as plain JSON values."""
+    plain: dict[str, Any] = {
+        field.name: to_plain(getattr(found, field.name)) for field in fields(found) if field.name != "findings"
+    }
+    plain["findings"] = [
+        {
+            "prompt": finding.prompt,
+            "edit": finding.edit,
+            "evaluations": {name: figures_json(own) for name, own in finding.evaluations.items()},
+            "planted": finding.planted,
+        }
+        for finding in found.findings
+    ]
+    return plain
 
 
 COLUMNS = (

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_lens.base.types import SweepResult
 from diffusion_lens.methods.protocol import Method
 from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison
 from diffusion_lens.results.manifest import Setting
+from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studies.bench.run import Bench
 from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 

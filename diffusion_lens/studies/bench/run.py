@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from diffusion_lens.base.files import read_json, write_json
-from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import LensError, SweepPoint, SweepResult
+from diffusion_lens.base.types import LensError
 from diffusion_lens.judging.readers import ClipReader
-from diffusion_lens.measuring.sweep import collect, sweep_points
+from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.methods.protocol import Fitted, Method, Target, lens_key, target_shares
 from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.generate import Capture, generate
 from diffusion_lens.results.comparison import RULE, UNSTEERED, CompareConfig, Comparison, MethodRow
+from diffusion_lens.results.comparison_store import row_of, row_values
+from diffusion_lens.results.measurement import Figures, Measurement
+from diffusion_lens.results.measurement_files import Missing, measured_beside, save_measured
 from diffusion_lens.results.records import load_point, load_sweep, save_point, save_sweep
-from diffusion_lens.studies.bench.rows import choose, flag, measure_row
+from diffusion_lens.results.sweeps import SweepPoint, SweepResult, collect
+from diffusion_lens.studies.bench.rows import Run, choose, measure_row
 from diffusion_lens.studies.bench.shared import JudgedLens, OnStage, Shared
 
 __all__ = [
@@ -60,7 +62,7 @@ class Bench:
         classes = self.attribute.classes
         shift = self.config.approach == "shift" or (self.config.approach == "auto" and len(classes) == 2)
         if method.aim == "class" and shift:
-            gap = np.array(self.target) - _shares(self.shared.tuning.reading.predictions[self.attribute.name].counts)
+            gap = np.array(self.target) - np.nan_to_num(self.shared.tuning.measurement.shares_read[self.attribute.name])
             return classes[int(gap.argmax())]
         return dict(zip(classes, self.target, strict=True))
 
@@ -98,8 +100,7 @@ class Bench:
                 save_point(point, folder, stem)
             points.append(load_point(folder, stem))
         return collect(
-            points, attribute=self.attribute, target=label, request=self.shared.request("tune"), setting=method.name,
-            classifier_id=self.lens.classifier.classifier_id, is_control=method.is_control,
+            points, target=label, setting=method.name, is_control=method.is_control,
             provenance={"method": method.key, "fitted": fitted.digest, "strength": method.strength_name},
         )  # fmt: skip
 
@@ -108,18 +109,34 @@ class Bench:
         own = self.folder / method.key
         if not (own / "row.json").is_file():
             return None
-        row = TypeAdapter(MethodRow).validate_python(read_json(own / "row.json"))
+        row = self._load_row(own)
         if row.note:
             return row, None
-        curve = load_sweep(own, "sweep")
+        curve = load_sweep(own, "sweep", Missing({}))
         return (row, curve) if set(curve.betas) == {0.0, *method.strengths} else None
+
+    def _save_row(self, row: MethodRow, folder: Path) -> None:
+        if row.figures is None:
+            write_json(folder / "row.json", row_values(row))
+        else:
+            save_measured(folder, "row", row_values(row), [row.figures.measurement])
+
+    def _load_row(self, folder: Path) -> MethodRow:
+        values = read_json(folder / "row.json")
+        if not values["measured"]:
+            return row_of(values, None)
+        (measured,) = measured_beside(values, folder, "row")
+        return row_of(values, self._figures(measured))
+
+    def _figures(self, measured: Measurement) -> Figures:
+        return measured.figures(self.attribute.name, self.target)
 
     def row(self, method: Method) -> tuple[MethodRow, SweepResult | None]:
         """Fit, tune and measure one method; a method that this lens cannot run gives a row that says why."""
-        path, own = self.folder / method.key / "row.json", self.folder / method.key
+        own = self.folder / method.key
         if finished := self.finished(method):
             return finished
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "method": method.key, "name": method.name, "kind": method.kind, "is_control": method.is_control,
             "strength_name": method.strength_name, "n_tune": self.config.n_tune,
         }  # fmt: skip
@@ -127,27 +144,30 @@ class Bench:
             fitted = self.fit(method)
             curve = self.curve(method, fitted)
         except LensError as error:
-            row = MethodRow(**told, goal="", strength=0.0, n=0, n_uncertain=0, note=str(error))
-            write_json(path, to_plain(row))
+            row = MethodRow(**fields, goal="", strength=0.0, note=str(error))
+            self._save_row(row, own)
             return row, None
-        row = self._final(fitted, choose(curve.points).beta, told)
+        row = self._final(fitted, choose(curve.points).beta, fields)
         save_sweep(curve, own, "sweep")
-        write_json(path, to_plain(row))
+        self._save_row(row, own)
         return row, curve
 
-    def _final(self, fitted: Fitted, strength: float, told: dict[str, Any]) -> MethodRow:
+    def _final(self, fitted: Fitted, strength: float, fields: dict[str, Any]) -> MethodRow:
         edit = fitted.edit(strength, self.config.seeds("final")) if strength else None
-        base, base_seconds = self.shared.unsteered
-        sight, seconds, measured = (base, base_seconds, True)
+        run = base = self.shared.unsteered
         if edit is not None:
-            sight, seconds, measured = self.shared.draw("final", edit, f"{fitted.method.name}: final images")
+            run = self.shared.draw("final", edit, f"{fitted.method.name}: final images", base.measurement)
+        norm_ratio = None if run.saw_edit or edit is None else self.norm_ratio(edit)
         classes = zip(fitted.record.classes, fitted.record.target, strict=True)
-        row = measure_row(
-            sight, base, self.shared.prompt_rows, self.attribute, self.lens.classifier.confusion[self.attribute.name],
-            np.array(self.target), goal=", ".join(f"{c} {s:.0%}" for c, s in classes if s), strength=strength,
-            seconds_to_fit=fitted.record.seconds, seconds_per_image=seconds, **told,
+        return self._measure(
+            run, goal=", ".join(f"{c} {s:.0%}" for c, s in classes if s), strength=strength, norm_ratio=norm_ratio,
+            seconds_to_fit=fitted.record.seconds, **fields,
         )  # fmt: skip
-        return row if measured or edit is None else flag(row, self.norm_ratio(edit))
+
+    def _measure(self, run: Run, **fields: Any) -> MethodRow:
+        base = self.shared.unsteered
+        figures = self._figures(run.measurement if run is not base else base.measurement.against(base.measurement))
+        return measure_row(run, base, self.shared.prompt_rows, figures, **fields)
 
     def norm_ratio(self, edit: Edit) -> float:
         """Mean ``|h| / |h unedited|`` at the end of every step, for edits that change the model and not h itself."""
@@ -162,17 +182,14 @@ class Bench:
 
     def unsteered_row(self) -> MethodRow:
         """The unedited images in the same table."""
-        path = self.folder / UNSTEERED / "row.json"
-        if not path.is_file():
-            sight, seconds = self.shared.unsteered
-            row = measure_row(
-                sight, sight, self.shared.prompt_rows, self.attribute,
-                self.lens.classifier.confusion[self.attribute.name], np.array(self.target),
-                method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
-                strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0, seconds_per_image=seconds,
+        folder = self.folder / UNSTEERED
+        if not (folder / "row.json").is_file():
+            row = self._measure(
+                self.shared.unsteered, method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
+                strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0,
             )  # fmt: skip
-            write_json(path, to_plain(row))
-        return TypeAdapter(MethodRow).validate_python(read_json(path))
+            self._save_row(row, folder)
+        return self._load_row(folder)
 
     def labels(self) -> dict[str, str]:
         """What the numbers are measured in."""
@@ -250,7 +267,3 @@ def _table(bench: Bench, on_row: OnRow | None) -> Comparison:
         bench.config, bench.attribute, bench.target, tuple(rows), curves, bench.labels(), RULE, lens_key(bench.lens),
         manifest.sae_id, manifest.base_model.id, bench.lens.classifier.classifier_id,
     )  # fmt: skip
-
-
-def _shares(counts: np.ndarray) -> np.ndarray:
-    return counts / max(1, int(counts.sum()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +17,17 @@ import numpy as np
 
 from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
 from diffusion_lens.base.progress import Progress
-from diffusion_lens.base.types import GenerationRequest, LensError, Predictions
+from diffusion_lens.base.types import Generation, GenerationRequest, LensError, Predictions
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.judging.readers import ClipReader
-from diffusion_lens.measuring.sweep import Baseline, Reading
+from diffusion_lens.measuring.observe import Baseline, observe
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.protocol import OpenLens, lens_key
 from diffusion_lens.model.denoise import Edit
-from diffusion_lens.model.generate import OnStep, generate_batches, request
+from diffusion_lens.model.generate import OnStep, request
 from diffusion_lens.results.comparison import CompareConfig
-from diffusion_lens.studies.bench.rows import Clock, Sight, look, timed
+from diffusion_lens.results.measurement import Measurement
+from diffusion_lens.studies.bench.rows import Run
 
 OnStage = Callable[[str, int, int], None]
 Purpose = Literal["final", "tune"]
@@ -84,15 +86,27 @@ class Shared:
         manifest, seeds = self.lens.manifest, self.config.seeds(purpose)
         return request(self.lens.model, self.config.prompt, seeds, manifest.n_steps, manifest.guidance_scale)
 
-    def draw(self, purpose: Purpose, edit: Edit | None, stage: str) -> tuple[Sight, float, bool]:
-        """Draw and look → what was seen, seconds per image, whether ``|h'|`` was measured on the way."""
-        clock, wanted = Clock(), self.request(purpose)
-        parts = generate_batches(
-            self.lens.model, wanted, edit=edit, batch_size=self.config.batch_size, on_step=self.step(stage)
-        )
+    def draw(self, purpose: Purpose, edit: Edit | None, stage: str, reference: Measurement | None = None) -> Run:
+        """Draw and read one run; ``embed`` is CLIP's where there is one, else the classifier's features serve."""
         embed = None if self.clip is None or not self.config.prompt else self.clip.embed_images
-        sight = look(timed(parts, clock), self.lens.classifier, embed, self.config.n_examples)
-        return sight, clock.seconds / len(wanted.seeds), clock.saw_ratio
+        rows: list[np.ndarray] = []
+        saw_edit, reading = False, 0.0
+
+        def look(part: Generation) -> None:
+            nonlocal saw_edit, reading
+            saw_edit = saw_edit or part.activation_ratio is not None
+            if embed is not None:
+                begin = time.perf_counter()
+                rows.append(embed(part.images))
+                reading += time.perf_counter() - begin
+
+        begin, wanted = time.perf_counter(), self.request(purpose)
+        found = observe(
+            self.lens.model, wanted, edit, self.lens.classifier, reference=reference, on_batch=look,
+            batch_size=self.config.batch_size, n_examples=self.config.n_examples, on_step=self.step(stage),
+        )  # fmt: skip
+        seconds = (time.perf_counter() - begin - reading) / len(wanted.seeds)
+        return Run(found, np.concatenate(rows) if rows else features_of(found), seconds, saw_edit)
 
     def step(self, stage: str) -> OnStep | None:
         """Progress of one stage."""
@@ -107,12 +121,11 @@ class Shared:
     @cached_property
     def tuning(self) -> Baseline:
         """The unedited images of the tuning seeds."""
-        reading = self._unedited("tune", "unsteered images for tuning")[0].reading
-        return Baseline(self.request("tune"), reading, self.lens.classifier.classifier_id)
+        return Baseline(self._unedited("tune", "unsteered images for tuning").measurement)
 
     @cached_property
-    def unsteered(self) -> tuple[Sight, float]:
-        """The unedited images of the final seeds, and seconds per image."""
+    def unsteered(self) -> Run:
+        """The unedited images of the final seeds."""
         return self._unedited("final", "unsteered images")
 
     @cached_property
@@ -120,38 +133,46 @@ class Shared:
         """What stands for the prompt: CLIP's text embedding, or the mean features of its unedited tuning images."""
         if self.clip is not None and self.config.prompt:
             return self.clip.embed_texts([self.config.prompt])
-        return self.tuning.reading.features.mean(axis=0, keepdims=True)
+        return features_of(self.tuning.measurement).mean(axis=0, keepdims=True)
 
-    def _unedited(self, purpose: Purpose, stage: str) -> tuple[Sight, float]:
+    def _unedited(self, purpose: Purpose, stage: str) -> Run:
         path = self.folder / f"{purpose}.safetensors"
         if not path.is_file():
-            sight, seconds, _ = self.draw(purpose, None, stage)
-            save_sight(path, sight, seconds)
-        return load_sight(path, self.lens.classifier)
+            save_run(path, self.draw(purpose, None, stage))
+        return load_run(path, self.request(purpose), self.lens.classifier)
 
 
-def save_sight(path: Path, sight: Sight, seconds_per_image: float) -> None:
-    """Write what was seen of one run, whole or not at all."""
-    reading = sight.reading
-    arrays: dict[str, Any] = {"features": reading.features, "examples": reading.examples}
-    if sight.embeddings is not reading.features:
-        arrays["embeddings"] = sight.embeddings
-    for name, predictions in reading.predictions.items():
+def features_of(measurement: Measurement) -> np.ndarray:
+    """The classifier's features; raises ``LensError`` where it has none."""
+    if measurement.features is None:
+        raise LensError("This classifier has no image features; give --clip, or another classifier.")
+    return measurement.features
+
+
+def save_run(path: Path, run: Run) -> None:
+    """Write an unedited run with probabilities and features, whole or not at all."""
+    found = run.measurement
+    arrays: dict[str, Any] = {"features": features_of(found), "examples": found.examples}
+    if run.embeddings is not found.features:
+        arrays["embeddings"] = run.embeddings
+    for name, predictions in found.readings.items():
         arrays[f"probs {name}"], arrays[f"certain {name}"] = predictions.probs, predictions.certain
-    told = {"activation_ratio": reading.activation_ratio, "seconds_per_image": seconds_per_image}
-    save_tensors(path, arrays, {"told": json.dumps(told)})
+    save_tensors(path, arrays, {"seconds_per_image": repr(run.seconds)})
 
 
-def load_sight(path: Path, classifier: Classifier) -> tuple[Sight, float]:
-    """Read what ``save_sight`` wrote; raises ``LensError`` where the classifier reads other attributes."""
+def load_run(path: Path, wanted: GenerationRequest, classifier: Classifier) -> Run:
+    """Read what ``save_run`` wrote; raises ``LensError`` where the classifier reads other attributes."""
     arrays = load_tensors(path)
-    told = json.loads(load_metadata(path)["told"])
     names = {key.removeprefix("probs ") for key in arrays if key.startswith("probs ")}
     if names != {a.name for a in classifier.attributes}:
         raise LensError(f"{path} was read by another classifier; delete it and run again.")
-    predictions = {
+    readings = {
         a.name: Predictions(arrays[f"probs {a.name}"], arrays[f"certain {a.name}"], a, classifier.classifier_id)
         for a in classifier.attributes
     }
-    reading = Reading(predictions, arrays["features"], arrays["examples"], float(told["activation_ratio"]))
-    return Sight(reading, arrays.get("embeddings", arrays["features"])), float(told["seconds_per_image"])
+    found = Measurement(
+        wanted, None, readings, classifier.confusion, classifier.classifier_id, features=arrays["features"],
+        examples=arrays["examples"],
+    )  # fmt: skip
+    seconds = float(load_metadata(path)["seconds_per_image"])
+    return Run(found, arrays.get("embeddings", arrays["features"]), seconds, saw_edit=True)

@@ -8,8 +8,8 @@ from typing import Literal
 
 from scipy.stats import norm
 
-from diffusion_lens.base.types import SweepResult
 from diffusion_lens.results.counted import CountedShares
+from diffusion_lens.results.sweeps import SweepResult
 
 Interval = tuple[float, float]
 Verdict = Literal["holds", "open", "fails", "not applicable", "information"]

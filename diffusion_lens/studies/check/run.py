@@ -75,12 +75,12 @@ def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
         job.on_rows(measured)
 
     if 1 in parts or 2 in parts:
-        tallies = world.draw_shares(job)
+        counted = world.draw_shares(job)
         if 1 in parts:
-            add(world.share_rows(job, tallies))
+            add(world.share_rows(job, counted))
         if 2 in parts:
-            add(world.classifier_rows(job, tallies))
-        found["counted"] = world.counted(job, tallies)
+            add(world.classifier_rows(job, counted))
+        found["counted"] = world.counted_shares(counted)
     if 3 in parts or 4 in parts:
         plain, rebuilt = inside.draw_inside(job)
         if 3 in parts:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from diffusion_lens.base.types import GenerationRequest, LensError
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring.tally import Tally
+from diffusion_lens.measuring.observe import observe
+from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.studies.check.result import Row
 
 FIRST_SEED = 60_000_000
@@ -100,13 +101,10 @@ def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
             raise LensError(f"This lens was {how} on seeds from {start:,} on, which the check draws; choose others.")
 
 
-def tally(job: Job, request: GenerationRequest, stage: str, into: Tally | None = None) -> Tally:
-    """Draw a request and count what the classifier reads; images are dropped batch by batch."""
-    from diffusion_lens.model.generate import generate_batches
-
-    found = into or Tally()
+def count(job: Job, request: GenerationRequest, stage: str) -> Measurement:
+    """Draw a request unedited and read it; images are dropped batch by batch."""
     lens = job.lens
-    batches: Iterable = generate_batches(lens.model, request, batch_size=job.sizes.batch_size, on_step=job.told(stage))
-    for part in batches:
-        found.add(lens.classify(part.images), len(part.images))
-    return found
+    return observe(
+        lens.model, request, None, lens.classifier, batch_size=job.sizes.batch_size, n_examples=0,
+        on_step=job.told(stage),
+    )  # fmt: skip

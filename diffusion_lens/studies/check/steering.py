@@ -8,11 +8,11 @@ from itertools import combinations
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribute, Balance, Predictions, SweepPoint, SweepResult
+from diffusion_lens.base.types import Attribute, Predictions
 from diffusion_lens.measuring.balance import balance
-from diffusion_lens.measuring.sweep import Baseline, Reading, collect, measure_baseline, measure_point, read_images
-from diffusion_lens.model.generate import generate_batches
+from diffusion_lens.measuring.observe import Baseline, observe, observe_baseline
 from diffusion_lens.results import metrics, stats
+from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
 from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
 from diffusion_lens.studies.check.result import (
     SEVERITY,
@@ -40,14 +40,13 @@ FIRST_CHOICE = ("firefighter", "doctor", "nurse", "receptionist")
 
 @dataclass(frozen=True)
 class Steered:
-    """One prompt swept: the result, the reading at every β, and the point where the shares balance."""
+    """One prompt swept: the result, and the point where the shares balance."""
 
     prompt: str | None
     result: SweepResult
-    readings: tuple[Reading, ...]
     base: Baseline
     found: Balance | None = None
-    balanced: Reading | None = None
+    balanced: SweepPoint | None = None
 
 
 @dataclass(frozen=True)
@@ -109,48 +108,41 @@ def steer(
     wanted = job.sizes.strengths if control is None else job.sizes.control_strengths
     betas = thin(setting.betas, wanted, setting.identity)
     size = job.sizes.batch_size
-    base = base or measure_baseline(
+    base = base or observe_baseline(
         lens.model, request, lens.classifier, batch_size=size, n_examples=0, on_step=job.told(f"{stage}, unedited")
     )
 
-    def at(beta: float) -> Reading:
+    def at(beta: float) -> SweepPoint:
+        unedited = base.measurement
         if beta == setting.identity:
-            return base.reading
-        steer = lens.intervention(attribute.name, setting.target, beta)
-        steer = steer if control is None else control_intervention(steer, control, lens.atlas.activity, draw)
-        told = job.told(f"{stage}, β = {beta:.3g}")
-        parts = generate_batches(lens.model, request, edit=lens.edit(steer), batch_size=size, on_step=told)
-        return read_images(parts, lens.classifier, 0)
+            return SweepPoint(unedited.against(unedited), attribute, beta=beta)
+        steered = lens.intervention(attribute.name, setting.target, beta)
+        steered = steered if control is None else control_intervention(steered, control, lens.atlas.activity, draw)
+        found = observe(
+            lens.model, request, lens.edit(steered), lens.classifier, reference=unedited, batch_size=size,
+            n_examples=0, on_step=job.told(f"{stage}, β = {beta:.3g}"),
+        )  # fmt: skip
+        return SweepPoint(found, attribute, beta=beta)
 
-    confusion = lens.classifier.confusion[attribute.name]
-
-    def measured(beta: float, reading: Reading) -> SweepPoint:
-        return measure_point(beta, reading, base.reading, attribute, confusion)
-
-    readings = tuple(at(beta) for beta in betas)
     result = collect(
-        map(measured, betas, readings),
-        attribute=attribute,
+        map(at, betas),
         target=setting.target,
-        request=request,
         setting=describe_setting(setting, control, draw),
-        classifier_id=lens.classifier.classifier_id,
         is_control=control is not None,
         provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
     )
     if control is not None:
-        return Steered(prompt, result, readings, base)
+        return Steered(prompt, result, base)
     points, trial = result.points, result
     for _ in range(REFINEMENTS):
-        found = balance(trial, confusion)
-        reading = at(found.beta)
-        point = measured(found.beta, reading)
+        found = balance(trial, lens.classifier.confusion[attribute.name])
+        point = at(found.beta)
         if point.fd <= point.fd_floor or found.beta in trial.betas:
             break
         # Between the strengths of the grid the curve is not straight: what was measured there joins it.
         points = tuple(sorted([*points, point], key=lambda p: p.beta))
         trial = replace(trial, points=points)
-    return Steered(prompt, result, readings, base, found, reading)
+    return Steered(prompt, result, base, found, point)
 
 
 def thin(betas: Sequence[float], n: int, identity: float) -> tuple[float, ...]:
@@ -198,8 +190,7 @@ def _log_odds(result: SweepResult, place: int, column: int) -> tuple[float, Inte
 def order_row(steered: Steered, column: int, name: str) -> Row:
     """Whether the target's share ever falls as β rises, beyond what paired seeds leave to chance."""
     name = f"share rises with β, {name}: largest fall"
-    attribute = steered.result.attribute.name
-    readings = [reading.predictions[attribute] for reading in steered.readings]
+    readings = steered.result.points
     pairs = list(combinations(range(len(readings)), 2))
     falls: list[tuple[float, Interval, int]] = []
     for i, j in pairs:
@@ -220,17 +211,16 @@ def order_row(steered: Steered, column: int, name: str) -> Row:
 
 def balance_row(steered: Steered, name: str) -> Row:
     """FD at the balanced strength against the 95 % point of its null."""
-    result, found = steered.result, steered.found
+    found = steered.found
     assert found is not None and steered.balanced is not None
-    own = steered.balanced.predictions[result.attribute.name]
-    n, counts = int(own.counts.sum()), own.counts
+    n, counts = steered.balanced.n, steered.balanced.counts
     label = f"FD at balance, {name}"
     if n == 0:
         return Row(5, label, "–", "fails", note="every image was left undecided")
     share = stats.wilson(int(counts[1]), n)
     interval = distance((share[0] - 0.5, share[1] - 0.5))
     wide = interval[0] * 2**0.5, interval[1] * 2**0.5
-    value, floor = metrics.fairness_discrepancy(counts / n), metrics.fd_null_floor(n)
+    value, floor = steered.balanced.fd, steered.balanced.fd_floor
     note = f"{found.note} Bar: the 95 % point of FD at n = {n}"
     return at_most(5, label, value, wide, floor, "number", n, note)
 
@@ -239,8 +229,7 @@ def moved_row(job: Job, steered: Steered, name: str) -> Row:
     """The largest move of a share of the other steered attributes at balance."""
     assert steered.balanced is not None
     others = [a.name for a in job.lens.attributes if a.name != steered.result.attribute.name]
-    before, after = steered.base.reading.predictions, steered.balanced.predictions
-    moves = [change for other in others for change in metrics.changes(before[other], after[other])]
+    moves = [change for change in steered.balanced.changes if change.attribute in others]
     label = f"{' and '.join(others) or 'other'} shares moved at balance, {name}"
     if not moves:
         return not_applicable(5, label, "this lens steers nothing else")
@@ -256,7 +245,7 @@ def kept_row(job: Job, steered: Steered, name: str) -> Row | None:
     """Nuisance classes kept on paired seeds at balance: mean over nuisances."""
     assert steered.balanced is not None
     steerable = {a.name for a in job.lens.attributes}
-    before, after = steered.base.reading.predictions, steered.balanced.predictions
+    before, after = steered.base.measurement.readings, steered.balanced.measurement.readings
     same = {key: _same(before[key], after[key]) for key in before if key not in steerable}
     if not same:
         return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.stats import norm
 
 from diffusion_lens.base.types import Attribute, Share
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.measuring.tally import Tally
 from diffusion_lens.portraits import world
 from diffusion_lens.results import stats
 from diffusion_lens.results.counted import CountedShares
+from diffusion_lens.results.measurement import Measurement, join
 from diffusion_lens.studies.check.result import Row, at_least, at_most, distance, not_applicable, stretch
-from diffusion_lens.studies.check.runs import DRAWN_SEED, Job, tally
+from diffusion_lens.studies.check.runs import DRAWN_SEED, Job, count
 
 WITHIN = 0.04
 ACCURACY = {"gender": 0.98, "age": 0.95, "tone": 0.95}
@@ -26,30 +28,23 @@ def has_truth(lens: DiffusionLens) -> bool:
     return planted and all(a in world.ATTRIBUTES for a in lens.classifier.attributes)
 
 
-def draw_shares(job: Job) -> dict[str | None, Tally]:
+Counted = dict[str | None, Measurement]
+"""Prompt → its unedited images as read."""
+
+
+def draw_shares(job: Job) -> Counted:
     """Draw every suggested prompt and count."""
     prompts = job.lens.prompts
-    found = {}
+    found: Counted = {}
     for place, prompt in enumerate(prompts):
         request = job.request(prompt, job.seeds(1, place, job.sizes.shares))
-        found[prompt] = tally(job, request, f"1 shares: prompt {place + 1} of {len(prompts)}")
+        found[prompt] = count(job, request, f"1 shares: prompt {place + 1} of {len(prompts)}")
     return found
 
 
-def counted(job: Job, tallies: dict[str | None, Tally]) -> CountedShares:
-    """Every prompt's shares, corrected for the classifier's error, to be kept with the lens."""
-    lens, manifest = job.lens, job.lens.manifest
-    attributes, confusion = lens.classifier.attributes, lens.classifier.confusion
-    return CountedShares(
-        shares={
-            prompt or "": {a.name: tally.shares(a, confusion[a.name]) for a in attributes}
-            for prompt, tally in tallies.items()
-        },
-        n_steps=manifest.n_steps,
-        guidance_scale=manifest.guidance_scale,
-        first_seed=job.seeds(1, 0, 1).start,
-        classifier_id=manifest.classifier_id,
-    )
+def counted_shares(counted: Counted) -> CountedShares:
+    """Every prompt's reading, to be kept with the lens."""
+    return CountedShares({prompt or "": replace(one, features=None) for prompt, one in counted.items()})
 
 
 class Comparison:
@@ -79,20 +74,20 @@ class Comparison:
         return float(2 * norm.sf(WITHIN / spread))
 
 
-def compare(lens: DiffusionLens, tallies: dict[str | None, Tally]) -> list[Comparison]:
+def compare(lens: DiffusionLens, counted: Counted) -> list[Comparison]:
     """Every class of every attribute under every prompt; intervals hold together."""
     attributes = lens.classifier.attributes
-    m = len(tallies) * sum(len(a.classes) - 1 for a in attributes)
+    m = len(counted) * sum(len(a.classes) - 1 for a in attributes)
     rows = []
-    for prompt, counted in tallies.items():
+    for prompt, measured in counted.items():
         planted = world.planted_shares(prompt or "")
         for a in attributes:
-            found = counted.shares(a, lens.classifier.confusion[a.name])
+            found = measured[a.name].shares
             rows += [Comparison(prompt, a, s, float(p), m) for s, p in zip(found, planted[a.name], strict=True)]
     return rows
 
 
-def share_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
+def share_rows(job: Job, counted: Counted) -> list[Row]:
     """Row 1, one per attribute: its worst class under its worst prompt.
 
     Prompts with a share that is beyond the bar, but not clearly so, get more images once (``Sizes.again``), unless
@@ -101,15 +96,15 @@ def share_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
     lens = job.lens
     if not has_truth(lens):
         return [not_applicable(1, "generated against planted shares", NO_TRUTH)]
-    compared = compare(lens, tallies)
+    compared = compare(lens, counted)
     more = job.sizes.again - job.sizes.shares
     failed = {c.attribute.name for c in compared if c.is_beyond and not c.is_open}
     unclear = {c.prompt for c in compared if c.is_open and c.attribute.name not in failed} if more > 0 else set()
     for place, prompt in enumerate(lens.prompts):
         if prompt in unclear:
             request = job.request(prompt, job.seeds(1, place, more, skip=job.sizes.shares))
-            tally(job, request, f"1 shares: once more, '{prompt}'", tallies[prompt])
-    compared = compare(lens, tallies) if unclear else compared
+            counted[prompt] = join(counted[prompt], count(job, request, f"1 shares: once more, '{prompt}'"))
+    compared = compare(lens, counted) if unclear else compared
     return [_attribute_row(a, [c for c in compared if c.attribute == a]) for a in lens.classifier.attributes]
 
 
@@ -123,13 +118,13 @@ def _attribute_row(attribute: Attribute, compared: list[Comparison]) -> Row:
     return at_most(1, f"{attribute.name}: worst share", top.gap, top.interval, WITHIN, "points", top.share.n, note)
 
 
-def classifier_rows(job: Job, tallies: dict[str | None, Tally]) -> list[Row]:
+def classifier_rows(job: Job, counted: Counted) -> list[Row]:
     """Row 2: accuracy on fresh balanced drawings, and how often generated images are left undecided."""
     lens = job.lens
     rows = _accuracy_rows(job) if has_truth(lens) else [not_applicable(2, "classifier on held-out drawings", NO_TRUTH)]
-    n = sum(t.n for t in tallies.values())
+    n = sum(one.n for one in counted.values())
     for a in lens.attributes:
-        k = sum(t.uncertain[a.name] for t in tallies.values())
+        k = sum(one[a.name].n_uncertain for one in counted.values())
         name = f"{a.name}: undecided on generated images"
         rows.append(at_most(2, name, k / n, stats.wilson(k, n), UNCERTAIN, "share", n))
     return rows

@@ -31,9 +31,10 @@ from diffusion_lens.base.types import (
 )
 from diffusion_lens.base.words import duration
 from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
-from diffusion_lens.model.generate import OnStep, generate_batches, join, record_trajectory, request
+from diffusion_lens.model.generate import OnStep, join, record_trajectory, request
 from diffusion_lens.results import stats
 from diffusion_lens.results.dissection import Dissection
 from diffusion_lens.steering.intervene import make_edit
@@ -235,14 +236,14 @@ def measure_block(
             lens.sae, {seeds[i]: turns[j] for i, j in batch}, config.mode, config.sampler, (int(begin), n_steps)
         )
         counted = sum(n_steps - int(first[i, j]) for i, j in batch)
-        for drawn in generate_batches(
-            lens.model, part, edit=edit, batch_size=len(batch), start=plan.start,
+        found = observe(
+            lens.model, part, edit, lens.classifier, start=plan.start, batch_size=len(batch), n_examples=0,
             on_step=None if on_steps is None else _scaled(on_steps, done, counted),
-        ):  # fmt: skip
-            for name, read in lens.classifier.predict(drawn.images).items():
-                for row, seed in enumerate(drawn.request.seeds):
-                    probs, certain = after[edit.turn[seed]][name]
-                    probs[place[seed]], certain[place[seed]] = read.probs[row], read.certain[row]
+        )  # fmt: skip
+        for name, read in found.readings.items():
+            for row, seed in enumerate(part.seeds):
+                probs, certain = after[edit.turn[seed]][name]
+                probs[place[seed]], certain[place[seed]] = read.probs[row], read.certain[row]
         done += counted
     return {turn: _compare(plan, turn[0], after[turn]) for turn in turns}
 
