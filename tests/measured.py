@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import make_dataclass
+from typing import Any
 
 import numpy as np
 
 from diffusion_lens.base.types import Attribute, GenerationRequest, Predictions
+from diffusion_lens.results.comparison import MethodRow
+from diffusion_lens.results.comparison_tables import CSV_FIELDS
 from diffusion_lens.results.measurement import Measurement
 
 
@@ -36,3 +40,10 @@ def counted(attribute: Attribute, *counts: int, undecided: int = 0) -> np.ndarra
     """Labels with as many images per class as ``counts``, in class order; ``undecided`` ones last."""
     assert len(counts) == len(attribute.classes)
     return np.concatenate([np.repeat(np.arange(len(counts)), counts), np.zeros(undecided, int)])
+
+
+def row_with(row: MethodRow, **values: Any) -> Any:
+    """A row of a comparison that shows numbers of a test's choosing; ``dataclasses.replace`` works on it."""
+    names = (*CSV_FIELDS, *values)
+    shown = {name: getattr(row, name) for name in names if name not in values} | values
+    return make_dataclass("Row", list(shown), frozen=True)(**shown)

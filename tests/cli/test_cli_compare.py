@@ -36,7 +36,12 @@ def test_compare_prints_and_writes_the_table(run: Any, tmp_path: Path) -> None:
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert "H-Distribution" in result.stdout and "No steering" in result.stdout
-    assert {p.suffix for p in (tmp_path / "out" / "gender").glob("comparison.*")} == {".json", ".csv", ".md"}
+    assert {p.suffix for p in (tmp_path / "out" / "gender").glob("comparison.*")} == {
+        ".json",
+        ".safetensors",
+        ".csv",
+        ".md",
+    }
     assert "images to draw and 2 fits" in result.stderr and "(3 of 3;" in result.stderr
     plain = json.loads(run(*words, "--json").stdout)
     assert [row["method"] for row in plain["gender"]] == ["unsteered", "bypass", "h-distribution"]

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import make_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
+from measured import row_with
 
 from diffusion_lens.base.types import LensError, LogRatio
 from diffusion_lens.lens.lens import DiffusionLens
@@ -370,10 +371,8 @@ def test_best_values_by_hand(comparison: Comparison) -> None:
 
     def made(row: MethodRow, strength: float, fd: float, ratio: float, keeps: float, size: float) -> Any:
         log_ratio = LogRatio(ratio, (ratio - 1, ratio + 1), "male", "female", False)
-        values = {name: getattr(row, name) for name in (*COLUMNS, "method", "is_control", "note", "strength_name")}
-        values |= {"strength": strength, "fd": Measured(fd, (fd, fd)), "log_ratio_corrected": log_ratio}
-        values |= {"kept": keeps, "activation_ratio": size, "fd_floor": 0.1, "flagged": False}
-        return make_dataclass("Row", values, frozen=True)(**values)
+        return row_with(row, strength=strength, fd=Measured(fd, (fd, fd)), log_ratio_corrected=log_ratio, kept=keeps,
+                        activation_ratio=size, fd_floor=0.1, flagged=False)  # fmt: skip
 
     rows = (
         made(unsteered, 0.0, 0.4, 2.0, 1.0, 1.0), made(a, 1.0, 0.2, -0.1, 0.9, 0.5), made(b, 2.0, 0.05, 0.3, 0.8, 1.2),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
+from measured import measured
 
 from diffusion_lens import ui
 from diffusion_lens.base.types import LensError
@@ -449,23 +450,27 @@ class TestAbout:
         tiny_lens.save_pretrained(lens_copy)
         lens = DiffusionLens.from_pretrained(lens_copy)
         names = list(about.attributes_known(lens))
-        few = about.measured(lens)[PROMPTS[0], "gender"]
         assert names == [a.name for a in lens.attributes]
-        many = tuple(replace(share, n=5_000, corrected=0.25) for share in few)
-        blind = (replace(few[0], label="no", n=900), replace(few[1], label="yes", n=900))
-        other = lens.manifest.nuisances[0].name
-        shares = {PROMPTS[0]: {"gender": many, other: blind}, PROMPTS[1]: {"gender": many}}
-        counted = CountedShares(shares, 16, 1.0, 0, lens.manifest.classifier_id)
+        gender, nuisance = lens.attribute_named("gender"), lens.manifest.nuisances[0].attribute()
+        other, judge = nuisance.name, lens.manifest.classifier_id
+        images = measured({gender: np.arange(5_000) % 2, nuisance: np.arange(5_000) % 2}, prompt=PROMPTS[0])
+        few = replace(images.readings[other], certain=np.arange(5_000) < 900)
+        images = replace(images, readings={**images.readings, other: few})
+        both = {
+            prompt: replace(images, request=replace(images.request, prompt=prompt), classifier_id=judge)
+            for prompt in PROMPTS[:2]
+        }
+        counted = CountedShares(both)
         path = lens.store(counted)
         again = DiffusionLens.from_pretrained(lens_copy)
-        assert again.counted == counted
+        assert again.counted is not None and again.counted.shares == counted.shares
         check_target(lens_copy)  # a new fit may replace it
         assert about.planted_html(again, "gender").count("<td>5,000</td>") == 2
         assert list(about.attributes_known(again)) == [*names, other]
         assert "<td>900</td>" in about.planted_html(again, other)
         assert "5,000 images were counted" in about.comparison(again, PROMPTS[1], "gender")[1]
         with pytest.raises(LensError, match="measured on another classifier"):
-            lens.store(replace(counted, classifier_id="another"))
+            lens.store(CountedShares({"": replace(images, classifier_id="another")}))
         path.write_text('{"shares": {}}')
         with pytest.raises(LensError, match=r"shares\.json"):
             DiffusionLens.from_pretrained(lens_copy)

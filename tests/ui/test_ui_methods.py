@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lens_fixtures import PROMPTS
+from measured import row_with
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
@@ -103,7 +104,7 @@ class TestStored:
 
     def test_the_table_marks_the_best_and_says_what_is_missing(self, comparison: Comparison) -> None:
         a, b, c = (
-            replace(row, fd=Measured(fd, (fd, fd))) for row, fd in zip(comparison.rows, (0.4, 0, 0), strict=True)
+            row_with(row, fd=Measured(fd, (fd, fd))) for row, fd in zip(comparison.rows, (0.4, 0, 0), strict=True)
         )
         rows = (a, replace(b, strength=1.0, kept=0.5, fid=None), replace(c, strength=1.0, kept=0.75, fid=None))
         table = replace(comparison, rows=rows)
