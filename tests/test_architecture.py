@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "diffusion_lens"
 
 ORDER = (
-    "base", "results", "plots", "model", "judging", "measuring", "features", "steering", "interop", "portraits",
-    "lens", "methods", "fit", "studies", "studio", "ui", "cli",
+    "base", "results", "plots", "model", "judging", "measuring", "features", "steering", "methods", "interop",
+    "portraits", "lens", "fit", "studies", "studio", "ui", "cli",
 )  # fmt: skip
 """The stations, bottom up: a package imports itself and those before it."""
 

@@ -44,7 +44,7 @@ class Activation(Method):
         scores = mean_differences(means, counts).mean(1)
         return Learned({"scores": scores}, {"examples": counts.tolist()})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """The gain is 1 + ``strength``."""
         scores, options = fitted.tensors["scores"], fitted.options
         top = scores.topk(min(options.n_channels, scores.shape[1]), dim=1)

@@ -83,7 +83,7 @@ class Bypass(Method):
         """Nothing to learn."""
         return Learned()
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """``strength`` is λ_max, from 0 to 1."""
         if not 0 <= strength <= 1:
             raise LensError(f"λ lies between 0 and 1; it is {strength:g}.")

@@ -11,13 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, EditSpec, GenerationRequest, Intervention, LensError, Sampler
-from diffusion_lens.methods.edits import NoEdit
+from diffusion_lens.base.types import EditSpec, GenerationRequest, Intervention, LensError, Sampler
+from diffusion_lens.methods.edits import ClassDraw, NoEdit
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
 from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, setting_with
 from diffusion_lens.model.denoise import Edit, StepContext
-from diffusion_lens.steering.intervene import draw_classes
 from diffusion_lens.steering.settings import control_intervention, opposite_set
 
 
@@ -42,8 +41,8 @@ class _SaeControl(Method):
             raise LensError(f"This lens ships no attribution for {task.attribute.name}; fit it with one.")
         return Learned()
 
-    def _edit(self, fitted: Fitted, strength: float, seeds: tuple[int, ...], change: Change | None) -> Edit:
-        return feature_edit(fitted, fitted.lens.attributions[fitted.record.attribute], strength, seeds, change)
+    def _edit(self, fitted: Fitted, strength: float, change: Change | None) -> Edit:
+        return feature_edit(fitted, fitted.lens.attributions[fitted.record.attribute], strength, change)
 
 
 class RandomFeatures(_SaeControl):
@@ -57,10 +56,10 @@ class RandomFeatures(_SaeControl):
         "moves, any push of that size would move: the chosen features' effect is what goes beyond it (our control)."
     )
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each class's features replaced by random ones."""
         activity, seed = fitted.lens.atlas.activity, fitted.options.control_seed
-        return self._edit(fitted, strength, seeds, lambda own: control_intervention(own, "random", activity, seed))
+        return self._edit(fitted, strength, lambda own: control_intervention(own, "random", activity, seed))
 
 
 class SignFlip(_SaeControl):
@@ -74,7 +73,7 @@ class SignFlip(_SaeControl):
         "it does not, the features carry no direction (our control)."
     )
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each intervention with its poles exchanged; one of a single pole steers by the opposite's features."""
         attribution = fitted.lens.attributions[fitted.record.attribute]
         setting = setting_with(fitted.lens, fitted.record.attribute, fitted.options)
@@ -87,7 +86,7 @@ class SignFlip(_SaeControl):
                 raise LensError(f"No feature speaks against {own.features.target}; there is nothing to exchange.")
             return replace(own, features=other)
 
-        return self._edit(fitted, strength, seeds, flip)
+        return self._edit(fitted, strength, flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +129,9 @@ class MatchedNoise(_SaeControl):
         "control)."
     )
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Noise of the size of the feature edit at ``strength``."""
-        inner = self._edit(fitted, strength, seeds, None)
+        inner = self._edit(fitted, strength, None)
         return NoiseEdit(inner, fitted.options.control_seed, fitted.spec(strength), inner.sampler, inner.window)
 
 
@@ -144,10 +143,10 @@ class PromptOptions(MethodOptions):
 
 @dataclass(frozen=True, eq=False)
 class PromptEdit:
-    """Tells each image a prompt that names its class; the bottleneck is left alone."""
+    """Tells a ``share`` of the images a prompt that names the class drawn for each; the bottleneck is left alone."""
 
-    attribute: Attribute
-    classes: dict[int, str]
+    draw: ClassDraw
+    share: float
     template: str
     spec: EditSpec
     sampler: Sampler = "symmetric"
@@ -158,13 +157,23 @@ class PromptEdit:
         return h
 
     def prompts(self, request: GenerationRequest) -> Sequence[str | None]:
-        """One prompt per image; images without a class keep the request's."""
+        """One prompt per image; those of images without a class stay the request's."""
+        classes = self.classes(request.seeds)
         return [
-            name_class(request.prompt, self.attribute, self.classes[seed], template=self.template)
-            if seed in self.classes
+            name_class(request.prompt, self.draw.attribute, classes[seed], template=self.template)
+            if seed in classes
             else request.prompt
             for seed in request.seeds
         ]
+
+    def classes(self, seeds: tuple[int, ...]) -> dict[int, str]:
+        """Seed → class, of the images whose prompt is rewritten."""
+        drawn = zip(seeds, self.draw.rows(seeds).tolist(), strict=True)
+        return {
+            seed: self.draw.attribute.classes[label]
+            for seed, label in drawn
+            if np.random.default_rng([self.draw.seed, seed, 1]).random() < self.share
+        }
 
 
 class PromptRewriting(Method):
@@ -191,18 +200,11 @@ class PromptRewriting(Method):
             raise LensError("This model takes no prompt, so a class cannot be named in it.")
         return Learned()
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Rewrite for the images whose own draw lies below ``strength``, from 0 to 1."""
         if not 0 <= strength <= 1:
             raise LensError(f"The share of rewritten prompts lies from 0 to 1; it is {strength:g}.")
         if strength == 0:
             return NoEdit(fitted.spec(strength))
-        target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
-        drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
-        classes = {
-            seed: label
-            for label, group in drawn.items()
-            for seed in group
-            if np.random.default_rng([fitted.options.draw_seed, seed, 1]).random() < strength
-        }
-        return PromptEdit(fitted.attribute, classes, fitted.options.template, fitted.spec(strength))
+        draw = ClassDraw(fitted.attribute, fitted.record.target, fitted.options.draw_seed)
+        return PromptEdit(draw, strength, fitted.options.template, fitted.spec(strength))

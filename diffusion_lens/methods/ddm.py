@@ -108,7 +108,7 @@ class DDM(Method):
         tensors, notes = train_ddm(task, sets, training)
         return Learned(tensors, {"rank": task.options.rank, "alpha": task.options.lora_alpha, **notes})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """The adapter scaled by ``strength``."""
         return adapter_edit(fitted, strength)
 

@@ -55,9 +55,9 @@ class DiffLens(Method):
         found = attribute_draws(task, partial(integrated_gradients, task.lens.sae, task.probe))
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
-        return feature_edit(fitted, difflens_attribution(fitted), strength, seeds)
+        return feature_edit(fitted, difflens_attribution(fitted), strength)
 
 
 class DiffLensHeld(DiffLens):
@@ -74,7 +74,7 @@ class DiffLensHeld(DiffLens):
         "putting it on the edit is our working form."
     )
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         hold = tuple(name for name in fitted.lens.probes if name != fitted.record.attribute)
-        return feature_edit(fitted, difflens_attribution(fitted), strength, seeds, hold=hold)
+        return feature_edit(fitted, difflens_attribution(fitted), strength, hold=hold)

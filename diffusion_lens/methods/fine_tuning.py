@@ -94,7 +94,7 @@ class FineTuning(Method):
         tensors, curve = train_aligned(task)
         return Learned(tensors, {"rank": task.options.rank, "alpha": float(task.options.rank), "loss": curve})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """The adapter scaled by ``strength``."""
         return adapter_edit(fitted, strength)
 

@@ -102,7 +102,7 @@ class HDistribution(Method):
         """Nothing: the lens's probes are the guidance."""
         return Learned(notes={"probes": "shipped with the lens; their fitting time is not counted"})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """``strength`` is γ; rows of one batch depend on each other."""
         options = fitted.options
         return HDistributionEdit(

@@ -79,7 +79,7 @@ class LatentDirection(Method):
             losses[task.attribute.classes[label]] = curve
         return Learned({"directions": directions}, {"loss": losses})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """``h + strength · c``."""
         draw = ClassDraw(fitted.attribute, fitted.record.target, fitted.options.draw_seed)
         directions = fitted.tensors["directions"]

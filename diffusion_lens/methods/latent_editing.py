@@ -72,7 +72,7 @@ class LatentEditing(Method):
             directions[label, step] = train_delta(task, batches, label, step, part).cpu()
         return Learned({"directions": directions})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """``h + strength · Δh_t`` down to t_edit; refuses models that do not sample with DDIM."""
         model = fitted.lens.model
         need_ddim(model, self.name)

@@ -1,6 +1,6 @@
 """What every method of the bench is: declared options, a fit on a lens, and edits of any strength.
 
-``method.fit(lens, attribute, target, options, prompts=…, seeds=…)`` gives a ``Fitted``, whose ``edit(strength, seeds)``
+``method.fit(lens, attribute, target, options, prompts=…, seeds=…)`` gives a ``Fitted``, whose ``edit(strength)``
 is an ``Edit``.
 Strength 0 is the identity, bit for bit, for every method. No method sees the classifier that judges: ``OpenLens`` has
 none, and classes of images are read with the lens's probes.
@@ -166,11 +166,11 @@ class Fitted:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def edit(self, strength: float, seeds: Sequence[int]) -> Edit:
-        """The edit of this strength for images of ``seeds``; 0 changes nothing, bit for bit."""
+    def edit(self, strength: float) -> Edit:
+        """The edit of this strength; 0 changes nothing, bit for bit. What it does to an image its own seed decides."""
         if not np.isfinite(strength) or abs(strength) > MAX_STRENGTH:
             raise LensError(f"A strength is a finite number up to {MAX_STRENGTH:g}; it is {strength}.")
-        return self.method.build(self, float(strength), tuple(int(s) for s in seeds))
+        return self.method.build(self, float(strength))
 
     def spec(self, strength: float) -> EditSpec:
         """The edit of this strength as data: everything but the tensors, which its digest names."""
@@ -215,7 +215,7 @@ class Method(ABC):
         """Whatever has to be found before any edit."""
 
     @abstractmethod
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """The edit of one strength."""
 
     def fit(

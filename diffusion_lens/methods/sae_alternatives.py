@@ -43,9 +43,9 @@ class SaeLrp(Method):
         found = attribute_draws(task, partial(lrp_attribution, task.lens.sae, task.probe, rule=task.options.rule))
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
-        return feature_edit(fitted, rebuild(fitted, f"lrp_{fitted.options.rule}"), strength, seeds)
+        return feature_edit(fitted, rebuild(fitted, f"lrp_{fitted.options.rule}"), strength)
 
 
 class SaeGradient(Method):
@@ -69,6 +69,6 @@ class SaeGradient(Method):
         found = attribute_draws(task, partial(gradient_x_activation, task.lens.sae, task.probe))
         return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
-        return feature_edit(fitted, rebuild(fitted, "gradient_x_activation"), strength, seeds)
+        return feature_edit(fitted, rebuild(fitted, "gradient_x_activation"), strength)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from pydantic import Field
 
 from diffusion_lens.base.progress import Progress
-from diffusion_lens.base.types import Attribution, Intervention, LensError, Mode, Sampler
+from diffusion_lens.base.types import Attribution, EditSpec, Intervention, LensError, Mode, Sampler
 from diffusion_lens.methods.draws import Drawn
-from diffusion_lens.methods.edits import NoEdit
+from diffusion_lens.methods.edits import ClassDraw
 from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
-from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.results.manifest import Setting
-from diffusion_lens.steering.intervene import draw_classes, make_edit
+from diffusion_lens.steering.intervene import FeatureEdit, make_edit
 from diffusion_lens.steering.settings import make_intervention
 
 Change = Callable[[Intervention], Intervention]
@@ -47,30 +47,55 @@ def setting_with(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting
     return setting.model_copy(update=known)
 
 
+@dataclass(frozen=True, eq=False)
+class ClassFeatureEdit:
+    """Each image steered by one of the interventions of ``edit``: that of the class drawn for it.
+
+    ``classes``: the interventions' class indices, in their order.
+    """
+
+    edit: FeatureEdit
+    classes: tuple[int, ...]
+    draw: ClassDraw
+    spec: EditSpec
+    sampler: Sampler
+    window: tuple[int, int] | None
+
+    def apply(self, h: torch.Tensor, context: StepContext) -> torch.Tensor:
+        """The edited ``h [n, c, y, x]``."""
+        return self.on(context.seeds).apply(h, context)
+
+    def on(self, seeds: tuple[int, ...]) -> FeatureEdit:
+        """The same for images of these seeds, every intervention with its own of them."""
+        drawn = tuple(zip(seeds, self.draw.rows(seeds).tolist(), strict=True))
+        own = tuple(
+            replace(steer, only_seeds=frozenset(seed for seed, label in drawn if label == wanted))
+            for steer, wanted in zip(self.edit.interventions, self.classes, strict=True)
+        )
+        return replace(self.edit, interventions=own)
+
+
 def feature_edit(
     fitted: Fitted,
     attribution: Attribution,
     strength: float,
-    seeds: tuple[int, ...],
     change: Change | None = None,
     hold: tuple[str, ...] = (),
 ) -> Edit:
-    """Steer by the features of each image's own class.
+    """Steer each image by the features of the class drawn for it.
 
     ``change`` makes another intervention of every one (controls do). ``hold``: attributes left alone, in place of
     those that the shipped setting holds.
     """
     setting = setting_with(fitted.lens, fitted.record.attribute, fitted.options).model_copy(update={"hold": hold})
-    target = dict(zip(fitted.record.classes, fitted.record.target, strict=True))
-    drawn = draw_classes(fitted.attribute, target, seeds, fitted.options.draw_seed)
-    steers = []
-    for label, group in drawn.items():
-        if target[label] > 0 and (group or target[label] == 1):
-            only = None if target[label] == 1 else group
-            steers.append(make_intervention(attribution, setting, label, strength, only_seeds=only))
+    wanted = [i for i, share in enumerate(fitted.record.target) if share > 0]
+    steers = [make_intervention(attribution, setting, fitted.record.classes[i], strength) for i in wanted]
     steers = steers if change is None else [change(steer) for steer in steers]
-    spec = fitted.spec(strength)
-    return replace(make_edit(steers, fitted.lens.sae, fitted.lens.probes), spec=spec) if steers else NoEdit(spec)
+    edit = replace(make_edit(steers, fitted.lens.sae, fitted.lens.probes), spec=fitted.spec(strength))
+    if len(wanted) == 1:
+        return edit
+    draw = ClassDraw(fitted.attribute, fitted.record.target, fitted.options.draw_seed)
+    return ClassFeatureEdit(edit, tuple(wanted), draw, edit.spec, edit.sampler, edit.window)
 
 
 def attribute_draws(task: Task, score: Callable[[torch.Tensor], Attribution]) -> Attribution:

@@ -99,7 +99,7 @@ class StereoClinic(Method):
             {"examples": counts.tolist(), "poles": poles.tolist(), "relevance lost": lost},
         )
 
-    def build(self, fitted: Fitted, strength: float, seeds: tuple[int, ...]) -> Edit:
+    def build(self, fitted: Fitted, strength: float) -> Edit:
         """Damp by γ = 1 − ``strength``, from 0 to 1."""
         if not 0 <= strength <= 1:
             raise LensError(f"Damping takes a strength from 0 to 1; it is {strength:g}.")

@@ -272,7 +272,7 @@ class MethodBench:
         with self.studio.work(f"{visitor}:methods", urgent=True, flag=flag) as on_step:
             images, ratio = picture.before.images, None
             if wish.strength:
-                edit = fitted.edit(wish.strength, request.seeds)
+                edit = fitted.edit(wish.strength)
                 made = lens.generate(request, edit, batch_size=len(request.seeds), on_step=on_step)
                 images, ratio = made.images, made.activation_ratio
             read = lens.classify(images)

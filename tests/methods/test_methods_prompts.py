@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
 
-from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.base.types import Attribute, EditSpec, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.controls import PromptEdit, PromptRewriting
+from diffusion_lens.methods.edits import ClassDraw
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.model.denoise import condition_each
 from diffusion_lens.model.generate import generate, request
@@ -67,26 +68,29 @@ def test_condition_each_equals_one_prompt_at_a_time(kind: str, tiny_models: dict
 
 
 def test_each_image_is_drawn_as_if_its_own_prompt_had_been_asked_for(text_model: DiffusionModel) -> None:
-    classes = {3: "woman", 5: "man"}
-    edit = PromptEdit(GENDER, classes, "", "test")
-    mixed = generate(text_model, request(text_model, "a portrait of a doctor", [3, 4, 5], 3, 2.0), edit=edit).images
-    told = {3: "a portrait of a woman doctor", 4: "a portrait of a doctor", 5: "a portrait of a man doctor"}
-    for row, (seed, prompt) in enumerate(told.items()):
-        whole = generate(text_model, request(text_model, prompt, [3, 4, 5], 3, 2.0)).images
-        np.testing.assert_array_equal(mixed[row], whole[[3, 4, 5].index(seed)])
+    edit = PromptEdit(ClassDraw(GENDER, (0.5, 0.5), 0), 0.7, "", EditSpec.of_custom("test"))
+    classes = edit.classes(tuple(range(50)))
+    woman, man = (next(seed for seed, label in classes.items() if label == wanted) for wanted in GENDER.classes)
+    seeds = (woman, next(seed for seed in range(50) if seed not in classes), man)
+    mixed = generate(text_model, request(text_model, "a portrait of a doctor", seeds, 3, 2.0), edit=edit).images
+    told = ["a portrait of a woman doctor", "a portrait of a doctor", "a portrait of a man doctor"]
+    for row, prompt in enumerate(told):
+        whole = generate(text_model, request(text_model, prompt, seeds, 3, 2.0)).images
+        np.testing.assert_array_equal(mixed[row], whole[row])
 
 
 def test_strength_is_the_share_rewritten_and_grows_by_the_same_images(tiny_lens: DiffusionLens) -> None:
     fitted = PromptRewriting().fit(tiny_lens, "gender", {"female": 0.5, "male": 0.5}, prompts=PROMPTS, seeds=range(4))
     seeds = tuple(range(1000))
-    some, more = (fitted.edit(s, seeds) for s in (0.3, 0.6))
+    some, more = (fitted.edit(s) for s in (0.3, 0.6))
     assert isinstance(some, PromptEdit) and isinstance(more, PromptEdit)
-    assert len(some.classes) / 1000 == pytest.approx(0.3, abs=0.05)
-    assert len(more.classes) / 1000 == pytest.approx(0.6, abs=0.05)
-    assert some.classes.items() <= more.classes.items()
-    assert np.mean([label == "male" for label in more.classes.values()]) == pytest.approx(0.5, abs=0.06)
+    few, many = some.classes(seeds), more.classes(seeds)
+    assert len(few) / 1000 == pytest.approx(0.3, abs=0.05)
+    assert len(many) / 1000 == pytest.approx(0.6, abs=0.05)
+    assert few.items() <= many.items()
+    assert np.mean([label == "male" for label in many.values()]) == pytest.approx(0.5, abs=0.06)
     with pytest.raises(LensError, match="from 0 to 1"):
-        fitted.edit(1.2, seeds)
+        fitted.edit(1.2)
 
 
 def test_models_without_prompts_are_refused(pixel_model: DiffusionModel, tiny_lens: DiffusionLens) -> None:

@@ -55,7 +55,7 @@ def fitted(tiny_lens: DiffusionLens, draws: Draws) -> dict[str, Fitted]:
 def test_strength_zero_is_no_edit_bit_for_bit(key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fitted]) -> None:
     seeds = range(6)
     plain = tiny_lens.generate(PROMPTS[0], seeds=seeds, capture=True)
-    same = tiny_lens.generate(PROMPTS[0], fitted[key].edit(0, seeds), seeds=seeds, capture=True)
+    same = tiny_lens.generate(PROMPTS[0], fitted[key].edit(0), seeds=seeds, capture=True)
     assert np.array_equal(plain.images, same.images)
     assert plain.activations is not None and same.activations is not None
     assert np.array_equal(plain.activations.h, same.activations.h)
@@ -70,7 +70,7 @@ def test_a_strength_changes_images_and_leaves_the_model_as_it_was(
     flags = {name: p.requires_grad for name, p in tiny_lens.model.unet.named_parameters()}
     strong = METHODS[key].strengths[-1]
     plain = tiny_lens.generate(PROMPTS[0], seeds=seeds, capture=True).activations
-    moved = tiny_lens.generate(PROMPTS[0], fitted[key].edit(strong, seeds), seeds=seeds, capture=True).activations
+    moved = tiny_lens.generate(PROMPTS[0], fitted[key].edit(strong), seeds=seeds, capture=True).activations
     assert plain is not None and moved is not None
     # Captured before the edit of each step, so what differs is what earlier steps did to the latents.
     assert not np.array_equal(plain.h[:, -1], moved.h[:, -1])
@@ -89,7 +89,7 @@ def test_save_and_load(key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fit
     loaded = METHODS[key].load(tmp_path, tiny_lens)
     assert loaded.record == fitted[key].record and loaded.digest == fitted[key].digest
     strong, seeds = METHODS[key].strengths[-1], range(4)
-    first, second = (tiny_lens.generate(PROMPTS[1], f.edit(strong, seeds), seeds=seeds) for f in (fitted[key], loaded))
+    first, second = (tiny_lens.generate(PROMPTS[1], f.edit(strong), seeds=seeds) for f in (fitted[key], loaded))
     assert np.array_equal(first.images, second.images) and first.edit == second.edit
 
 
@@ -150,7 +150,7 @@ def test_a_method_never_sees_the_classifier(tiny_lens: DiffusionLens, draws: Dra
     for key, method in METHODS.items():
         blind: Any = Blind()
         made = fit(method, blind, draws)
-        tiny_lens.generate(PROMPTS[0], made.edit(method.strengths[0], range(2)), seeds=range(2))
+        tiny_lens.generate(PROMPTS[0], made.edit(method.strengths[0]), seeds=range(2))
         assert made.record.method == key
 
 
@@ -242,4 +242,4 @@ def test_class_draw_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e9])
 def test_impossible_strengths_are_refused(strength: float, fitted: dict[str, Fitted]) -> None:
     with pytest.raises(LensError, match="finite number"):
-        fitted["difflens"].edit(strength, range(2))
+        fitted["difflens"].edit(strength)

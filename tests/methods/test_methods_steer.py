@@ -59,11 +59,11 @@ def maps(n: int, shape: tuple[int, ...] = (8, 4, 4)) -> torch.Tensor:
 
 
 def test_difflens_is_the_lenss_own_turn(tiny_lens: DiffusionLens, draws: Draws) -> None:
-    edit = fit(DiffLens(), tiny_lens, draws).edit(2.0, range(5))
+    edit = fit(DiffLens(), tiny_lens, draws).edit(2.0)
     own = tiny_lens.edit(tiny_lens.intervention("gender", "male", 3.0))
     h = maps(5)
     assert torch.equal(edit.apply(h, context(range(5))), own.apply(h, context(range(5))))
-    more = fit(DiffLens(), tiny_lens, draws, n_features=1, poles="one", mode="add", sampler="symmetric").edit(2.0, [0])
+    more = fit(DiffLens(), tiny_lens, draws, n_features=1, poles="one", mode="add", sampler="symmetric").edit(2.0)
     assert isinstance(more, FeatureEdit) and more.sampler == "symmetric"
     (turn,) = more.interventions
     assert (turn.mode, turn.beta, len(turn.features.ids), turn.opposite) == ("add", 2.0, 1, None)
@@ -71,7 +71,7 @@ def test_difflens_is_the_lenss_own_turn(tiny_lens: DiffusionLens, draws: Draws) 
 
 def test_each_image_is_turned_to_the_class_drawn_for_it(tiny_lens: DiffusionLens, draws: Draws) -> None:
     seeds = tuple(range(12))
-    edit = fit(DiffLens(), tiny_lens, draws, HALF, draw_seed=3).edit(2.0, seeds)
+    edit = fit(DiffLens(), tiny_lens, draws, HALF, draw_seed=3).edit(2.0)
     h = maps(12)
     moved = edit.apply(h, context(seeds))
     drawn = draw_classes(tiny_lens.probes["gender"].attribute, HALF, seeds, 3)
@@ -80,6 +80,8 @@ def test_each_image_is_turned_to_the_class_drawn_for_it(tiny_lens: DiffusionLens
         for i, seed in enumerate(seeds):
             if seed in group:
                 torch.testing.assert_close(moved[i], own[i])
+    groups = [tiny_lens.intervention("gender", c, 3.0, only_seeds=drawn[c]) for c in ("female", "male")]
+    assert torch.equal(moved, tiny_lens.edit(*groups).apply(h, context(seeds)))
 
 
 def test_fitted_attributions_average_over_all_images(tiny_lens: DiffusionLens, draws: Draws) -> None:
@@ -97,7 +99,7 @@ def test_fitted_attributions_average_over_all_images(tiny_lens: DiffusionLens, d
 def test_activation_scales_the_channels_of_largest_difference(tiny_lens: DiffusionLens, draws: Draws) -> None:
     fitted = fit(Activation(), tiny_lens, draws, n_channels=3)
     scores = fitted.tensors["scores"]
-    edit = fitted.edit(1.5, [1, 2])
+    edit = fitted.edit(1.5)
     assert isinstance(edit, ChannelEdit)
     h = maps(2)
     chosen = [int(c) for c in np.argsort(-scores[1].numpy())[:3] if scores[1, c] > 0]
@@ -130,7 +132,7 @@ def test_mean_difference_directions(tiny_lens: DiffusionLens, draws: Draws) -> N
 def test_asyrp_acts_down_to_t_edit_and_moves_the_image_alone(tiny_lens: DiffusionLens, draws: Draws) -> None:
     model = tiny_lens.model
     times = [int(t) for t in model.scheduler(4).timesteps]
-    edit = fit(LatentEditing(), tiny_lens, draws, t_edit=times[1]).edit(1.0, [0])
+    edit = fit(LatentEditing(), tiny_lens, draws, t_edit=times[1]).edit(1.0)
     assert edit.sampler == "asymmetric" and edit.window == (0, 2)
     assert edit_window(model, 4, 10_000) == (0, 1) and edit_window(model, 4, 0) == (0, 4)
 
@@ -252,7 +254,7 @@ def test_bypass_mixes_input_and_output(tiny_lens: DiffusionLens) -> None:
         edit.apply(h, context([0, 1], index=1, h_in=h_in[:, :2]))
     fitted = Bypass().fit(tiny_lens, "gender", "male", prompts=PROMPTS, seeds=[0])
     with pytest.raises(LensError, match="between 0 and 1"):
-        fitted.edit(1.5, [0])
+        fitted.edit(1.5)
 
 
 def test_a_full_bypass_skips_the_block(text_model: DiffusionModel) -> None:
@@ -289,7 +291,7 @@ def test_stereoclinic_loses_no_relevance(
     fitted = StereoClinic().fit(tiny_lens, "gender", uneven, options, prompts=PROMPTS, seeds=SEEDS, draws=draws)
     assert fitted.record.notes["relevance lost"] < 1e-2
     with pytest.raises(LensError, match="from 0 to 1"):
-        fitted.edit(2.0, [0])
+        fitted.edit(2.0)
 
 
 def test_full_damping_silences_the_chosen_neurons(tiny_lens: DiffusionLens, draws: Draws) -> None:
@@ -306,8 +308,8 @@ def test_full_damping_silences_the_chosen_neurons(tiny_lens: DiffusionLens, draw
 
 
 def test_random_features_are_others_and_as_many(tiny_lens: DiffusionLens, draws: Draws) -> None:
-    own = fit(DiffLens(), tiny_lens, draws).edit(2.0, [0])
-    edit = fit(RandomFeatures(), tiny_lens, draws).edit(2.0, [0])
+    own = fit(DiffLens(), tiny_lens, draws).edit(2.0)
+    edit = fit(RandomFeatures(), tiny_lens, draws).edit(2.0)
     assert isinstance(own, FeatureEdit) and isinstance(edit, FeatureEdit)
     (mine,), (drawn,) = own.interventions, edit.interventions
     assert len(drawn.features.ids) == len(mine.features.ids) and not set(drawn.features.ids) & set(mine.features.ids)
@@ -315,9 +317,9 @@ def test_random_features_are_others_and_as_many(tiny_lens: DiffusionLens, draws:
 
 
 def test_the_flip_exchanges_the_poles(tiny_lens: DiffusionLens, draws: Draws) -> None:
-    own = fit(DiffLens(), tiny_lens, draws).edit(2.0, [0])
-    flipped = fit(SignFlip(), tiny_lens, draws).edit(2.0, [0])
-    single = fit(SignFlip(), tiny_lens, draws, poles="one").edit(2.0, [0])
+    own = fit(DiffLens(), tiny_lens, draws).edit(2.0)
+    flipped = fit(SignFlip(), tiny_lens, draws).edit(2.0)
+    single = fit(SignFlip(), tiny_lens, draws, poles="one").edit(2.0)
     assert isinstance(own, FeatureEdit) and isinstance(flipped, FeatureEdit) and isinstance(single, FeatureEdit)
     assert flipped.interventions[0].features == own.interventions[0].opposite
     assert flipped.interventions[0].opposite == own.interventions[0].features
@@ -326,8 +328,8 @@ def test_the_flip_exchanges_the_poles(tiny_lens: DiffusionLens, draws: Draws) ->
 
 def test_matched_noise_is_as_large_as_the_edit_in_every_image(tiny_lens: DiffusionLens, draws: Draws) -> None:
     seeds = (3, 4, 5)
-    own = fit(DiffLens(), tiny_lens, draws).edit(2.0, seeds)
-    noise = fit(MatchedNoise(), tiny_lens, draws).edit(2.0, seeds)
+    own = fit(DiffLens(), tiny_lens, draws).edit(2.0)
+    noise = fit(MatchedNoise(), tiny_lens, draws).edit(2.0)
     h = maps(3)
     real, fake = own.apply(h, context(seeds)) - h, noise.apply(h, context(seeds)) - h
     torch.testing.assert_close(fake.flatten(1).norm(dim=1), real.flatten(1).norm(dim=1), rtol=1e-3, atol=1e-4)

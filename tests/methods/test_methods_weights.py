@@ -116,7 +116,7 @@ def test_an_adapter_file_is_read_in_both_namings(tiny_lens: DiffusionLens, tmp_p
         assert all(torch.equal(read[name], value) for name, value in tensors.items())
     options = FineTuningOptions(adapter=str(tmp_path / "peft.safetensors"))
     fitted = FineTuning().fit(tiny_lens, "gender", "male", options, prompts=PROMPTS, seeds=[0])
-    strong = tiny_lens.generate(PROMPTS[0], fitted.edit(1.0, [0]), seeds=[0]).images
+    strong = tiny_lens.generate(PROMPTS[0], fitted.edit(1.0), seeds=[0]).images
     assert not np.array_equal(strong, tiny_lens.generate(PROMPTS[0], seeds=[0]).images)
     save_file({"weights": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(LensError, match="no LoRA"):
@@ -161,7 +161,7 @@ def test_the_text_encoder_can_be_adapted(parts: str, tiny_lens: DiffusionLens) -
     assert kinds == ({"text"} if parts == "text encoder" else {"text", "unet"})
     assert any(float(t.abs().max()) > 0 for n, t in fitted.tensors.items() if n.startswith("text.") and "lora_B" in n)
     plain = tiny_lens.generate(PROMPTS[0], seeds=[0]).images
-    tiny_lens.generate(PROMPTS[0], fitted.edit(1.0, [0]), seeds=[0])
+    tiny_lens.generate(PROMPTS[0], fitted.edit(1.0), seeds=[0])
     np.testing.assert_array_equal(tiny_lens.generate(PROMPTS[0], seeds=[0]).images, plain)  # no stale prompt is kept
 
 

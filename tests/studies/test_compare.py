@@ -96,7 +96,7 @@ def test_rows_agree_with_a_plain_run_of_the_same_seeds(
     (folder,) = work.glob("gender-*")
     fitted = find_method("difflens").load(folder / "difflens" / "fitted", tiny_lens)
     seeds = comparison.config.seeds("final")
-    edit = fitted.edit(row.strength, seeds) if row.strength else None
+    edit = fitted.edit(row.strength) if row.strength else None
     edits = () if edit is None else (edit,)
     images = tiny_lens.generate(PROMPTS[0], *edits, seeds=seeds, batch_size=56).images
     plain = tiny_lens.generate(PROMPTS[0], seeds=seeds, batch_size=56).images

@@ -84,7 +84,6 @@ class Bench:
     def curve(self, method: Method, fitted: Fitted) -> SweepResult:
         """The tuning sweep over the method's own strengths and 0, read back where it is stored."""
         folder = self.folder / method.key / "curve"
-        seeds = self.config.seeds("tune")
         points: list[SweepPoint] = []
         goal = dict(zip(self.attribute.classes, self.target, strict=True))
         label = self.attribute.classes[int(np.argmax(fitted.record.target))]
@@ -92,7 +91,7 @@ class Bench:
             stem = f"{strength:g}"
             if not (folder / f"{stem}.json").is_file():
                 (point,) = sweep_points(
-                    self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s, seeds) if s else None,
+                    self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s) if s else None,
                     [strength], self.lens.classifier, self.attribute, label, baseline=self.shared.tuning,
                     target_shares=goal, batch_size=self.config.batch_size, n_examples=self.config.n_examples,
                     on_step=self.shared.step(f"{method.name}: {method.strength_name} {strength:g}"),
@@ -153,7 +152,7 @@ class Bench:
         return row, curve
 
     def _final(self, fitted: Fitted, strength: float, fields: dict[str, Any]) -> MethodRow:
-        edit = fitted.edit(strength, self.config.seeds("final")) if strength else None
+        edit = fitted.edit(strength) if strength else None
         run = base = self.shared.unsteered
         if edit is not None:
             run = self.shared.draw("final", edit, f"{fitted.method.name}: final images", base.measurement)
