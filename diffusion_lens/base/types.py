@@ -96,6 +96,27 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class Short:
+    """Base of results that hold arrays: their ``repr`` gives shapes, and they are equal only to themselves."""
+
+    def __repr__(self) -> str:
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{name}={short(value)}' for name, value in own.items())})"
+
+
+def short(value: object) -> str:
+    """A value in a few words: arrays by type and shape, long texts, lists and mappings by their beginning and size."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, dict):
+        shown = ", ".join(f"{key!r}: {short(own)}" for key, own in list(value.items())[:3])
+        return f"{{{shown}{f', … {len(value)} in all' if len(value) > 3 else ''}}}"
+    if isinstance(value, tuple) and len(value) > 6:
+        return f"({value[0]!r}, …, {value[-1]!r}; {len(value)} in all)"
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}…"
+
+
 @dataclass(frozen=True)
 class Attribute:
     """A perceived attribute and its ordered classes, e.g. ``gender: (female, male)``."""
@@ -172,8 +193,8 @@ _REQUEST_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Activations:
+@dataclass(frozen=True, eq=False, repr=False)
+class Activations(Short):
     """Bottleneck activations.
 
     Attributes:
@@ -191,8 +212,8 @@ class Activations:
     guidance_branch: GuidanceBranch = "conditional"
 
 
-@dataclass(frozen=True)
-class FeatureActs:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureActs(Short):
     """Sparse SAE codes: ``values, indices [n, step, y, x, k]`` into a dictionary of ``d_sae``."""
 
     values: np.ndarray
@@ -220,8 +241,8 @@ class FeatureSet:
             raise LensError("A feature set must not name a feature twice.")
 
 
-@dataclass(frozen=True)
-class Attribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Short):
     """Features' attribution to every class of an attribute.
 
     Attributes:
@@ -479,8 +500,8 @@ class EditSpec:
         return f"EditSpec({kind} · {self.digest})"
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Short):
     """Images ``uint8[n, H, W, 3]`` with everything needed to make them again (``DiffusionLens.reproduce``).
 
     Attributes:
@@ -507,8 +528,8 @@ class Generation:
         return np.array([fault is None for fault in faults], dtype=bool)
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Short):
     """An image classifier's reading: ``probs [n, class]``, ``certain [n]`` (False counts as "uncertain")."""
 
     probs: np.ndarray
@@ -540,8 +561,8 @@ class Predictions:
         return int((~self.certain).sum())
 
 
-@dataclass(frozen=True)
-class Reading:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading(Short):
     """What a classifier reads in ``n`` images: attribute → predictions, and features ``[n, d]`` where it has any."""
 
     predictions: dict[str, Predictions]
@@ -591,8 +612,8 @@ class Change:
     n: int
 
 
-@dataclass(frozen=True)
-class Atlas:
+@dataclass(frozen=True, eq=False, repr=False)
+class Atlas(Short):
     """What every SAE feature looks like, read on one pool of images.
 
     Attributes:
@@ -637,8 +658,8 @@ class Atlas:
         return self.step_profile.mean(1)
 
 
-@dataclass(frozen=True)
-class Examples:
+@dataclass(frozen=True, eq=False, repr=False)
+class Examples(Short):
     """Images of one kind on an evidence card: ``images uint8 [m, H, W, 3]``, ``heatmaps [m, y, x]``, pool rows."""
 
     images: np.ndarray
@@ -646,8 +667,8 @@ class Examples:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class FeatureCard:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureCard(Short):
     """Everything a lens knows of one feature.
 
     Attributes:

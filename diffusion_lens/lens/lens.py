@@ -31,6 +31,7 @@ from diffusion_lens.base.types import (
 )
 from diffusion_lens.features.atlas import feature_card
 from diffusion_lens.lens.folder import LensFolder
+from diffusion_lens.results import display
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.measurement import Figures, Measurement
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
@@ -48,12 +49,21 @@ if TYPE_CHECKING:
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DiffusionLens(LensFolder):
     """A diffusion model opened at its bottleneck: the model, its SAE features, and what they do.
 
     Made by ``from_pretrained`` (a folder or a hub id) or by ``fit.fit`` (any diffusers model).
     """
+
+    def __repr__(self) -> str:
+        steers = ", ".join(a.name for a in self.attributes)
+        m = self.manifest
+        return f"DiffusionLens({m.name!r}: {m.base_model.id} at {m.hook_name}, steers {steers}; {m.lens_id})"
+
+    def _repr_html_(self) -> str:
+        rows = [{"attribute": a.name, "classes": ", ".join(a.classes)} for a in self.attributes]
+        return display.page(repr(self), rows, [("what its features were read on", self.pool)])
 
     def attribute_named(self, name: str) -> Attribute:
         """The steerable attribute of that name; raises ``LensError`` that lists them."""

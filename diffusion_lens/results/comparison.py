@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.types import Attribute, LogRatio, Share
+from diffusion_lens.results import display
 from diffusion_lens.results.measurement import Figures
 from diffusion_lens.results.sweeps import SweepResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 UNSTEERED = "unsteered"
 NORM_FLAG = 1.25
@@ -196,7 +201,7 @@ class CompareConfig(StrictConfig):
         return range(first, first + n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """A finished table: the unsteered row first, then a row per method; curves are the tuning sweeps by method key.
 
@@ -215,6 +220,25 @@ class Comparison:
     sae_id: str
     model_id: str
     classifier_id: str
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.attribute.name} of {self.config.prompt!r}, {len(self.rows)} methods, n = {self.config.n})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per method, with every number; intervals in columns of their own."""
+        from diffusion_lens.results.comparison_tables import flat_row
+
+        return display.frame([flat_row(row) for row in self.rows])
+
+    def plot(self) -> go.Figure:
+        """FD against what else was lost, every method's strengths."""
+        return display.plot(self)
+
+    def _repr_html_(self) -> str:
+        from diffusion_lens.results.comparison_tables import COLUMNS, cells
+
+        rows = [dict(zip(COLUMNS.values(), cells(row), strict=True)) for row in self.rows]
+        return display.page(repr(self), rows, note=self.rule)
 
     def row(self, method: str) -> MethodRow | None:
         """The row of a method; ``None`` where the table has none."""

@@ -167,7 +167,7 @@ CSV_FIELDS = (
 
 def csv_text(comparison: Comparison) -> str:
     """One line per method; intervals, shares and entropies in columns of their own."""
-    rows = [_flat(row) for row in comparison.rows]
+    rows = [flat_row(row) for row in comparison.rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
@@ -176,7 +176,8 @@ def csv_text(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def _flat(row: MethodRow) -> dict[str, Any]:
+def flat_row(row: MethodRow) -> dict[str, Any]:
+    """A row's numbers by column name; intervals, shares and entropies in columns of their own."""
     flat: dict[str, Any] = {}
     for name in CSV_FIELDS:
         value = getattr(row, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +26,12 @@ from diffusion_lens.base.types import (
     Share,
     same_request_but_edit,
 )
-from diffusion_lens.base.validity import count_faults
+from diffusion_lens.base.validity import count_faults, say_faults
+from diffusion_lens.results import display
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 NO_IMAGES = np.zeros((0, 1, 1, 3), np.uint8)
 
@@ -89,6 +95,34 @@ class Measurement:
         prompt = "no prompt" if self.request.prompt is None else repr(self.request.prompt)
         edit = "unedited" if self.edit is None else describe(self.edit)
         return f"Measurement({self.n} images of {prompt}, {edit}; {', '.join(self.readings)})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per attribute and class, with counts, intervals, and what moved against the reference."""
+        moved = {(c.attribute, c.label): c for c in self.changes}
+        rows = []
+        for name in self.readings:
+            for share in self[name].shares if name in self.confusion else ():
+                change = moved.get((name, share.label))
+                paired = {} if change is None else {
+                    "moved": change.difference, "moved low": change.interval[0], "moved high": change.interval[1],
+                }  # fmt: skip
+                rows.append({"attribute": name, **display.share_row(share), **paired})
+        return display.frame(rows)
+
+    def plot(self, attribute: str | None = None) -> go.Figure:
+        """The shares of one attribute (the first by default), before and after where there is a reference."""
+        return display.plot(self[attribute or next(iter(self.readings))])
+
+    def _repr_html_(self) -> str:
+        first = next(iter(self.readings))
+        figures = self[first]
+        rows = [display.share_row(share) for share in figures.shares] if first in self.confusion else []
+        pictures = [("edited" if self.edit else "unedited", self.examples)]
+        if self.reference is not None and self.reference is not self:
+            pictures.insert(0, ("unedited", self.reference.examples))
+        others = ", ".join(list(self.readings)[1:])
+        note = f"{first} as a classifier read it{f'; also read: {others}' if others else ''}. "
+        return display.page(repr(self), rows, pictures, note + say_faults(self.n_invalid, self.n))
 
     @property
     def n(self) -> int:
@@ -191,7 +225,7 @@ def _shares(counts: np.ndarray) -> tuple[float, ...]:
     return tuple(float(c) for c in counts / total) if total else (float("nan"),) * len(counts)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Figures:
     """What a measurement says of one attribute; every number is derived from the readings on first use.
 
@@ -201,6 +235,20 @@ class Figures:
     measurement: Measurement
     attribute: Attribute
     target: tuple[float, ...] | None = None
+
+    def __repr__(self) -> str:
+        counted = ", ".join(
+            f"{count} {label}" for label, count in zip(self.attribute.classes, self.counts, strict=True)
+        )
+        return f"{type(self).__name__}({self.attribute.name}: {counted}, {self.n_uncertain} undecided)"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per class, with counts and intervals."""
+        return display.frame([display.share_row(share) for share in self.shares])
+
+    def plot(self) -> go.Figure:
+        """The shares, before and after where there is a reference."""
+        return display.plot(self)
 
     @property
     def predictions(self) -> Predictions:

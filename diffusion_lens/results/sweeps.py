@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from diffusion_lens.base.types import Attribute, GenerationRequest, LensError
+from diffusion_lens.results import display
 from diffusion_lens.results.measurement import Figures
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SweepPoint(Figures):
     """The steered attribute's figures at one strength β."""
 
     beta: float
+
+    def __repr__(self) -> str:
+        return f"β = {self.beta:g}: {super().__repr__()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,24 @@ class SweepResult:
         control = ", control" if self.is_control else ""
         n = len(self.request.seeds)
         return f"SweepResult({self.attribute.name} of {self.request.prompt!r}, {ends}, {n} images each{control})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per strength and class, with n, undecided images, intervals and the log ratio."""
+        return display.frame([
+            {"beta": p.beta, **display.share_row(share), "FD": p.fd, "noise floor": p.fd_floor, "others kept": p.kept,
+             **display.ratio_row(p.log_ratio_corrected)}
+            for p in self.points for share in p.shares
+        ])  # fmt: skip
+
+    def plot(self) -> go.Figure:
+        """The log ratio (the target's share, for more than two classes) against β."""
+        return display.plot(self)
+
+    def _repr_html_(self) -> str:
+        column = self.attribute.index(self.target)
+        rows = [{"β": p.beta, **display.share_row(p.shares[column]), "FD": p.fd} for p in self.points]
+        pictures = [(f"β = {p.beta:g}", p.examples) for p in self.points]
+        return display.page(repr(self), rows, pictures, self.setting)
 
     @property
     def betas(self) -> tuple[float, ...]:
