@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lens.base.types import Attribute, GenerationRequest, Predictions
-from diffusion_lens.results.comparison import MethodRow
-from diffusion_lens.results.comparison_tables import CSV_FIELDS
+from diffusion_lens.results.comparison import CSV_FIELDS, MethodRow
 from diffusion_lens.results.measurement import Measurement
 
 

@@ -152,6 +152,33 @@ class MethodRow:
         return None if ratio is None else not 1 / NORM_FLAG <= ratio <= NORM_FLAG
 
 
+CSV_FIELDS = (
+    "method", "name", "kind", "is_control", "goal", "strength", "strength_name", "n", "n_tune", "n_uncertain", "shares",
+    "log_ratio", "log_ratio_corrected", "fd", "fd_floor", "fid", "inception", "image_likeness", "prompt_likeness",
+    "spd", "subgroup_entropy", "agreement", "kept", "certain", "activation_ratio", "flagged", "seconds_to_fit",
+    "seconds_per_image", "note",
+)  # fmt: skip
+"""Fields of a row in the order of the CSV's columns."""
+
+
+def flat_row(row: MethodRow) -> dict[str, Any]:
+    """A row's numbers by column name; intervals, shares and entropies in columns of their own."""
+    flat: dict[str, Any] = {}
+    for name in CSV_FIELDS:
+        value = getattr(row, name)
+        if name == "shares":
+            for share in value:
+                flat[f"share {share.label}"], flat[f"share {share.label} corrected"] = share.raw, share.corrected
+                flat[f"share {share.label} low"], flat[f"share {share.label} high"] = share.corrected_interval
+        elif isinstance(value, Measured | LogRatio):
+            flat[name], (flat[f"{name} low"], flat[f"{name} high"]) = value.value, value.interval
+        elif isinstance(value, dict):
+            flat.update({f"{name} {key}": number for key, number in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
 class CompareConfig(StrictConfig):
     """One table: an attribute, a prompt, and how much is drawn for each purpose.
 
@@ -226,8 +253,6 @@ class Comparison:
 
     def to_frame(self) -> pd.DataFrame:
         """A row per method, with every number; intervals in columns of their own."""
-        from diffusion_lens.results.comparison_tables import flat_row
-
         return display.frame([flat_row(row) for row in self.rows])
 
     def plot(self) -> go.Figure:
@@ -235,9 +260,8 @@ class Comparison:
         return display.plot(self)
 
     def _repr_html_(self) -> str:
-        from diffusion_lens.results.comparison_tables import COLUMNS, cells
-
-        rows = [dict(zip(COLUMNS.values(), cells(row), strict=True)) for row in self.rows]
+        names = ("name", "strength", "fd", "fd low", "fd high", "fd_floor", "kept", "certain", "n", "n_uncertain")
+        rows = [{name: flat_row(row).get(name, "") for name in names} for row in self.rows]
         return display.page(repr(self), rows, note=self.rule)
 
     def row(self, method: str) -> MethodRow | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_lens.base.types import LogRatio
-from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow
+from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow, flat_row
 
 COLUMNS: dict[str, str] = {
     "name": "method", "strength": "strength", "shares": "shares (corrected)", "n": "n", "n_uncertain": "uncertain",
@@ -156,15 +156,6 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
 
 
-CSV_FIELDS = (
-    "method", "name", "kind", "is_control", "goal", "strength", "strength_name", "n", "n_tune", "n_uncertain", "shares",
-    "log_ratio", "log_ratio_corrected", "fd", "fd_floor", "fid", "inception", "image_likeness", "prompt_likeness",
-    "spd", "subgroup_entropy", "agreement", "kept", "certain", "activation_ratio", "flagged", "seconds_to_fit",
-    "seconds_per_image", "note",
-)  # fmt: skip
-"""Fields of a row in the order of the CSV's columns."""
-
-
 def csv_text(comparison: Comparison) -> str:
     """One line per method; intervals, shares and entropies in columns of their own."""
     rows = [flat_row(row) for row in comparison.rows]
@@ -174,21 +165,3 @@ def csv_text(comparison: Comparison) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
-
-
-def flat_row(row: MethodRow) -> dict[str, Any]:
-    """A row's numbers by column name; intervals, shares and entropies in columns of their own."""
-    flat: dict[str, Any] = {}
-    for name in CSV_FIELDS:
-        value = getattr(row, name)
-        if name == "shares":
-            for share in value:
-                flat[f"share {share.label}"], flat[f"share {share.label} corrected"] = share.raw, share.corrected
-                flat[f"share {share.label} low"], flat[f"share {share.label} high"] = share.corrected_interval
-        elif isinstance(value, Measured | LogRatio):
-            flat[name], (flat[f"{name} low"], flat[f"{name} high"]) = value.value, value.interval
-        elif isinstance(value, dict):
-            flat.update({f"{name} {key}": number for key, number in value.items()})
-        else:
-            flat[name] = value
-    return flat

@@ -48,14 +48,19 @@ def load_shares(folder: Path, stem: str, missing: Missing) -> CountedShares:
     values = read_json(path)
     try:
         if values.get("format_version") == FORMAT_VERSION:
-            return CountedShares(
-                dict(zip(map(str, values["prompts"]), measured_beside(values, folder, stem), strict=True))
-            )
+            measured = measured_beside(values, folder, stem)
+            return _some(dict(zip(map(str, values["prompts"]), measured, strict=True)))
         return _of_0_4(values, missing)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, LensError):
             raise
         raise LensError(f"{path} holds no counted shares; run check --full --part 1 --store again.") from None
+
+
+def _some(measurements: Mapping[str, Measurement]) -> CountedShares:
+    if not measurements:
+        raise ValueError("it counts nothing")
+    return CountedShares(measurements)
 
 
 _SHARES = TypeAdapter(tuple[Share, ...])
@@ -82,4 +87,4 @@ def _of_0_4(values: Mapping[str, Any], missing: Missing) -> CountedShares:
             missing.model_id,
         )
         found[prompt] = Measurement(request, None, readings, missing.confusion, str(values["classifier_id"]))
-    return CountedShares(found)
+    return _some(found)

@@ -83,7 +83,8 @@ def test_larger_images_are_brought_to_size(trained: HeadsClassifier) -> None:
 
 
 def test_no_images_give_no_predictions(trained: HeadsClassifier) -> None:
-    predictions, features = trained.read(np.zeros((0, 32, 32, 3), np.uint8))
+    seen = trained.read(np.zeros((0, 32, 32, 3), np.uint8))
+    predictions, features = seen.predictions, seen.features
     assert predictions["colour"].probs.shape == (0, 3) and predictions["half"].n_uncertain == 0
     assert features.shape == (0, WIDTHS[-1])
 

@@ -57,7 +57,7 @@ def test_a_lens_is_not_saved_over_something(tiny_lens: DiffusionLens, tmp_path: 
 
 @pytest.mark.parametrize(
     "name",
-    ["sae/sae_weights.safetensors", "classifier/model.safetensors", "pipeline/unet/config.json", "sweeps/sweeps.json"],
+    ["sae/sae_weights.safetensors", "classifier/model.safetensors", "pipeline/unet/config.json", "sweeps/000-age.json"],
 )
 def test_a_damaged_lens_does_not_open(copied_lens: Callable[[], Path], name: str) -> None:
     folder = copied_lens()
