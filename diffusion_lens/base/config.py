@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffusion_lens.base.files import read_json
+from diffusion_lens.base.files import read_json, write_text
 from diffusion_lens.base.types import LensError
 
 C = TypeVar("C", bound="StrictConfig")
@@ -37,6 +37,5 @@ class StrictConfig(BaseModel):
         return cls.parse(values, where=path.name)
 
     def save(self, path: Path) -> None:
-        """Write as indented JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write as indented JSON, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from diffusion_lens.base.types import LensError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_SIGNS = ("os error 28", "os error 122", "No space left", "failed writing file", "unexpected pos")
+FULL_SIGNS = ("os error 28", "os error 27", "os error 122", "No space left", "failed writing file", "unexpected pos")
 """How safetensors and torch tell of a full disk, in words of their own."""
 
 
@@ -29,37 +30,49 @@ def disk_errors(path: Path) -> Iterator[None]:
     except LensError:
         raise
     except Exception as error:
-        told = _disk_error(error, path)
+        told = disk_sentence(error, path)
         if told is None:
             raise
         raise LensError(told) from error
 
 
-def _disk_error(error: Exception, path: Path) -> str | None:
-    """The sentence for an error of the disk; ``None`` for any other error."""
+def disk_sentence(error: Exception, path: Path | None = None) -> str | None:
+    """What a person can do about an error of a disk; ``None`` for any other error.
+
+    ``path``: what was being written, where the error does not say it.
+    """
     code = error.errno if isinstance(error, OSError) else None
-    place = path
-    if isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
-        place = Path(error.filename)
-    folder = next((p for p in (place, *place.absolute().parents) if p.is_dir()), place)
+    # Of a copy, the first name is the source's.
+    names = (error.filename2, error.filename) if isinstance(error, OSError) else ()
+    place = next((Path(name) for name in names if isinstance(name, str | os.PathLike)), path)
     if code in FULL or any(sign in str(error) for sign in FULL_SIGNS):
-        return f"The disk under {folder} is full ({_free(folder)} free); make room and give the same command again."
+        return f"{_disk_of(place)} is full{_free(place)}; make room and give the same command again."
     if code == errno.EROFS:
-        return f"The disk under {folder} is read-only; choose another place."
+        return f"{_disk_of(place)} is read-only; choose another place."
+    if place is None or code is None or isinstance(error, FileNotFoundError | ConnectionError):
+        return None
     if code in (errno.EACCES, errno.EPERM):
-        return f"You may not write to {place}; choose another place, or change who may write there."
+        return f"There is no permission for {place}; choose another place, or change who may write there."
     if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return f"{place} cannot be written: a file stands where a folder should be, or the other way round."
-    if code is not None and type(error) not in (FileNotFoundError, BrokenPipeError, ConnectionError):
-        return f"{place} cannot be written: {error.strerror or error}."  # type: ignore[attr-defined]
-    return None
+    return f"{place} cannot be written: {os.strerror(code)}."
 
 
-def _free(folder: Path) -> str:
+def _disk_of(place: Path | None) -> str:
+    return "The disk that was written to" if place is None else f"The disk under {_folder_of(place)}"
+
+
+def _folder_of(place: Path) -> Path:
+    return next((p for p in (place, *place.absolute().parents) if p.is_dir()), place)
+
+
+def _free(place: Path | None) -> str:
+    if place is None:
+        return ""
     try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+        return f" ({shutil.disk_usage(_folder_of(place)).free / 1e9:.1f} GB free)"
     except OSError:
-        return "nothing"
+        return ""
 
 
 @contextmanager
@@ -77,6 +90,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder of several files: it takes the place of one that is there when all of it is written."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial, former = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "former"))
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for inner in (partial, *partial.rglob("*")):
+                flush_folder(inner) if inner.is_dir() else flush(inner)
+            if path.exists():
+                os.rename(path, former)
+            os.rename(partial, path)
+            flush_folder(path.parent)
+        finally:
+            if former.exists() and not path.exists():
+                os.rename(former, path)
+            shutil.rmtree(former, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -99,16 +135,37 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``LensError`` where ``path``, a file or folder to be, could not be written; best before the work begins."""
+    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
+    with disk_errors(path):
+        if not folder.is_dir() and folder != path:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        with TemporaryFile(dir=folder if folder.is_dir() else folder.absolute().parent) as file:
+            file.write(b"0")
+
+
 def check_empty(folder: Path) -> None:
     """Raise ``LensError`` where ``folder`` is there and holds anything but hidden files."""
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise LensError(f"{folder} is not empty; choose a new folder.")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as it is, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, whole or not at all."""
+    with atomic_path(target) as partial:
+        shutil.copyfile(source, partial)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON, whole or not at all; non-finite numbers are refused (``ValueError``)."""
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

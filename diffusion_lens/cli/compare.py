@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.words import duration
 from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
@@ -77,6 +78,8 @@ def compare(
     from diffusion_lens.studies.bench.run import run_tables
 
     opened = open_lens(lens, device)
+    if store:
+        check_writable(opened.folder)
     keys = tuple(k.strip() for k in methods.split(","))
     shape: dict[str, Any] = {
         "methods": keys, "n": n, "n_tune": curve, "n_fit": fit, "approach": approach,

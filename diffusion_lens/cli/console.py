@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from diffusion_lens.base.files import atomic_path
+from diffusion_lens.base.files import check_writable, disk_sentence, write_text
 from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import LensError, LogRatio, Share
 from diffusion_lens.base.words import duration
@@ -37,6 +37,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MISTAKE = 2
+WRITTEN = ("out", "html", "work")
+"""Names of the arguments of commands that are paths to write to."""
 STOPPED = 130
 PATIENCE = 0.5
 """Seconds before a progress bar appears."""
@@ -52,11 +54,17 @@ def say(text: str) -> None:
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose ``LensError`` is one sentence and exit status 2, and whose Ctrl-C is one sentence and 130."""
+    """A command whose ``LensError`` is one sentence and exit status 2, and whose Ctrl-C is one sentence and 130.
+
+    What it is to write (its arguments ``WRITTEN``) is tried before it begins: nothing is computed for nothing.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            for name in WRITTEN:
+                if isinstance(path := kwargs.get(name), Path):
+                    check_writable(path)
             return command(*args, **kwargs)
         except LensError as error:
             say(str(error))
@@ -67,9 +75,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             raise  # whoever read the output has seen enough; typer ends quietly
         except OSError as error:
-            if error.filename is None:
-                raise
-            say(f"{error.filename}: {error.strerror or error}.")
+            say(disk_sentence(error) or f"{error.filename or 'The system'}: {error.strerror or error}.")
             raise typer.Exit(MISTAKE) from None
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
@@ -196,8 +202,7 @@ def save_html(path: Path, title: str, figures: Sequence[tuple[go.Figure, str]]) 
         "<style>body{font-family:sans-serif;max-width:60rem;margin:1rem auto;padding:0 1rem}figure{margin:0}</style>"
     )
     page = f"<!doctype html><html lang='en'><head>{head}{style}</head><body><h1>{html.escape(title)}</h1>"
-    with atomic_path(path) as partial:
-        partial.write_text(page + "".join(parts) + "</body></html>\n", encoding="utf-8")
+    write_text(path, page + "".join(parts) + "</body></html>\n")
     say(f"Wrote {path}")
 
 

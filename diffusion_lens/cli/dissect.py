@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
 from diffusion_lens.cli import portraits
@@ -93,6 +94,8 @@ def dissect(
         "first_seed": first_seed, "batch_size": batch_of(opened, batch_size),
     }  # fmt: skip
     config = DissectConfig.parse(values, where="the dissection")
+    if store:
+        check_writable(opened.folder)
     with progress("dissecting") as bar:
         found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), on_step=bar.work.step)
     if as_json:
@@ -151,6 +154,8 @@ def together(
     from diffusion_lens.studies.joint import parse_steer, steer_together
 
     opened = opening.open()
+    if store:
+        check_writable(opened.folder)
     steers = dict(parse_steer(opened, text) for text in steer or [f"{a}=even:{strength:g}" for a in opened.settings])
     alike = len({opened.settings[name].sampler for name in steers}) == 1
     with progress("steering") as bar:

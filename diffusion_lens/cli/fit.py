@@ -169,7 +169,7 @@ def fit(
     if label_sheet is not None:
         _write_sheet(config, models, work, label_sheet, processes)
         return
-    if processes.is_main and _tell_cost(config, models, work, estimate, as_json):
+    if processes.is_main and _tell_cost(config, models, work, out, estimate, as_json):
         return
     if estimate:
         return
@@ -303,17 +303,18 @@ def _write_sheet(config: FitConfig, models: Models, work: Path, folder: Path, pr
     say(f"Wrote {table}; fill it in and fit with --labeller csv:{table}")
 
 
-def _tell_cost(config: FitConfig, models: Models, work: Path, only: bool, as_json: bool) -> bool:
+def _tell_cost(config: FitConfig, models: Models, work: Path, out: Path, only: bool, as_json: bool) -> bool:
     """Print the estimate and refuse a disk that is too small; whether that is all that was asked for."""
     from diffusion_lens.fit import run as fitting
 
     cost = fitting.estimate(config, models.model, models.classifier)
     if only and as_json:
         stages = {c.stage: {"seconds": c.seconds, "disk_bytes": c.disk_bytes} for c in cost.stages}
-        show_json({"stages": stages, "seconds": cost.seconds, "memory_bytes": cost.memory_bytes})
+        told = ("seconds", "memory_bytes", "model_bytes", "lens_bytes")
+        show_json({"stages": stages, **{name: getattr(cost, name) for name in told}})
         return True
     say(cost.text())
-    fitting.check_space(cost, work)
+    fitting.check_space(cost, work, out)
     try:
         fitting.check_judge(config, models.classifier)
     except LensError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import (
@@ -83,6 +84,8 @@ def check(
     if store and not {1, 2} & set(parts):
         raise LensError("--store keeps the shares that parts 1 and 2 count: ask for one of them.")
     opened = opening.open()
+    if store:
+        check_writable(opened.folder)
     with progress("checking") as bar:
         told = partial(_say_rows, bar) if full else None
         report = run_check(opened, full=full, parts=parts, on_stage=bar.stage, on_rows=told)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffusion_lens.base.words import duration
 from diffusion_lens.features.train_sae import train_sae
@@ -20,6 +21,10 @@ from diffusion_lens.model.pipelines import DiffusionModel
 EDITED = 1.7
 """An edited run beside an unedited one: most edits run the up path twice."""
 PROBE_PASSES = 70
+MAPS = 8
+"""Float32 maps that the atlas keeps of a feature, about."""
+SWEEP_BYTES = 10**6
+"""A stored sweep, with its example images, about."""
 UMAP_SECONDS = (15.0, 0.006)
 
 
@@ -34,10 +39,18 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a fit will cost, from a short measurement on this machine; expect it right within a factor of two."""
+    """What a fit will cost, from a short measurement on this machine; expect it right within a factor of two.
+
+    Attributes:
+        stages: their time, and their disk in the work folder.
+        memory_bytes: at most, with the models; ``model_bytes`` of it are the models' weights.
+        lens_bytes: of the finished lens, which is written beside one that it replaces.
+    """
 
     stages: tuple[StageCost, ...]
     memory_bytes: int
+    model_bytes: int = 0
+    lens_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -53,7 +66,9 @@ class Estimate:
         """One line per stage and a total."""
         rows = [f"{c.stage:12} {duration(c.seconds):>10} {c.disk_bytes / 1e6:>10,.0f} MB" for c in self.stages]
         total = f"{'together':12} {duration(self.seconds):>10} {self.disk_bytes / 1e6:>10,.0f} MB"
-        return "\n".join([*rows, total, f"memory beyond the model: about {self.memory_bytes / 1e9:.1f} GB"])
+        lens = f"{'the lens':12} {'':>10} {self.lens_bytes / 1e6:>10,.0f} MB"
+        memory = f"memory: about {self.memory_bytes / 1e9:.1f} GB, {self.model_bytes / 1e9:.1f} of it the models"
+        return "\n".join([*rows, total, lens, memory])
 
 
 @dataclass(frozen=True)
@@ -119,7 +134,19 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
         StageCost("sweeps", n_sweeps * strengths * edited, 0),
     )
     largest = max(images.values(), default=0) * numbers * 6
-    return Estimate(stages, int(max(largest, 1e9)))
+    weights = _weights(model)
+    lens = (
+        stages[3].disk_bytes + stages[4].disk_bytes + stages[6].disk_bytes
+        + 4 * config.sae.d_sae * (config.n_steps * sum(classes.values()) + int(np.prod(model.spatial)) * MAPS)
+        + n_sweeps * SWEEP_BYTES + (weights if config.bundle_pipeline else 0)
+    )  # fmt: skip
+    return Estimate(stages, int(weights + max(largest, 1e9)), weights, lens)
+
+
+def _weights(model: DiffusionModel) -> int:
+    """Bytes of all parts of the pipeline."""
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
 def _layout_seconds(config: FitConfig) -> float:

@@ -192,15 +192,20 @@ def run_stage(work: Work, stage: str) -> None:
     processes.wait()
 
 
-def check_space(cost: Estimate, work: Path) -> None:
-    """Raise ``LensError`` if the disk under ``work`` is too small for the estimate."""
-    place = next(p for p in (work, *work.resolve().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
-    if cost.disk_bytes > free:
-        raise LensError(
-            f"The fit needs about {cost.disk_bytes / 1e9:.1f} GB on disk and {place} has {free / 1e9:.1f} GB; "
-            "choose another work folder, fewer images or fewer steps."
-        )
+def check_space(cost: Estimate, work: Path, out: Path) -> None:
+    """Raise ``LensError`` if the disk under ``work``, or that of the finished lens ``out``, is too small."""
+    places = [next(p for p in (path, *path.resolve().parents) if p.is_dir()) for path in (work, out)]
+    needs: dict[int, tuple[Path, int]] = {}
+    for place, needed in zip(places, (cost.disk_bytes, cost.lens_bytes), strict=True):
+        disk = place.stat().st_dev
+        needs[disk] = (needs.get(disk, (place, 0))[0], needs.get(disk, (place, 0))[1] + needed)
+    for place, needed in needs.values():
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise LensError(
+                f"The fit needs about {needed / 1e9:.1f} GB on the disk under {place}, which has {free / 1e9:.1f} GB; "
+                "choose another folder, fewer images or fewer steps."
+            )
 
 
 def load_config(path: str | Path) -> FitConfig:

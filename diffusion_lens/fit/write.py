@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from diffusion_lens.base.files import disk_errors, load_tensors, read_json, write_json
+from diffusion_lens.base.files import copy_file, disk_errors, load_tensors, read_json, write_json
 from diffusion_lens.base.sheets import save_sheets
 from diffusion_lens.base.transaction import Change, changing
 from diffusion_lens.base.types import LensError
@@ -105,8 +104,7 @@ def _bundle(config: FitConfig, model: DiffusionModel, change: Change) -> list[st
     elif config.bundle_pipeline:
         for path in source.rglob("*"):
             if path.is_file() and path.suffix in PIPELINE_FILES:
-                (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / path.relative_to(source))
+                copy_file(path, target / path.relative_to(source))
     return []
 
 

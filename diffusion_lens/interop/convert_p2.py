@@ -25,7 +25,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from diffusion_lens.base.checkpoints import read_state_dict
-from diffusion_lens.base.files import check_empty
+from diffusion_lens.base.files import atomic_folder, check_empty
 from diffusion_lens.base.types import LensError
 from diffusion_lens.interop.p2_format import (
     IMAGE_CHANNELS,
@@ -205,11 +205,12 @@ def convert(checkpoint: Path, out: Path, config: P2Config | None = None, *, keep
     state = read_state_dict(checkpoint)
     config = config or infer_config(state)
     unet = convert_unet(state, config)
-    if keep_variance and config.learn_sigma:
-        scheduler = DDPMScheduler(variance_type="learned_range", **_schedule(config))
-        DDPMPipeline(unet, scheduler).save_pretrained(out, safe_serialization=True)
-    else:
-        ddim = DDIMScheduler(set_alpha_to_one=True, **_schedule(config))
-        DDIMPipeline(drop_variance(unet), ddim).save_pretrained(out, safe_serialization=True)
-    config.save(out / "p2_config.json")
+    with atomic_folder(out) as partial:
+        if keep_variance and config.learn_sigma:
+            scheduler = DDPMScheduler(variance_type="learned_range", **_schedule(config))
+            DDPMPipeline(unet, scheduler).save_pretrained(partial, safe_serialization=True)
+        else:
+            ddim = DDIMScheduler(set_alpha_to_one=True, **_schedule(config))
+            DDIMPipeline(drop_variance(unet), ddim).save_pretrained(partial, safe_serialization=True)
+        config.save(partial / "p2_config.json")
     return out

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.precision import mixed_precision
 from diffusion_lens.base.types import Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
@@ -192,7 +193,8 @@ class HeadsClassifier:
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
         self.config.save(folder / "config.json")
-        save_file({k: v.contiguous().cpu() for k, v in self.network.state_dict().items()}, folder / "model.safetensors")
+        with atomic_path(folder / "model.safetensors") as partial:
+            save_file({k: v.contiguous().cpu() for k, v in self.network.state_dict().items()}, partial)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str | torch.device = "cpu") -> HeadsClassifier:

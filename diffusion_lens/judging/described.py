@@ -6,7 +6,6 @@ opened, and the identity of weights and rule is compared. Only small local weigh
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import read_json
+from diffusion_lens.base.files import copy_file, read_json
 from diffusion_lens.base.types import ASSUMED, LensError
 from diffusion_lens.base.weights import weights_folder
 from diffusion_lens.judging.classify import Classifier, HeadsClassifier
@@ -208,7 +207,6 @@ def save_classifier(classifier: Classifier, folder: Path) -> bool:
     A described one keeps its description only, and its weights where they are a local folder under 10 MB.
     """
     if isinstance(classifier, HeadsClassifier):
-        folder.mkdir(parents=True, exist_ok=True)
         classifier.save(folder)
         return True
     spec = describe(classifier)
@@ -216,9 +214,7 @@ def save_classifier(classifier: Classifier, folder: Path) -> bool:
         return False
     files = _small_files(Path(spec.model))
     for file in files:
-        target = folder / WEIGHTS / file.relative_to(spec.model)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        copy_file(file, folder / WEIGHTS / file.relative_to(spec.model))
     if files:
         spec = spec.model_copy(update={"model": WEIGHTS})
     spec.save(folder / DESCRIPTION)

@@ -7,7 +7,6 @@ imported inside methods here.
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from diffusion_lens.base.files import check_empty, disk_errors, read_json
+from diffusion_lens.base.files import check_empty, copy_file, read_json
 from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.transaction import changing, read_whole
 from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError
@@ -128,10 +127,8 @@ class LensFolder:
         target = Path(folder)
         check_empty(target)
         with changing(target) as change:
-            with disk_errors(target):
-                for name in (*self.manifest.files, MANIFEST):
-                    (change.staged / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(self.folder / name, change.staged / name)
+            for name in (*self.manifest.files, MANIFEST):
+                copy_file(self.folder / name, change.staged / name)
             verify(change.staged)
             change.commit(last=MANIFEST)
 

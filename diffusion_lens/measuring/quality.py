@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from diffusion_lens.base.checkpoints import read_state_dict
+from diffusion_lens.base.files import save_tensors
 from diffusion_lens.base.pictures import SUFFIXES, open_image
 from diffusion_lens.base.types import MAX_IMAGES, LensError
 from diffusion_lens.base.weights import weight_file
@@ -119,9 +119,8 @@ class FeatureStatistics:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.mean.astype(np.float64), "cov": np.ascontiguousarray(self.cov, dtype=np.float64)}
-        save_file(tensors, path, metadata={"source": self.source, "n": str(self.n or 0)})
+        save_tensors(path, tensors, {"source": self.source, "n": str(self.n or 0)})
 
     def as_features(self) -> np.ndarray:
         """``2 d`` made-up rows with exactly this mean and covariance, so that one distance formula serves all."""

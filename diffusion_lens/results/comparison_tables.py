@@ -9,6 +9,7 @@ from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
+from diffusion_lens.base.files import write_text
 from diffusion_lens.base.types import LogRatio
 from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow, flat_row
 
@@ -104,9 +105,8 @@ def verdict(comparison: Comparison) -> str:
 
 def write_tables(comparison: Comparison, folder: Path, stem: str = "comparison") -> None:
     """Write ``<stem>.csv`` and ``<stem>.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.csv").write_text(csv_text(comparison), encoding="utf-8")
-    (folder / f"{stem}.md").write_text(markdown(comparison), encoding="utf-8")
+    write_text(folder / f"{stem}.csv", csv_text(comparison))
+    write_text(folder / f"{stem}.md", markdown(comparison))
 
 
 def cells(row: MethodRow, fields: tuple[str, ...] = tuple(COLUMNS)) -> list[str]:

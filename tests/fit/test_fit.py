@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -233,15 +234,24 @@ def test_an_estimate_counts_what_will_be_done(tiny_fit_models: Models) -> None:
     assert by_stage["settings"].seconds == by_stage["effects"].seconds == 0
     assert by_stage["sweeps"].seconds == pytest.approx(12 * (1.7 * STEPS * 0.5 + 2.0) * 2)
     assert cost.seconds == pytest.approx(sum(c.seconds for c in cost.stages))
-    assert cost.text().count("\n") == len(STAGES) + 1
+    assert cost.text().count("\n") == len(STAGES) + 2
+    weights = sum(p.numel() * 4 for p in tiny_fit_models.model.unet.parameters())
+    assert weights < cost.model_bytes < 4 * weights and cost.memory_bytes == cost.model_bytes + 10**9
+    assert cost.lens_bytes > cost.model_bytes, "its pipeline lies in the lens"
     measured = estimate(quick(), tiny_fit_models.model, tiny_fit_models.classifier)
     assert all(c.seconds >= 0 for c in measured.stages) and measured.seconds > 0
 
 
 def test_a_full_disk_is_noticed_beforehand(tmp_path: Path) -> None:
-    check_space(Estimate((StageCost("sample", 1.0, 1000),), 0), tmp_path / "not" / "yet")
-    with pytest.raises(LensError, match="choose another work folder"):
-        check_space(Estimate((StageCost("sample", 1.0, 10**18),), 0), tmp_path)
+    one, two = tmp_path / "work", tmp_path / "lens"
+    check_space(Estimate((StageCost("sample", 1.0, 1000),), 0), one / "not" / "yet", two)
+    with pytest.raises(LensError, match=rf"on the disk under {tmp_path}.*; choose another folder"):
+        check_space(Estimate((StageCost("sample", 1.0, 10**18),), 0), one, two)
+    with pytest.raises(LensError, match="choose another folder"):
+        check_space(Estimate((), 0, lens_bytes=10**18), one, two)
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(LensError, match="choose another folder"):  # each fits, both on one disk do not
+        check_space(Estimate((StageCost("sample", 1.0, free * 2 // 3),), 0, lens_bytes=free * 2 // 3), one, two)
 
 
 def attribution_of(male: Sequence[float]) -> Attribution:

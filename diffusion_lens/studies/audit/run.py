@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffusion_lens.base.edits import describe
-from diffusion_lens.base.files import atomic_path, write_json
+from diffusion_lens.base.files import write_json, write_text
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Attribute, Intervention, LensError, is_assumed
 from diffusion_lens.base.weights import weights_digest
@@ -286,12 +286,10 @@ def _crossings(lens: DiffusionLens, findings: Sequence[Finding]) -> tuple[Crossi
 def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
     """Write the page, every number as JSON, and the tables of shares and of measures; returns their paths."""
     page, values, *tables = paths = tuple(Path(folder) / name for name in FILES)
-    with atomic_path(page) as partial:
-        partial.write_text(render(found), encoding="utf-8")
+    write_text(page, render(found))
     write_json(values, audit_json(found))
     for path, text in zip(tables, (table_text(found), measures_text(found)), strict=True):
-        with atomic_path(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return paths
 
 
