@@ -2,11 +2,11 @@
 
 import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning neighbour makes every step tens of times slower
 
 from diffusion_lens import ui
+from diffusion_lens.base.assets import assets_folder
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.run_options import RunOptions
@@ -15,7 +15,7 @@ from diffusion_lens.ui.gpu import load_before_lending
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lens", action="append", default=[], help="lens folder or hub id; again for another page")
-    names = lenses_to_open(parser.parse_args().lens, os.environ.get("DIFFUSION_LENS", ""), Path("assets"))
+    names = lenses_to_open(parser.parse_args().lens, os.environ.get("DIFFUSION_LENS", ""), assets_folder())
     options = RunOptions.from_environment(os.environ)
     lenses = [DiffusionLens.from_pretrained(name, options=options) for name in names]
     for lens in lenses:

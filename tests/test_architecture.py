@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -144,3 +145,11 @@ def test_the_checks_themselves_see_imports(tmp_path: Path) -> None:
         "diffusion_lens.results.stats",
         "diffusion_lens.DiffusionLens",
     ]
+
+
+def test_the_picture_of_the_structure_is_of_todays_imports() -> None:
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "docs" / "structure.py")
+    assert spec is not None and spec.loader is not None
+    structure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(structure)
+    assert structure.PICTURE.read_text(encoding="utf-8") == structure.draw(), "run: make picture"

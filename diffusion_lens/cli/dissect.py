@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.assets import assets_folder
 from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
@@ -14,7 +15,6 @@ from diffusion_lens.cli import portraits
 from diffusion_lens.cli.compare import PromptOption, WorkOption
 from diffusion_lens.cli.console import guarded, progress, say, show_json, show_table
 from diffusion_lens.cli.options import (
-    BUNDLED,
     BatchOption,
     DeviceOption,
     JsonOption,
@@ -24,6 +24,7 @@ from diffusion_lens.cli.options import (
     checked_prompt,
     with_flags,
 )
+from diffusion_lens.lens.bundled import FIRST
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from diffusion_lens.results.dissection import Dissection
     from diffusion_lens.results.joint import JointResult
 
-DEPTH_STORE = Path("assets/depth.json")
+DEPTH_STORE = assets_folder() / "depth.json"
 
 
 def register(app: typer.Typer) -> None:
@@ -251,7 +252,8 @@ def depth(
 
 def _parts(folder: Path) -> tuple[Path, Path]:
     """Where autoencoder and classifier lie: in a folder of training stages, or in the bundled lens."""
-    bundled = (BUNDLED / "pipeline" / "vae", BUNDLED / "classifier")
+    first = assets_folder() / FIRST
+    bundled = (first / "pipeline" / "vae", first / "classifier")
     for found in ((folder / "autoencoder", folder / "classifier"), bundled):
         if all((part / "config.json").is_file() for part in found):
             return found

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from diffusion_lens.base.assets import assets_folder
 from diffusion_lens.base.types import MAX_IMAGES, MAX_SEED, GenerationRequest, Intervention, LensError
 from diffusion_lens.cli.image_quality import QUALITY_FLAGS, QualityFlags
+from diffusion_lens.lens.bundled import FIRST
 from diffusion_lens.model.run_options import DTYPES, Dtype, RunOptions
 from diffusion_lens.model.run_options import pick_device as pick_device
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
 
-BUNDLED = Path("assets/portraits")
 BATCH = 16
 """Images drawn at once where neither the call nor the lens says."""
 
@@ -174,8 +175,7 @@ def open_lens(source: str, running: RunOptions | str = "auto") -> DiffusionLens:
 
     hide_loading_bars()
     if not source:
-        beside = Path(__file__).resolve().parents[2] / BUNDLED
-        source = str(BUNDLED if BUNDLED.is_dir() else beside)
+        source = str(assets_folder() / FIRST)
     options = run_options(device=running) if isinstance(running, str) else running
     return DiffusionLens.from_pretrained(source, options=options)
 

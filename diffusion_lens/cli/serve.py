@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffusion_lens.base.assets import assets_folder
 from diffusion_lens.cli.console import guarded
-from diffusion_lens.cli.options import BUNDLED, DEFAULT_RUN, open_lens, with_flags
+from diffusion_lens.cli.options import DEFAULT_RUN, open_lens, with_flags
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.model.run_options import RunOptions
 
@@ -49,7 +49,6 @@ def serve(
     """
     from diffusion_lens.ui import launch
 
-    assets = BUNDLED.parent if BUNDLED.is_dir() else Path(__file__).resolve().parents[2] / BUNDLED.parent
-    names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets)
+    names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets_folder())
     running = running.model_copy(update={"preview": preview})
     launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share)

@@ -249,7 +249,8 @@ class Comparison:
     classifier_id: str
 
     def __repr__(self) -> str:
-        return f"Comparison({self.attribute.name} of {self.config.prompt!r}, {len(self.rows)} methods, n = {self.config.n})"
+        of = f"{self.attribute.name} of {self.config.prompt!r}"
+        return f"Comparison({of}, {len(self.rows)} methods, n = {self.config.n})"
 
     def to_frame(self) -> pd.DataFrame:
         """A row per method, with every number; intervals in columns of their own."""

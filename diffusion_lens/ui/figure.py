@@ -9,7 +9,9 @@ import gradio as gr
 import plotly
 import plotly.graph_objects as go
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+from diffusion_lens.base.assets import assets_folder
+
+ASSETS = assets_folder()
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
