@@ -4,8 +4,7 @@ ENV OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 \
     GRADIO_TEMP_DIR=/tmp/gradio NUMBA_CACHE_DIR=/tmp/numba HOME=/tmp PORT=7860
 WORKDIR /opt/diffusion-lens
 COPY requirements.txt .
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu \
-    && pip install --no-cache-dir -r requirements.txt
+RUN pip install --no-cache-dir -r requirements.txt
 COPY app.py README.md ./
 COPY diffusion_lens diffusion_lens
 COPY assets assets
