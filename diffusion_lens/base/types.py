@@ -500,6 +500,20 @@ class EditSpec:
         return f"EditSpec({kind} · {self.digest})"
 
 
+class Reproducible(Protocol):
+    """What can be drawn again: a ``Generation``, a ``Measurement``, or anything that says what was drawn and how."""
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What was drawn."""
+        ...
+
+    @property
+    def edit(self) -> EditSpec | None:
+        """How it was edited; ``None`` for unedited images."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Generation(Short):
     """Images ``uint8[n, H, W, 3]`` with everything needed to make them again (``DiffusionLens.reproduce``).

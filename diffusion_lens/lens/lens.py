@@ -7,15 +7,17 @@ and diffusers are imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import numpy as np
 
 from diffusion_lens.base.types import (
     Attribute,
     Attribution,
+    EditSpec,
     FeatureCard,
     FeatureSet,
     Generation,
@@ -24,6 +26,7 @@ from diffusion_lens.base.types import (
     LensError,
     Mode,
     Predictions,
+    Reproducible,
     Sampler,
     Seeds,
     as_seeds,
@@ -44,7 +47,13 @@ from diffusion_lens.steering.settings import (
 )
 
 if TYPE_CHECKING:
+    from diffusion_lens.measuring.observe import Baseline
+    from diffusion_lens.methods.protocol import Fitted
+    from diffusion_lens.model.custom import EditFunction
     from diffusion_lens.model.generate import Edit, OnLatents, OnStep, Trajectory
+
+AnyEdit: TypeAlias = "Intervention | Edit | EditSpec | EditFunction"
+"""What can be given as one edit: an intervention, an edit, one as data, or a function ``(h, context) -> h``."""
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -100,24 +109,28 @@ class DiffusionLens(LensFolder):
         prompt: str | GenerationRequest | None,
         *edits: Intervention | Edit,
         seeds: Seeds | None = None,
+        edit: AnyEdit | None = None,
         capture: bool = False,
         batch_size: int = 16,
         on_step: OnStep | None = None,
         start: Trajectory | None = None,
         on_latents: OnLatents | None = None,
     ) -> Generation:
-        """Draw one image per seed, with interventions (several act at once) or one edit of another method.
+        """Draw one image per seed, with interventions (several act at once) or one other edit.
 
-        ``prompt`` is a text with ``seeds``, or a finished request. ``capture`` keeps the bottleneck of every step
-        (float16). ``on_step(done, total)`` may raise ``generate.Cancelled``; ``start`` is a recorded trajectory;
-        ``on_latents`` sees each batch's request and latents before they are decoded.
+        ``prompt`` is a text with ``seeds``, or a finished request. ``edit`` may also be data (``EditSpec``) or a
+        function ``(h, context) -> h`` of your own: ``h [n, c, y, x]`` is the bottleneck of the images
+        ``context.seeds`` at step ``context.index`` (``model.custom.FunctionEdit`` takes a window and a sampler).
+        ``capture`` keeps the bottleneck of every step (float16). ``on_step(done, total)`` may raise
+        ``generate.Cancelled``; ``start`` is a recorded trajectory; ``on_latents`` sees each batch's request and
+        latents before they are decoded.
         """
         from diffusion_lens.model.generate import Capture, generate
 
         return generate(
             self.model,
             self._request(prompt, seeds),
-            edit=self._one_edit(edits),
+            edit=self._one_edit(edits, edit),
             capture=Capture() if capture else None,
             batch_size=batch_size,
             on_step=on_step,
@@ -134,12 +147,63 @@ class DiffusionLens(LensFolder):
             raise LensError("Say which seeds to draw, e.g. seeds=range(16).")
         return self.request(prompt, seeds)
 
-    def _one_edit(self, edits: Sequence[Intervention | Edit]) -> Edit | None:
-        interventions = [edit for edit in edits if isinstance(edit, Intervention)]
-        others = [edit for edit in edits if not isinstance(edit, Intervention)]
+    def reproduce(
+        self,
+        result: Reproducible,
+        *,
+        fitted: Fitted | Path | str | None = None,
+        edit: AnyEdit | None = None,
+        batch_size: int = 16,
+        on_step: OnStep | None = None,
+    ) -> Generation:
+        """Draw a generation's or a measurement's images again; equal bit for bit on the same machine.
+
+        ``fitted``: see ``edit_of``. ``edit``: the function or edit itself, where it was one of your own. Methods that
+        push a whole batch (H-Distribution) need the ``batch_size`` of then.
+        """
+        again = None if edit is None else self._one_edit((), edit)
+        if again is None and result.edit is not None:
+            again = self.edit_of(result.edit, fitted=fitted)
+        if (None if again is None else again.spec) != result.edit:
+            raise LensError("This is another edit than the result's; give the one that it was drawn with.")
+        return self.generate(result.request, edit=again, batch_size=batch_size, on_step=on_step)
+
+    def edit_of(self, spec: EditSpec, *, fitted: Fitted | Path | str | None = None) -> Edit:
+        """The edit that a spec describes.
+
+        ``fitted``: for a method that learned something, the fitted method or the folder where it was saved.
+
+        Raises:
+            LensError: for the features, the probes or the methods of another lens, a method whose tensors are not
+                given, or an edit of somebody's own.
+        """
+        if spec.method is not None:
+            from diffusion_lens.methods.registry import fitted_of
+
+            return fitted_of(spec.method, self, fitted).edit(spec.strength)
+        if spec.custom is not None:
+            raise LensError(f"'{spec.custom.name}' is an edit of one's own, kept by name; give it again (edit=…).")
+        edit = self.edit(*spec.interventions)
+        if edit.spec != spec:
+            raise LensError("This edit holds still what other probes read; use the lens that it was made with.")
+        return edit
+
+    def _one_edit(self, edits: Sequence[Intervention | Edit], other: AnyEdit | None = None) -> Edit | None:
+        given = [edit for edit in (*edits, other) if edit is not None]
+        interventions = [edit for edit in given if isinstance(edit, Intervention)]
+        others = [edit for edit in given if not isinstance(edit, Intervention)]
         if len(others) + bool(interventions) > 1:
-            raise LensError("Give either interventions, which act together, or one edit of another method.")
-        return others[0] if others else self.edit(*interventions) if interventions else None
+            raise LensError("Give either interventions, which act together, or one other edit.")
+        if not others:
+            return self.edit(*interventions) if interventions else None
+        return self._as_edit(others[0])
+
+    def _as_edit(self, edit: Edit | EditSpec | EditFunction) -> Edit:
+        from diffusion_lens.model.custom import FunctionEdit
+
+        if isinstance(edit, EditSpec):
+            return self.edit_of(edit)
+        return cast("Edit", edit) if hasattr(edit, "apply") else FunctionEdit(edit)
 
     def edit(self, *interventions: Intervention) -> Edit:
         """One edit of the bottleneck from one or several interventions; refuses features of another SAE."""
@@ -241,8 +305,11 @@ class DiffusionLens(LensFolder):
         seeds: Seeds | None = None,
         control: Control | None = None,
         control_seed: int = 0,
+        baseline: Baseline | None = None,
+        target_shares: Mapping[str, float] | None = None,
+        batch_size: int = 16,
+        n_examples: int = 8,
         on_step: OnStep | None = None,
-        **options: Any,
     ) -> Iterator[SweepPoint]:
         """Measure each strength on the same seeds, one point as soon as it is drawn.
 
@@ -250,7 +317,7 @@ class DiffusionLens(LensFolder):
             attribute: a steerable attribute (its shipped setting) or a ``FeatureSet`` (steered in the shipped mode).
             betas: the shipped grid by default; ``seeds``: ``range(n)`` by default.
             control: ``random`` steers as many features as active, drawn at random, ``flip`` the two poles exchanged.
-            options: passed on to ``sweep.sweep_points`` (``batch_size``, ``baseline``, ``draw``, …).
+            baseline, target_shares, batch_size, n_examples, on_step: see ``sweep.sweep_points``.
         """
         from diffusion_lens.measuring.sweep import sweep_points
 
@@ -258,15 +325,16 @@ class DiffusionLens(LensFolder):
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         chosen = self.setting(name).betas if betas is None else betas
 
-        def make_edit(beta: float) -> Edit | None:
+        def edit_at(beta: float) -> Edit | None:
             if beta == self.setting(name).identity:
                 return None
             return self.edit(self._at_beta(attribute, target, beta, control, control_seed))
 
         read = {a.name: a for a in self.classifier.attributes}
         return sweep_points(
-            self.model, request, make_edit, chosen, self.classifier, read[name], target, on_step=on_step, **options
-        )
+            self.model, request, edit_at, chosen, self.classifier, read[name], target, baseline=baseline,
+            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, on_step=on_step,
+        )  # fmt: skip
 
     def sweep(
         self,
@@ -279,14 +347,19 @@ class DiffusionLens(LensFolder):
         seeds: Seeds | None = None,
         control: Control | None = None,
         control_seed: int = 0,
-        **options: Any,
+        baseline: Baseline | None = None,
+        target_shares: Mapping[str, float] | None = None,
+        batch_size: int = 16,
+        n_examples: int = 8,
+        on_step: OnStep | None = None,
     ) -> SweepResult:
         """All of ``sweep_points`` as one result."""
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         name, target = self._goal(attribute, target)
         points = self.sweep_points(
-            request, attribute, target, betas, control=control, control_seed=control_seed, **options
-        )
+            request, attribute, target, betas, control=control, control_seed=control_seed, baseline=baseline,
+            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, on_step=on_step,
+        )  # fmt: skip
         return collect(
             points,
             target=target,

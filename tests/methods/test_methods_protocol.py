@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from lens_fixtures import PROMPTS
 
 from diffusion_lens.base.files import write_json
+from diffusion_lens.base.plain import from_plain, to_plain
 from diffusion_lens.base.progress import Cancelled, Progress, Status
-from diffusion_lens.base.types import Attribute, LensError
+from diffusion_lens.base.types import Attribute, EditSpec, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.draws import Draws, class_means, mean_differences, read_classes
 from diffusion_lens.methods.edits import ClassDraw
@@ -91,6 +93,31 @@ def test_save_and_load(key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fit
     strong, seeds = METHODS[key].strengths[-1], range(4)
     first, second = (tiny_lens.generate(PROMPTS[1], f.edit(strong), seeds=seeds) for f in (fitted[key], loaded))
     assert np.array_equal(first.images, second.images) and first.edit == second.edit
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_images_are_drawn_again_from_data_and_the_saved_method(
+    key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fitted], tmp_path: Path
+) -> None:
+    strong, seeds = METHODS[key].strengths[-1], range(5)
+    drawn = tiny_lens.generate(PROMPTS[1], fitted[key].edit(strong), seeds=seeds)
+    spec = from_plain(EditSpec, json.loads(json.dumps(to_plain(drawn.edit))))
+    assert spec == drawn.edit == fitted[key].spec(strong) and spec.digest == fitted[key].spec(strong).digest
+    assert spec != fitted[key].spec(strong / 2)
+    stored = replace(drawn, edit=spec, images=np.zeros_like(drawn.images))
+    fitted[key].save(tmp_path)
+    again = tiny_lens.reproduce(stored, fitted=tmp_path)
+    assert np.array_equal(again.images, drawn.images) and again.edit == drawn.edit
+    if fitted[key].tensors:
+        with pytest.raises(LensError, match="say where it was saved"):
+            tiny_lens.reproduce(stored)
+    else:
+        assert np.array_equal(tiny_lens.reproduce(stored).images, drawn.images)
+    other = replace(spec, method=replace(spec.method, digest="0" * 12))
+    with pytest.raises(LensError, match="another fit"):
+        tiny_lens.edit_of(other, fitted=fitted[key])
+    with pytest.raises(LensError, match="another lens"):
+        tiny_lens.edit_of(replace(spec, method=replace(spec.method, lens_key="0" * 16)))
 
 
 @pytest.mark.parametrize("key", METHODS)
