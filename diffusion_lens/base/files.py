@@ -15,7 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_lens.base.text import read_text
 from diffusion_lens.base.types import LensError
+
+MAX_JSON_PARTS = 4_000_000
+"""Commas, colons and brackets of a JSON file, each of which may become some 100 bytes of memory."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_SIGNS = ("os error 28", "os error 27", "os error 122", "No space left", "failed writing file", "unexpected pos")
@@ -170,13 +174,20 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON; raises ``LensError`` that names the file."""
+    if not path.exists():
+        raise LensError(f"{path.name} is missing from {path.parent}.")
+    text = read_text(path)
+    if sum(map(text.count, ",:[{")) > MAX_JSON_PARTS:
+        raise LensError(f"{path} holds more than {MAX_JSON_PARTS:,} values; restore it from the original.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LensError(f"{path.name} is missing from {path.parent}.") from None
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        # Not JSON or not UTF-8; also a number of too many digits, or brackets nested too deep.
+        # Not JSON; also a number of too many digits or none at all, or brackets nested too deep.
         raise LensError(f"{path} is not readable JSON; restore it from the original.") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -275,12 +274,13 @@ def _prompts(prompts: list[str] | None, more: list[str] | None, file: Path | Non
 def _labels(path: Path | None) -> dict[str, dict[str, tuple[str, ...]]] | None:
     from pydantic import TypeAdapter, ValidationError
 
+    from diffusion_lens.base.files import read_json
+
     if path is None:
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return TypeAdapter(dict[str, dict[str, tuple[str, ...]]]).validate_python(values)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError):
+        return TypeAdapter(dict[str, dict[str, tuple[str, ...]]]).validate_python(read_json(path))
+    except (LensError, ValidationError):
         raise LensError(
             f'{path} is no table of labels; write JSON like {{"gender": {{"female": ["woman"], "male": ["man"]}}}}.'
         ) from None

@@ -13,6 +13,7 @@ import typer
 
 from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.text import read_text
 from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
@@ -191,10 +192,7 @@ def audit(
 def _read_notes(notes: str) -> str:
     if not notes.startswith("@"):
         return notes
-    try:
-        return Path(notes[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise LensError(f"The notes file {notes[1:]} cannot be read as text.") from None
+    return read_text(notes[1:])
 
 
 def _show_quality(quality: ImageQuality) -> None:

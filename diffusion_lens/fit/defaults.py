@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_lens.base.text import read_text
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.atlas import AtlasConfig
 from diffusion_lens.features.train_sae import SAETrainConfig
@@ -129,10 +130,7 @@ def default_config(
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a text file, one a line; empty lines and lines that begin with ``#`` are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise LensError(f"{path} cannot be read as text; give a file with one prompt a line.") from None
+    lines = read_text(path).split("\n")
     found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
     if not found:
         raise LensError(f"{path} holds no prompt; write one a line.")

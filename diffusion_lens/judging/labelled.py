@@ -6,7 +6,6 @@ have several rows, one per rater.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_lens.base.pictures import open_image
+from diffusion_lens.base.text import as_csv, read_table
 from diffusion_lens.base.types import MAX_IMAGES, Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.judging.calibration import UNKNOWN, fit_rules, measure
@@ -30,16 +30,23 @@ CHUNK = 64
 class LabelledImages:
     """Image files and how many raters chose each class; images are opened one by one, never all at once.
 
-    ``votes`` maps an attribute to counts ``[n, class]``; a row of zeros is unlabelled.
+    ``votes`` maps an attribute to counts ``[n, class]``; a row of zeros is unlabelled. ``encoding``: the CSV's.
     """
 
     table: Path
     files: tuple[str, ...]
     votes: Mapping[str, np.ndarray]
+    encoding: str = "utf-8"
 
     def image(self, index: int) -> np.ndarray:
         """One image ``uint8[H, W, 3]``; ``LensError`` where it is missing, no image, too large or outside."""
-        return _open(self.table, self.files[index])
+        try:
+            return _open(self.table, self.files[index])
+        except LensError as error:
+            if self.encoding != "cp1252" or self.files[index].isascii():
+                raise
+            hint = f"{self.table.name} is not UTF-8 and was read as Windows-1252, which may have changed this name"
+            raise LensError(f"{str(error).rstrip('.')}; {hint}.") from None
 
     def labels(self, attributes: Sequence[Attribute]) -> np.ndarray:
         """The majority's class index, ``int64[n, attribute]``; −1 where unlabelled or tied."""
@@ -56,29 +63,31 @@ def read_labelled(path: Path | str, attributes: Sequence[Attribute]) -> Labelled
     path = Path(path)
     if not path.is_file():
         raise LensError(f"There is no label file at {path}; check the path.")
-    with path.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
-        columns = reader.fieldnames or []
-        read = [a for a in attributes if a.name in columns]
-        if "file" not in columns or not read:
-            names = ", ".join(a.name for a in attributes)
-            raise LensError(f"{path.name} needs a column 'file' and at least one of: {names}.")
-        rows = list(reader)
+    table = read_table(path)
+    read = [a for a in attributes if a.name in table.columns]
+    if "file" not in table.columns or not read:
+        names = ", ".join(a.name for a in attributes)
+        raise LensError(
+            f"{path.name} needs a column 'file' and at least one of: {names}; its columns are "
+            f"{', '.join(table.columns)} (parted by commas, semicolons or tabs)."
+        )
     index: dict[str, int] = {}
-    for row in rows:
-        index.setdefault((row["file"] or "").strip(), len(index))
+    for row in table.rows:
+        if not row.cells["file"]:
+            raise LensError(f"{path.name}, line {row.line}: the cell 'file' is empty; name an image or delete the row.")
+        index.setdefault(row.cells["file"], len(index))
     if not 1 <= len(index) <= MAX_IMAGES:
         raise LensError(f"{path.name} must name 1 to {MAX_IMAGES:,} images; it names {len(index):,}.")
     votes = {a.name: np.zeros((len(index), len(a.classes)), dtype=np.int64) for a in read}
-    for number, row in enumerate(rows, start=2):
+    for row in table.rows:
         for attribute in read:
-            label = (row[attribute.name] or "").strip()
+            label = row.cells[attribute.name]
             if label and label not in attribute.classes:
-                choices = ", ".join(attribute.classes)
-                raise LensError(f"{path.name}, line {number}: '{label}' is no {attribute.name}; use one of {choices}.")
+                choices, where = ", ".join(attribute.classes), f"{path.name}, line {row.line}"
+                raise LensError(f"{where}: '{label}' is no {attribute.name}; use one of {choices}.")
             if label:
-                votes[attribute.name][index[(row["file"] or "").strip()], attribute.index(label)] += 1
-    return LabelledImages(path, tuple(index), votes)
+                votes[attribute.name][index[row.cells["file"]], attribute.index(label)] += 1
+    return LabelledImages(path, tuple(index), votes, table.encoding)
 
 
 def write_label_sheet(images: np.ndarray, folder: Path | str, attributes: Sequence[Attribute]) -> Path:
@@ -88,10 +97,8 @@ def write_label_sheet(images: np.ndarray, folder: Path | str, attributes: Sequen
     names = [f"{i:05d}.png" for i in range(len(check_images(images)))]
     for name, image in zip(names, images, strict=True):
         Image.fromarray(image).save(folder / name)
-    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["file", *(a.name for a in attributes)])
-        writer.writerows([name, *("" for _ in attributes)] for name in names)
+    text = as_csv(["file", *(a.name for a in attributes)], ([name, *("" for _ in attributes)] for name in names))
+    (folder / "labels.csv").write_text(text, encoding="utf-8")
     return folder / "labels.csv"
 
 
@@ -229,6 +236,8 @@ def predict_any_size(classifier: Measurable, images: Sequence[np.ndarray]) -> di
 
 def _open(table: Path, name: str) -> np.ndarray:
     path = (table.parent / name).resolve()
+    if "\\" in name and not path.exists():  # written on Windows
+        path = (table.parent / name.replace("\\", "/")).resolve()
     if not path.is_relative_to(table.parent.resolve()):
         raise LensError(f"{table.name} names '{name}', which lies outside its folder; move the image beside the CSV.")
     return open_image(path)

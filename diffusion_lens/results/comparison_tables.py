@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
 from diffusion_lens.base.files import write_text
+from diffusion_lens.base.text import as_csv
 from diffusion_lens.base.types import LogRatio
 from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow, flat_row
 
@@ -160,8 +159,4 @@ def csv_text(comparison: Comparison) -> str:
     """One line per method; intervals, shares and entropies in columns of their own."""
     rows = [flat_row(row) for row in comparison.rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return as_csv(names, ([row.get(name) for name in names] for row in rows))

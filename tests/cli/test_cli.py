@@ -204,7 +204,7 @@ MISTAKES = [
     (("balance", DOCTOR, "-n", 4, "--betas", "1,2"), "decided images each"),
     (("check", "--part", 5, "--store"), "ask for one of them"),
     (("check", "--part", 9), "A check has the parts 1, 2, 3, 4, 5"),
-    (("audit", "--notes", "@nowhere.txt"), "cannot be read as text"),
+    (("audit", "--notes", "@nowhere.txt"), "no file at nowhere.txt"),
     (("fit", "nowhere.json", "--out", "x"), "nowhere.json is missing"),
     (("convert-p2", "nowhere.pt", "out"), "There is no file nowhere.pt"),
     (("import-difflens", "sae", "out", "--model-id", "m", "--attribute", "gender", "--features", "gender=f"),

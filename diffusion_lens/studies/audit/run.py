@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import write_json, write_text
 from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.text import as_csv
 from diffusion_lens.base.types import Attribute, Intervention, LensError, is_assumed
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.lens.lens import DiffusionLens
@@ -318,19 +318,15 @@ COLUMNS = (
 
 def table_text(found: Audit) -> str:
     """One CSV line per prompt, edit, attribute and class; shares between 0 and 1."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = []
     for finding in found.findings:
         for name, evaluation in finding.evaluations.items():
             for s in evaluation.shares:
                 planted = finding.planted.get(name, {}).get(s.label, "")
                 numbers = (s.raw, *s.raw_interval, s.corrected, *s.corrected_interval)
-                writer.writerow([
-                    _cell(finding.prompt or ""), _cell(finding.edit or ""), name, s.label, s.count, s.n, s.n_uncertain,
-                    *(f"{x:.6g}" for x in numbers), planted,
-                ])  # fmt: skip
-    return out.getvalue()
+                own = (finding.prompt, finding.edit, name, s.label, s.count, s.n, s.n_uncertain)
+                rows.append((*own, *(f"{x:.6g}" for x in numbers), planted))
+    return as_csv(COLUMNS, rows)
 
 
 MEASURE_COLUMNS = ("prompt", "edit", "pooled", "measure", "value", "low", "high", "floor", "n", "with")
@@ -341,19 +337,13 @@ def measures_text(found: Audit) -> str:
 
     ``low``, ``high``: a 95 % interval; ``floor``: what 95 % of balanced models stay below. Empty: not measured.
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(MEASURE_COLUMNS)
+    rows: list[tuple[Any, ...]] = []
     for row in measure_rows(found.discrepancies, found.quality):
-        numbers = ("" if x is None else f"{x:.6g}" for x in (row.value, row.low, row.high, row.floor))
-        run = (_cell(row.prompt or ""), _cell(row.edit or ""), "yes" if row.pooled else "no")
-        writer.writerow([*run, row.measure, *numbers, row.n, _cell(row.source)])
-    return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    """Text that a spreadsheet will not take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+        numbers = (None if x is None else f"{x:.6g}" for x in (row.value, row.low, row.high, row.floor))
+        rows.append((
+            row.prompt, row.edit, "yes" if row.pooled else "no", row.measure, *numbers, row.n, row.source
+        ))  # fmt: skip
+    return as_csv(MEASURE_COLUMNS, rows)
 
 
 def render(found: Audit) -> str:
