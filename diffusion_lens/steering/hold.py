@@ -37,14 +37,7 @@ class Hold:
     @cached_property
     def basis(self) -> tuple[Tensor, ...]:
         """One orthonormal ``[c·y·x, direction]`` per step of the probes."""
-        found = []
-        for step in range(self.probes[0].n_steps):
-            rows = [probe.weight[step] - probe.weight[step].mean(0, keepdim=True) for probe in self.probes]
-            # Attributes count alike, whatever the size of their probes' weights.
-            rows = [part / part.norm().clamp_min(1e-12) for part in rows]
-            directions, sizes, _ = torch.linalg.svd(torch.cat(rows).double().T, full_matrices=False)
-            found.append(directions[:, sizes > RANK_TOLERANCE * sizes[0].clamp_min(1e-12)].float())
-        return tuple(found)
+        return tuple(_directions([p.weight[step] for p in self.probes]) for step in range(self.probes[0].n_steps))
 
     @cached_property
     def digest(self) -> str:
@@ -66,6 +59,15 @@ class Hold:
                 f"The probes held still read {len(basis)} numbers per image; this bottleneck has {flat.shape[1]}."
             )
         return (flat - (flat @ basis) @ basis.T).view_as(change)
+
+
+def _directions(weights: Sequence[Tensor]) -> Tensor:
+    """Orthonormal ``[c·y·x, direction]`` that span what probes of weights ``[class, c·y·x]`` read at one step."""
+    rows = [weight - weight.mean(0, keepdim=True) for weight in weights]
+    # Attributes count alike, whatever the size of their probes' weights.
+    rows = [part / part.norm().clamp_min(1e-12) for part in rows]
+    directions, sizes, _ = torch.linalg.svd(torch.cat(rows).double().T, full_matrices=False)
+    return directions[:, sizes > RANK_TOLERANCE * sizes[0].clamp_min(1e-12)].float()
 
 
 def make_hold(probes: Mapping[str, Probe], names: Sequence[str]) -> Hold | None:

@@ -17,7 +17,7 @@ from measured import counted, measured
 
 from diffusion_lens.base.files import load_tensors, read_json
 from diffusion_lens.base.progress import Progress, Status
-from diffusion_lens.base.types import Attribution, FeatureSet, LensError, Predictions
+from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.features.atlas import AtlasConfig
 from diffusion_lens.features.train_sae import SAETrainConfig
 from diffusion_lens.fit.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
@@ -30,12 +30,6 @@ from diffusion_lens.model.activations import ActivationStore
 from diffusion_lens.model.generate import Capture, generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.sweeps import SweepPoint
-from diffusion_lens.steering.settings import (
-    control_intervention,
-    feature_sets,
-    make_intervention,
-    random_set,
-)
 
 
 class Killed(Exception):
@@ -252,57 +246,6 @@ def test_a_full_disk_is_noticed_beforehand(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(LensError, match="choose another folder"):  # each fits, both on one disk do not
         check_space(Estimate((StageCost("sample", 1.0, free * 2 // 3),), 0, lens_bytes=free * 2 // 3), one, two)
-
-
-def attribution_of(male: Sequence[float]) -> Attribution:
-    scores = np.stack([-np.array(male), np.array(male)])[:, None].astype(np.float32)
-    return Attribution(scores, 0.0, GENDER, "integrated_gradients", "zero", "sae", 4)
-
-
-def test_poles_are_the_two_ends_of_the_ranking() -> None:
-    features, opposite = feature_sets(attribution_of([5, -4, 3, -2, 1, 0]), SETTING, "male")
-    assert features.ids == (0, 2) and opposite is not None and opposite.ids == (1, 3)
-    assert opposite.scores == (4.0, 2.0) and opposite.target == "female"
-    few, none = feature_sets(attribution_of([5, 0, 0]), SETTING, "male")
-    assert few.ids == (0,) and none is None
-    with pytest.raises(LensError, match="No feature speaks for gender = female"):
-        feature_sets(attribution_of([5, 0, 0]), SETTING, "female")
-
-
-def test_the_opposite_of_one_class_of_three_speaks_against_it() -> None:
-    scores = np.array([[3.0, -1, 0, -2], [-3, 0, 4, 1], [0, 1, -4, 1]], np.float32)[:, None]
-    attribution = Attribution(scores, 0.0, AGE, "integrated_gradients", "zero", "sae", 4)
-    setting = SETTING.model_copy(update={"attribute": "age", "target": "young"})
-    features, opposite = feature_sets(attribution, setting, "young")
-    assert features.ids == (0,) and opposite is not None and opposite.ids == (3, 1)
-    assert opposite.target == "other than young"
-
-
-def test_controls_turn_other_live_features() -> None:
-    turn = make_intervention(attribution_of([5, -4, 3, -2] + [0] * 8), SETTING, "male", 3.0)
-    density = np.array([0.1] * 10 + [0.0, 0.0])
-    control = control_intervention(turn, "random", density, 0)
-    ids = {*control.features.ids, *(control.opposite.ids if control.opposite else ())}
-    assert len(ids) == 4 and ids <= set(range(4, 10)) and control.strength == 3.0
-    assert control == control_intervention(turn, "random", density, 0)
-    assert control != control_intervention(turn, "random", density, 1)
-    flipped = control_intervention(turn, "flip", density, 0)
-    assert flipped.features == turn.opposite and flipped.opposite == turn.features
-    with pytest.raises(LensError, match="Only 1 other live features"):
-        random_set(turn.features, np.array([1.0] * 3), seed=0)
-
-
-def test_random_features_are_as_active_as_those_they_stand_for() -> None:
-    activity = np.geomspace(1e-3, 10.0, 400)[np.random.default_rng(3).permutation(400)]
-    activity[::7] = 0.0
-    order = np.argsort(-activity, kind="stable")
-    features = FeatureSet(tuple(int(i) for i in order[:60:3]), (1.0,) * 20, "gender", "male", "s")
-    drawn = random_set(features, activity, seed=1, avoid=(int(order[1]),))
-    assert not {*drawn.ids} & {*features.ids, int(order[1])} and len({*drawn.ids}) == 20
-    own, other = activity[list(features.ids)], activity[list(drawn.ids)]
-    assert (other > 0).all() and np.abs(np.log(other / own)).max() < np.log(1.7)
-    blind = np.random.default_rng(1).choice(np.flatnonzero(activity > 0), 20)
-    assert own.sum() / activity[blind].sum() > 2, "the check above would pass for any draw"
 
 
 def point(beta: float, male: int, changed: float, n: int = 100) -> SweepPoint:

@@ -107,6 +107,17 @@ def test_a_run_of_other_length_takes_the_head_at_the_same_part_of_the_way() -> N
         torch.testing.assert_close(hold.free(change, step, n_steps), hold.free(change, head, N_STEPS))
 
 
+@pytest.mark.parametrize("small", ["age", "tone"])
+def test_attributes_count_alike_whatever_the_size_of_their_probes(small: str) -> None:
+    """Weights a million times smaller read the same directions, and are held as still."""
+    faint = {**PROBES, small: replace(PROBES[small], weight=PROBES[small].weight * 1e-6)}
+    change = random_maps(3)
+    for step in range(N_STEPS):
+        held = Hold((faint["age"], faint["tone"])).free(change, step, N_STEPS)
+        torch.testing.assert_close(held, slow(change, step, ("age", "tone")), atol=1e-5, rtol=1e-4)
+        assert Hold((faint["age"], faint["tone"])).basis[step].shape == (30, 2 + 3)
+
+
 def test_probes_that_say_nothing_hold_nothing() -> None:
     blank = replace(PROBES["age"], weight=torch.zeros_like(PROBES["age"].weight))
     change = random_maps(2)
