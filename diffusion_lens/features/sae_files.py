@@ -120,7 +120,7 @@ def read_sae(folder: Path) -> StoredSAE:
     ones that were written beside it, and for another format or architecture, by its name.
     """
     values = _read_config(folder)
-    if "architecture" not in values and {"layout", "normalise"} <= set(values):
+    if {"layout", "normalise"} <= set(values):
         return _read_04(folder, values)
     _refuse_foreign(folder, values)
     asked = SAELensTopK.parse(values, where=str(folder / CONFIG_FILE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.sae import SparseAutoencoder
-from diffusion_lens.features.sae_identity import Origin, fold, fold_decoder_norm
+from diffusion_lens.features.sae_identity import Origin, _smallest, fold, fold_decoder_norm
 
 RECORDED = Path(__file__).parents[1] / "data" / "saelens_topk"
 SHIPPED = Path(__file__).parents[2] / "assets"
@@ -117,14 +118,24 @@ def test_what_saelens_does_not_say_is_left_open(tmp_path: Path) -> None:
         SparseAutoencoder.load(tmp_path)
 
 
-def test_weights_of_half_precision_are_read_in_single(tmp_path: Path) -> None:
+def test_what_saelens_has_defaults_for_may_be_missing(tmp_path: Path) -> None:
+    random_sae().save(tmp_path)
+    least = {"architecture": "topk", "d_in": 5, "d_sae": 12, "k": 4}
+    (tmp_path / "cfg.json").write_text(json.dumps(least))
+    save_file(weights_of(random_sae()), tmp_path / "sae_weights.safetensors")
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(SparseAutoencoder.load(tmp_path).encode(x), random_sae().encode(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_other_precision_are_read_in_single(dtype: torch.dtype, tmp_path: Path) -> None:
     sae = random_sae()
     sae.save(tmp_path)
-    change_config(tmp_path, dtype="bfloat16")
-    halves = {name: value.bfloat16() for name, value in weights_of(sae).items()}
-    save_file(halves, tmp_path / "sae_weights.safetensors")
+    change_config(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    other = {name: value.to(dtype) for name, value in weights_of(sae).items()}
+    save_file(other, tmp_path / "sae_weights.safetensors")
     back = SparseAutoencoder.load(tmp_path)
-    assert all(torch.equal(value, halves[name].float()) for name, value in weights_of(back).items())
+    assert all(torch.equal(value, other[name].float()) for name, value in weights_of(back).items())
 
 
 def test_decoder_norms_fold_exactly_as_an_obvious_twin() -> None:
@@ -175,6 +186,22 @@ def test_folded_weights_come_back_bit_for_bit(scale: float) -> None:
     found = Origin.of(weights, scale).restore(folded)
     assert found is not None and found.keys() == weights.keys()
     assert all(torch.equal(found[name].view(torch.int32), value.view(torch.int32)) for name, value in weights.items())
+
+
+def test_what_rounding_took_is_kept_in_as_few_bytes_as_hold_it(tmp_path: Path) -> None:
+    for values, kind in (([127, -127], torch.int8), ([128, 0], torch.int32), ([0, -128], torch.int32)):
+        kept = _smallest(torch.tensor(values, dtype=torch.int32))
+        assert kept.dtype == kind and kept.tolist() == values
+    old = random_sae()
+    with torch.no_grad():
+        old.W_dec[0, 0] = 1e-39  # folded, below what float32 keeps in full
+    sae_id = write_04(tmp_path, old, 3e4)
+    SparseAutoencoder.load(tmp_path).save(tmp_path)
+    kept = load_file(tmp_path / "origin.safetensors")
+    assert {name: value.dtype for name, value in kept.items()} == {
+        "W_dec": torch.int32, "W_enc": torch.int8, "b_dec": torch.int8,
+    }  # fmt: skip
+    assert SparseAutoencoder.load(tmp_path).sae_id == sae_id
 
 
 @pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_dec", "b_enc"])
@@ -241,7 +268,10 @@ ARCHITECTURES = ("standard", "gated", "jumprelu", "transcoder", "jumprelu_transc
 def test_other_architectures_are_refused_by_name(architecture: str, tmp_path: Path) -> None:
     random_sae().save(tmp_path)
     change_config(tmp_path, architecture=architecture)
-    with pytest.raises(LensError, match=rf"a SAELens SAE of architecture '{architecture}'; only TopK"):
+    words = (
+        f"{tmp_path} holds a SAELens SAE of architecture '{architecture}'; only TopK SAEs in the format of SAELens 6"
+    )
+    with pytest.raises(LensError, match=f"^{re.escape(words)}"):
         SparseAutoencoder.load(tmp_path)
 
 
@@ -253,7 +283,8 @@ def test_other_architectures_are_refused_by_name(architecture: str, tmp_path: Pa
         ({"normalize_activations": "expected_average_only_in"}, "'expected_average_only_in', which expects"),
         ({"normalize_activations": "covariance_whitening"}, "'covariance_whitening', which expects whitened"),
         ({"normalize_activations": ["new"]}, "which is not known here"),
-        ({"reshape_activations": "hook_z"}, "attention heads"),
+        ({"normalize_activations": "new"}, "'new', which is not known here"),
+        ({"reshape_activations": "hook_z"}, r"attention heads \(reshape_activations 'hook_z'\)"),
         ({"expansion": 4}, "'expansion' is wrong"),
         ({"finetuning_scaling_factor": True}, "'finetuning_scaling_factor' is wrong"),
         ({"k": 13}, "k must not exceed"),
@@ -270,8 +301,9 @@ def test_other_architectures_are_refused_by_name(architecture: str, tmp_path: Pa
 def test_what_would_be_read_wrong_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     random_sae().save(tmp_path)
     change_config(tmp_path, **changes)
-    with pytest.raises(LensError, match=words):
+    with pytest.raises(LensError, match=words) as told:
         SparseAutoencoder.load(tmp_path)
+    assert str(told.value).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -285,8 +317,9 @@ def test_what_would_be_read_wrong_is_refused(changes: dict[str, Any], words: str
 )
 def test_other_formats_are_refused_by_name(config: Any, words: str, tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(LensError, match=words):
+    with pytest.raises(LensError, match=words) as told:
         SparseAutoencoder.load(tmp_path)
+    assert str(told.value).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -295,8 +328,9 @@ def test_other_formats_are_refused_by_name(config: Any, words: str, tmp_path: Pa
 )
 def test_other_formats_are_known_by_their_files(file: str, words: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(b"")
-    with pytest.raises(LensError, match=words):
+    with pytest.raises(LensError, match=words) as told:
         SparseAutoencoder.load(tmp_path)
+    assert str(tmp_path) in str(told.value)
 
 
 def test_configurations_that_exhaust_a_reader_are_refused(tmp_path: Path) -> None:
@@ -365,5 +399,5 @@ def test_a_scale_of_version_04_that_overflows_is_refused(tmp_path: Path) -> None
         SparseAutoencoder.load(tmp_path)
     for scale in (0.0, -1.0):
         write_04(tmp_path, random_sae(), scale)
-        with pytest.raises(LensError, match="'normalise' is wrong"):
+        with pytest.raises(LensError, match=r"cfg\.json: 'normalise' is wrong"):
             SparseAutoencoder.load(tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError
 from diffusion_lens.features.probes import Probe
-from diffusion_lens.steering.hold import Hold, make_hold
+from diffusion_lens.steering.hold import Hold, _directions, make_hold
 from diffusion_lens.steering.intervene import FeatureEdit, make_edit
 
 TONE = Attribute("tone", ("light", "medium", "brown", "dark"))
@@ -116,6 +116,22 @@ def test_attributes_count_alike_whatever_the_size_of_their_probes(small: str) ->
         held = Hold((faint["age"], faint["tone"])).free(change, step, N_STEPS)
         torch.testing.assert_close(held, slow(change, step, ("age", "tone")), atol=1e-5, rtol=1e-4)
         assert Hold((faint["age"], faint["tone"])).basis[step].shape == (30, 2 + 3)
+
+
+@pytest.mark.parametrize(("weak", "count"), [(1.2e-4, 3), (0.8e-4, 2)])
+def test_directions_far_weaker_than_the_strongest_are_rounding(weak: float, count: int) -> None:
+    """Rows ±e₁, ±e₂, ±weak·e₃: singular values in the ratio 1 : 1 : weak, the strongest 1/√2."""
+    rows = torch.diag(torch.tensor([1.0, 1.0, weak, 0.0]))[:3]
+    found = _directions([torch.cat([rows, -rows])])
+    torch.testing.assert_close(found @ found.T, torch.diag((torch.arange(4) < count).float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_change_stays_in_its_own_precision(dtype: torch.dtype) -> None:
+    hold, change = Hold((PROBES["age"],)), random_maps(2)
+    freed = hold.free(change.to(dtype), 0, N_STEPS)
+    assert freed.dtype == dtype
+    torch.testing.assert_close(freed.float(), hold.free(change, 0, N_STEPS), atol=1e-2, rtol=1e-2)
 
 
 def test_probes_that_say_nothing_hold_nothing() -> None:

@@ -52,6 +52,21 @@ def test_the_opposite_of_one_class_of_three_speaks_against_it() -> None:
     assert opposite.target == "other than young"
 
 
+def test_the_opposite_of_one_class_of_three_is_ranked_over_the_window_too() -> None:
+    young = np.array([[3.0, -5, -1], [3, -1, -2]], np.float32)  # [step, feature]
+    attribution = Attribution(np.stack([young, -young, 0 * young]), 0.0, AGE, "lrp", "zero", "sae", 4)
+    for window, worst in ((None, 1), ((1, 2), 2)):
+        setting = SETTING.model_copy(update={"attribute": "age", "window": window, "n_features": 1})
+        _, opposite = feature_sets(attribution, setting, "young")
+        assert opposite is not None and opposite.ids == (worst,)
+
+
+def test_among_equals_the_first_features_are_chosen() -> None:
+    male = [9.0] + [-1.0] * 500
+    _, opposite = feature_sets(attribution_of(male), SETTING, "male", 40)
+    assert opposite is not None and opposite.ids == tuple(range(1, 41))
+
+
 def test_controls_turn_other_live_features() -> None:
     turn = make_intervention(attribution_of([5, -4, 3, -2] + [0] * 8), SETTING, "male", 3.0)
     density = np.array([0.1] * 10 + [0.0, 0.0])
