@@ -35,6 +35,8 @@ Seeds = int | Iterable[int]
 MAX_SEED = 2**63 - 1
 ASSUMED = 1_000_000
 """Images per class of a confusion matrix that was assumed, not measured; see ``is_assumed``."""
+ADJUSTED = "* zero count adjusted: ½ was added, and the ratio itself may lie further out"
+"""Explains the mark of a log ratio's ``text``; see ``LogRatio.haldane``."""
 MAX_IMAGES = 20_000
 MAX_STEPS = 1_000
 MAX_BETA = 100.0
@@ -599,13 +601,36 @@ class Share:
 
 @dataclass(frozen=True)
 class LogRatio:
-    """``ln(share a / share b)`` with a 95 % interval; ``haldane`` marks the ½ added to zero counts."""
+    """``ln(share a / share b)`` with a 95 % interval.
+
+    Attributes:
+        interval: an end is infinite where the images cannot bound the ratio on that side (a zero count).
+        haldane: the value is a stand-in: a count of zero with ½ added, or a corrected share moved off 0 or 1. Wherever
+            the value is shown, so is this: ``text`` has a mark, which ``note`` explains.
+    """
 
     value: float
     interval: tuple[float, float]
     numerator: str
     denominator: str
     haldane: bool
+
+    @property
+    def text(self) -> str:
+        """``+0.42 (+0.10 to +0.74)``; ``+3.47* (above +1.20)`` after a zero count."""
+        low, high = self.interval
+        if math.isinf(low) and math.isinf(high):
+            span = "not bounded"
+        elif math.isinf(low):
+            span = f"below {high:+.2f}"
+        else:
+            span = f"above {low:+.2f}" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
+        return f"{self.value:+.2f}{'*' if self.haldane else ''} ({span})"
+
+    @property
+    def note(self) -> str:
+        """What the mark in ``text`` means; empty where there is none."""
+        return ADJUSTED if self.haldane else ""
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,5 @@ SHARE_COLUMNS = ("class", "decided images", "as read (95 %)", "corrected for the
 
 
 def ratio_text(ratio: LogRatio | None) -> str:
-    """``+0.42 (+0.10 to +0.74)``, or a dash."""
-    if ratio is None:
-        return "–"
-    low, high = ratio.interval
-    return f"{ratio.value:+.2f} ({low:+.2f} to {high:+.2f}){'*' if ratio.haldane else ''}"
+    """The ratio's own text, or a dash; its ``note`` explains the mark."""
+    return "–" if ratio is None else ratio.text

@@ -16,7 +16,6 @@ from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     guarded,
     progress,
-    ratio_text,
     save_html,
     say,
     share_row,
@@ -133,7 +132,9 @@ def show_figures(name: str, found: Figures) -> None:
     show_table(f"{name}, {found.n_uncertain} undecided", SHARE_COLUMNS, map(share_row, found.shares))
     ratio = found.log_ratio_corrected
     if ratio is not None:
-        say(f"ln({ratio.numerator} / {ratio.denominator}) = {ratio_text(ratio)}")
+        say(f"ln({ratio.numerator} / {ratio.denominator}) = {ratio.text}")
+        if ratio.note:
+            say(ratio.note)
     say(f"FD {found.fd:.3f}; a balanced model shows up to {found.fd_floor:.3f} at this n.")
     if found.agreement:
         kept = ", ".join(f"{key} {value:.0%}" for key, value in found.agreement.items())

@@ -149,6 +149,8 @@ def show_sweep(result: SweepResult) -> None:
         ),
         [_sweep_row(point, result.attribute.index(result.target)) for point in result.points],
     )
+    for note in {p.log_ratio_corrected.note for p in result.points if p.log_ratio_corrected} - {""}:
+        say(note)
 
 
 def _sweep_row(point: SweepPoint, column: int) -> tuple[str, ...]:

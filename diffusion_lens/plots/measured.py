@@ -20,13 +20,23 @@ PATTERN = {"fillmode": "overlay", "fgcolor": "#FFFFFF", "fgopacity": 0.6, "size"
 
 @dataclass(frozen=True)
 class _Curve:
-    """Finite points of one sweep: β, value and interval ends ``[point]``, in rising β."""
+    """Points of one sweep with a finite value: β, value and interval ends ``[point]``, in rising β.
+
+    ``adjusted`` says which values stand in for those of a zero count; they are ringed.
+    """
 
     beta: np.ndarray
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
     points: tuple[SweepPoint, ...]
+    adjusted: np.ndarray
+
+    def drawn_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Interval ends with the infinite ones cut one unit beyond all that is finite."""
+        known = np.concatenate([self.value, self.low, self.high])
+        known = known[np.isfinite(known)]
+        return np.maximum(self.low, known.min() - 1), np.minimum(self.high, known.max() + 1)
 
 
 def sweep_figure(
@@ -151,9 +161,10 @@ def describe_shares(
 def _add_curve(figure: go.Figure, result: SweepResult, curve: _Curve, look: Style) -> None:
     name = f"{result.setting} (control)" if result.is_control else result.setting
     if len(curve.beta) > 1:
+        low, high = curve.drawn_ends()
         figure.add_scatter(
             x=np.concatenate([curve.beta, curve.beta[::-1]]),
-            y=np.concatenate([curve.high, curve.low[::-1]]),
+            y=np.concatenate([high, low[::-1]]),
             fill="toself",
             fillcolor=look.band,
             line={"width": 0},
@@ -173,6 +184,16 @@ def _add_curve(figure: go.Figure, result: SweepResult, curve: _Curve, look: Styl
         customdata=[_point_text(p) for p in curve.points],
         hovertemplate=f"<b>{name}</b><br>%{{customdata}}<extra></extra>",
     )
+    if curve.adjusted.any():
+        figure.add_scatter(
+            name=f"{name}: zero count adjusted",
+            legendgroup=name,
+            mode="markers",
+            x=curve.beta[curve.adjusted],
+            y=curve.value[curve.adjusted],
+            marker={"symbol": "circle-open", "size": 17, "color": look.colour, "line": {"width": 1.5}},
+            hoverinfo="skip",
+        )
 
 
 def _mark_balance(figure: go.Figure, balance: Balance) -> None:
@@ -193,7 +214,10 @@ def _curve(result: SweepResult, measure: Measure, corrected: bool) -> _Curve:
         if value is not None and np.isfinite(value[0]):
             rows.append((point.beta, *value, point))
     columns = np.array([row[:4] for row in rows], dtype=np.float64).reshape(-1, 4)
-    return _Curve(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3], tuple(row[4] for row in rows))
+    points = tuple(row[4] for row in rows)
+    ratios = [p.log_ratio_corrected if corrected else p.log_ratio for p in points]
+    adjusted = [measure == "log_ratio" and ratio is not None and ratio.haldane for ratio in ratios]
+    return _Curve(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3], points, np.array(adjusted, dtype=bool))
 
 
 def _value(
@@ -227,9 +251,8 @@ def _share_text(share: Share) -> str:
 def _ratio_text(ratio: LogRatio | None) -> str:
     if ratio is None:
         return ""
-    low, high = ratio.interval
-    flag = ", zero count adjusted" if ratio.haldane else ""
-    return f"<br>ln({ratio.numerator}/{ratio.denominator}) = {ratio.value:+.2f} ({low:+.2f} to {high:+.2f}){flag}"
+    note = f"<br>{ratio.note}" if ratio.note else ""
+    return f"<br>ln({ratio.numerator}/{ratio.denominator}) = {ratio.text}{note}"
 
 
 def _measure_title(result: SweepResult, measure: Measure, corrected: bool) -> str:

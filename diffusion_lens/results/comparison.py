@@ -107,12 +107,12 @@ class MethodRow:
 
     @property
     def fd(self) -> Measured | None:
-        """Fairness discrepancy of decided images from the target; ``None`` for too few."""
+        """Fairness discrepancy of decided images from the target; ``None`` without any."""
         return self._distances[0]
 
     @property
     def spd(self) -> Measured | None:
-        """Largest difference between the shares of two classes; ``None`` for too few decided images."""
+        """Largest difference between the shares of two classes; ``None`` without a decided image."""
         return self._distances[1]
 
     @property
@@ -172,6 +172,8 @@ def flat_row(row: MethodRow) -> dict[str, Any]:
                 flat[f"share {share.label} low"], flat[f"share {share.label} high"] = share.corrected_interval
         elif isinstance(value, Measured | LogRatio):
             flat[name], (flat[f"{name} low"], flat[f"{name} high"]) = value.value, value.interval
+            if isinstance(value, LogRatio):
+                flat[f"{name} zero count"] = value.haldane
         elif isinstance(value, dict):
             flat.update({f"{name} {key}": number for key, number in value.items()})
         else:

@@ -133,7 +133,7 @@ def _cell(row: MethodRow, field: str) -> str:
     if isinstance(value, Measured):
         return f"{value.value:.3f} ({value.interval[0]:.3f} to {value.interval[1]:.3f})"
     if isinstance(value, LogRatio):
-        return f"{value.value:+.2f} ({value.interval[0]:+.2f} to {value.interval[1]:+.2f})"
+        return value.text
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
@@ -148,9 +148,13 @@ def markdown(comparison: Comparison) -> str:
     told = [
         f"{comparison.attribute.name}, {prompt}, target {goal}; n = {config.n} per row, on seeds not used for tuning.",
         f"Setting of each method: {comparison.rule} Every point of a curve has {config.n_tune} images.",
-        "FD and SPD from decided images, bootstrap intervals; log ratio corrected for the classifier's error. "
+        "FD and SPD from decided images; log ratio corrected for the classifier's error. "
         "! marks activations that leave the data's range.",
         *(f"{COLUMNS[field]} {text}." for field, text in comparison.labels.items()),
+        *(
+            f"\\{note}."
+            for note in {r.log_ratio_corrected.note for r in comparison.rows if r.log_ratio_corrected} - {""}
+        ),
     ]
     return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
 

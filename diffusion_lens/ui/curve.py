@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from diffusion_lens.base.types import ADJUSTED
 from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
@@ -19,12 +20,16 @@ LEFT, RIGHT, TOP, BOTTOM = 36.0, 8.0, 10.0, 32.0
 
 @dataclass(frozen=True)
 class Series:
-    """One sweep on the drawing's axes: β, value and its interval, ``[point]`` each."""
+    """One sweep on the drawing's axes: β, value and its interval (ends may be infinite), ``[point]`` each.
+
+    ``adjusted`` says which values stand in for those of a zero count.
+    """
 
     beta: np.ndarray
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    adjusted: np.ndarray
 
 
 def series(result: SweepResult) -> Series:
@@ -35,11 +40,12 @@ def series(result: SweepResult) -> Series:
     for point in result.points:
         share, ratio = point.shares[column], point.log_ratio_corrected
         if two and ratio is not None:
-            rows.append((point.beta, ratio.value, *ratio.interval))
+            rows.append((point.beta, ratio.value, *ratio.interval, ratio.haldane))
         elif not two:
-            rows.append((point.beta, share.corrected, *share.corrected_interval))
-    table = np.array(rows, dtype=np.float64).reshape(-1, 4)
-    return Series(*table[np.isfinite(table).all(axis=1)].T)
+            rows.append((point.beta, share.corrected, *share.corrected_interval, False))
+    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
+    beta, value, low, high, adjusted = table[np.isfinite(table[:, 1])].T
+    return Series(beta, value, low, high, adjusted.astype(bool))
 
 
 def curve_html(studio: Studio, view: View, beta: float) -> str:
@@ -61,6 +67,7 @@ def curve_html(studio: Studio, view: View, beta: float) -> str:
         f"{own.value[-1]:+.2f} at β = {own.beta[-1]:g}, about {at:+.2f} at β = {beta:g}. Balance is {level:.2g}."
     )
     key = "" if control is None else ", <span class='dl-key'>┄</span> random features"
+    key += f"; ○ {ADJUSTED[2:]}" if own.adjusted.any() else ""
     words = (f"more {second}", f"more {first}") if two else ("", "")
     rises = bool(own.value[-1] >= own.value[0])
     drawings = []
@@ -101,7 +108,10 @@ class _Frame:
 
     def line(self, s: Series, kind: str) -> str:
         places = [self.at(b, v) for b, v in zip(s.beta, s.value, strict=True)]
-        dots = "".join(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places)
+        dots = "".join(
+            f'<circle class="{kind}{" dl-adjusted" if mark else ""}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+            for (x, y), mark in zip(places, s.adjusted, strict=True)
+        )
         return f'<polyline class="{kind}" points="{_points(places)}"/>{dots if kind == "dl-main" else ""}'
 
     def band(self, s: Series) -> str:

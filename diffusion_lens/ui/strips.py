@@ -61,6 +61,8 @@ def table_html(results: Sequence[SweepResult]) -> str:
             f"<th scope='col'>share {escape(result.target)} (95 %)</th>{ratio}<th scope='col'>FD</th>"
             f"<th scope='col'>n</th><th scope='col'>uncertain</th></tr></thead><tbody>{rows}</tbody></table>"
         )
+        notes = {p.log_ratio_corrected.note for p in result.points if p.log_ratio_corrected} - {""}
+        parts += [f"<p>{escape(note)}</p>" for note in notes]
     return (
         f'<details class="dl-table"><summary>All numbers as a table</summary><div class="dl-scroll" tabindex="0">'
         f"{''.join(parts)}</div></details>"
@@ -72,9 +74,7 @@ def _row(point: SweepPoint, result: SweepResult) -> str:
     low, high = share.corrected_interval
     cells = [f"{share.corrected:.0%} ({low:.0%} to {high:.0%})"]
     if len(result.attribute.classes) == 2:
-        ratio = point.log_ratio_corrected
-        low, high = ratio.interval if ratio else (0.0, 0.0)
-        cells.append("–" if ratio is None else f"{ratio.value:+.2f} ({low:+.2f} to {high:+.2f})")
+        cells.append("–" if point.log_ratio_corrected is None else point.log_ratio_corrected.text)
     within = " (within noise)" if point.fd <= point.fd_floor else ""
     cells += [f"{point.fd:.3f}{within}", str(share.n), str(share.n_uncertain)]
     return f"<tr><th scope='row'>{point.beta:g}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"

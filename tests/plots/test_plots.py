@@ -149,6 +149,22 @@ def test_sweep_curve_and_band() -> None:
     assert figure.layout.yaxis.title.text == "ln(male / female)"
 
 
+def test_zero_counts_are_ringed_and_their_open_intervals_drawn_to_an_edge() -> None:
+    open_below = LogRatio(-3.0, (-np.inf, -1.0), "male", "female", True)
+    sure = LogRatio(1.0, (0.5, 1.5), "male", "female", False)
+    points = tuple(
+        replace(p, log_ratio_corrected=ratio) for p, ratio in zip(FALLING.points, (open_below, sure, sure), strict=True)
+    )
+    figure = plots.sweep_figure([replace(FALLING, points=points)])
+    assert list(named(figure, "30 features: zero count adjusted").x) == [0]
+    assert list(named(figure, "30 features").y) == [-3, 1, 1]
+    band = next(trace for trace in figure.data if trace.fill == "toself")
+    assert list(band.y) == [-1, 1.5, 1.5, 0.5, 0.5, -4]
+    hover = named(figure, "30 features").customdata
+    assert "-3.00* (below -1.00)" in hover[0] and "½ was added" in hover[0] and "*" not in hover[1]
+    assert len(plots.sweep_figure([replace(FALLING, points=points[1:])]).data) == 2
+
+
 def test_sweep_raw_and_share() -> None:
     raw = named(plots.sweep_figure([FALLING], corrected=False), "30 features")
     assert raw.y[0] == pytest.approx(np.log(4) / 2)
