@@ -337,6 +337,13 @@ class Figures:
         return metrics.fairness_discrepancy(np.array(_shares(self.counts)), self.goal)
 
     @cached_property
+    def fd_interval(self) -> tuple[float, float]:
+        """The 95 % interval of ``fd``; all that FD can be where none is decided."""
+        from diffusion_lens.results import metrics
+
+        return metrics.fd_interval(self.counts, self.goal)
+
+    @cached_property
     def fd_floor(self) -> float:
         """The 95 % point of FD where as many images truly follow ``goal``: below it FD shows nothing."""
         from diffusion_lens.results import metrics

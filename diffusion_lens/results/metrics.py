@@ -6,15 +6,32 @@ Sources: fairness discrepancy (FD) and CLIP scores as DiffLens reports them; sub
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 from scipy.linalg import qr, svdvals
+from scipy.optimize import minimize
+from scipy.special import chndtrix
+from scipy.stats import chi2
 
 from diffusion_lens.base.types import Change, LensError, Predictions
-from diffusion_lens.results.stats import MIN_PAIRS, Estimate, paired_bootstrap, paired_difference
+from diffusion_lens.results.stats import (
+    Estimate,
+    Interval,
+    agresti_min,
+    imprecise_interval,
+    paired_difference,
+    share_interval,
+)
 
 MIN_FRECHET = 50
 """Images below which a Fréchet distance is refused: its bias would drown what it measures."""
+
+MIN_EXPECTED = 5.0
+"""Expected images of the rarest class from which Pearson's statistic is taken to follow χ² (Cochran's rule)."""
+
+MAX_OFF = 30.0
+"""Standard errors from the target beyond which a noncentral χ² changes no more."""
 
 UNDECIDED = -1
 """Stands for an undecided image in ``decided_labels``."""
@@ -59,24 +76,147 @@ def _fd_null(n: int, target: tuple[float, ...], seed: int, n_draws: int) -> np.n
 def share_distances(
     labels: np.ndarray, certain: np.ndarray, target: np.ndarray
 ) -> tuple[Estimate | None, Estimate | None]:
-    """``(FD, SPD)`` with bootstrap intervals over decided images; ``None`` below ``stats.MIN_PAIRS`` of them.
+    """``(FD, SPD)`` of the decided images with their intervals; ``None`` where there is no such image.
 
     Near 0 both are biased upwards, as any distance is: read them beside the noise floor.
     """
-    decided = labels[certain]
-    if len(decided) < MIN_PAIRS:
+    counts = np.bincount(labels[certain], minlength=len(target))
+    if not counts.sum():
         return None, None
-    columns = [(decided == index).astype(float) for index in range(len(target))]
+    shares = counts / counts.sum()
+    return (
+        Estimate(fairness_discrepancy(shares, target), fd_interval(counts, target)),
+        Estimate(parity_difference(shares), parity_interval(counts)),
+    )
 
-    def fd(*classes: np.ndarray, axis: int) -> np.ndarray:
-        gaps = [c.mean(axis=axis) - t for c, t in zip(classes, target, strict=True)]
-        return np.sqrt(sum(gap**2 for gap in gaps))
 
-    def spd(*classes: np.ndarray, axis: int) -> np.ndarray:
-        means = np.stack([c.mean(axis=axis) for c in classes])
-        return means.max(axis=0) - means.min(axis=0)
+def fd_interval(counts: np.ndarray, target: np.ndarray | None = None, *, level: float = 0.95) -> Interval:
+    """Interval of the fairness discrepancy of the shares behind ``counts`` (decided images per class, ``[class]``).
 
-    return paired_bootstrap(fd, *columns), paired_bootstrap(spd, *columns)
+    Two classes: FD is a function of the share, so its interval is that of ``stats.share_interval``. More (our working
+    form): the low end is the FD nearest to 0 in a confidence region of the shares, those that Pearson's test does not
+    refuse (0 where it does not refuse the target itself); the high end is ``stats.imprecise_interval``'s. By union and
+    intersection (Roy 1953) the low end needs the region of all classes together, the high end that of one direction.
+    Without an image it is all that FD can be.
+    """
+    numbers = _counts(counts)
+    return _fd_interval(numbers, tuple(_target(target, len(numbers)).tolist()), level)
+
+
+@lru_cache(maxsize=4096)
+def _fd_interval(counts: tuple[int, ...], target: tuple[float, ...], level: float) -> Interval:
+    seen, goal = np.array(counts), np.array(target)
+    if seen.sum() == 0:
+        return 0.0, float(np.linalg.norm(np.eye(len(goal)) - goal, axis=1).max())
+    if len(seen) == 2:
+        low, high = share_interval(counts[1], sum(counts), level=level)
+        near, far = _distances(low - goal[1], high - goal[1])
+        return float(np.sqrt(2) * near), float(np.sqrt(2) * far)
+    value = fairness_discrepancy(seen / seen.sum(), goal)
+    low, high = imprecise_interval(lambda shares: np.linalg.norm(shares - goal, axis=1), seen, level=level)
+    return min(value, low, _least_fd(seen, goal, level)), max(value, high)
+
+
+def _distances(low: float, high: float) -> Interval:
+    """The interval of ``|x|`` for an ``x`` in ``[low, high]``."""
+    return max(0.0, low, -high), max(abs(low), abs(high))
+
+
+def _least_fd(counts: np.ndarray, target: np.ndarray, level: float) -> float:
+    """The FD nearest to 0 of the shares that Pearson's test at ``counts`` does not refuse.
+
+    A second pass narrows the region: a distance from ``target`` that is not 0 is tested in its own direction only, and
+    its square follows a noncentral χ², which needs less than χ² does at 0.
+    """
+    freedom = len(counts) - 1
+    limit = max(float(chi2.ppf(level, freedom)), _pearson_null(int(counts.sum()), tuple(target.tolist()), level))
+    if _pearson(counts, target) <= limit:
+        return 0.0
+    nearest = _nearest(counts, target, limit)
+    off = min(float(np.sqrt(counts.sum() * _pearson_gap(nearest, target))), MAX_OFF)
+    narrower = float(np.sqrt(chndtrix((1 + level) / 2, freedom, off**2)) - off) ** 2
+    if narrower < limit:
+        nearest = _nearest(counts, target, narrower)
+    return float(np.linalg.norm(nearest - target))
+
+
+def _pearson(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Pearson's X² of ``counts [..., class]`` against ``shares [class]``, infinite where a class should have none."""
+    n = counts.sum(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(counts > 0, counts**2 / shares, 0.0)
+    return terms.sum(axis=-1) / n - n
+
+
+def _pearson_gap(shares: np.ndarray, target: np.ndarray) -> float:
+    """``Σ (p - t)² / t``: how far shares lie from the target in the target's own spread; infinite off its support."""
+    gap = (shares - target) ** 2
+    if (gap[target == 0] > 0).any():
+        return float("inf")
+    return float((gap[target > 0] / target[target > 0]).sum())
+
+
+@lru_cache(maxsize=256)
+def _pearson_null(n: int, target: tuple[float, ...], level: float) -> float:
+    """The ``level`` point of X² when ``n`` images follow ``target``, drawn; 0 where χ² is known to serve."""
+    expected = n * np.array([share for share in target if share > 0])
+    if expected.min() >= MIN_EXPECTED:
+        return 0.0
+    draws = np.random.default_rng(0).multinomial(n, target, size=20_000)
+    return float(np.quantile(_pearson(draws, np.array(target)), level, method="inverted_cdf"))
+
+
+def _nearest(counts: np.ndarray, target: np.ndarray, limit: float) -> np.ndarray:
+    """The shares nearest to ``target`` whose X² at ``counts`` is at most ``limit``; a convex problem, by SLSQP."""
+    n, k = counts.sum(), len(counts)
+    squares = (counts / n) ** 2
+    found = minimize(
+        lambda p: ((p - target) ** 2).sum(),
+        (counts + 0.25) / (n + 0.25 * k),
+        jac=lambda p: 2 * (p - target),
+        bounds=[(1e-9, 1)] * k,
+        constraints=[
+            {"type": "eq", "fun": lambda p: p.sum() - 1, "jac": lambda p: np.ones(k)},
+            {"type": "ineq", "fun": lambda p: 1 + limit / n - (squares / p).sum(), "jac": lambda p: squares / p**2},
+        ],
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 300},
+    )
+    return np.asarray(found.x) if found.success else target
+
+
+def parity_difference(shares: np.ndarray) -> float:
+    """Largest less smallest share of ``shares [class]``: DDM's statistical parity difference (SPD) over all classes."""
+    return float(np.max(shares) - np.min(shares))
+
+
+def parity_interval(counts: np.ndarray, *, level: float = 0.95) -> Interval:
+    """Interval of ``parity_difference`` from ``counts`` (decided images per class, ``[class]``).
+
+    Two classes: a function of the share, so that of ``stats.share_interval``. More: from the differences of all pairs
+    of classes (Agresti and Min 2005); the low ends hold together (Bonferroni), as the largest of them is taken, while
+    for the high end that of the truly largest and smallest class is enough.
+    """
+    numbers = _counts(counts)
+    n = sum(numbers)
+    if n == 0:
+        return 0.0, 1.0
+    if len(numbers) == 2:
+        low, high = share_interval(numbers[1], n, level=level)
+        return _distances(2 * low - 1, 2 * high - 1)
+    pairs = list(combinations(numbers, 2))
+    together = 1 - (1 - level) / len(pairs)
+    lows = [_distances(*agresti_min(a, b, n, level=together))[0] for a, b in pairs]
+    highs = [_distances(*agresti_min(a, b, n, level=level))[1] for a, b in pairs]
+    value = (max(numbers) - min(numbers)) / n
+    return min(value, max(lows)), max(value, min(1.0, max(highs)))
+
+
+def _counts(counts: np.ndarray) -> tuple[int, ...]:
+    numbers = tuple(int(k) for k in counts)
+    if len(numbers) < 2 or min(numbers) < 0:
+        raise LensError(f"Counts are one number >= 0 for each of two or more classes; got {list(numbers)}.")
+    return numbers
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:

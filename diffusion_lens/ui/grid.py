@@ -109,12 +109,12 @@ def _count(row: Row, column: int) -> tuple[int, int]:
 
 
 def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.results.stats import wilson
+    from diffusion_lens.results.stats import share_interval
 
     k, n = _count(row, attribute.index(target))
     if n == 0:
         return f'<div class="dl-bar"><p><b>{name}</b> no image was decided</p></div>'
-    low, high = wilson(k, n)
+    low, high = share_interval(k, n)
     uncertain = len(row.certain) - n
     undecided = f", {uncertain} uncertain" if uncertain else ""
     text = f"{k} of {n}{undecided} · {k / n:.0%} (95 %: {low:.0%} to {high:.0%})"
@@ -133,10 +133,10 @@ def _ratio(name: str, row: Row, attribute: Attribute) -> str:
         return f"<tr><th scope='row'>{name}</th><td>–</td><td></td></tr>"
     second, first = attribute.classes[1], attribute.classes[0]
     ratio = log_ratio_interval(*counts, numerator=second, denominator=first)
-    adjusted = " *" if ratio.haldane else ""
+    value, span = ratio.text.split(" ", 1)
     return (
-        f"<tr><th scope='row'>{name}</th><td class='dl-big'>{ratio.value:+.2f}{adjusted}</td>"
-        f"<td>{ratio.interval[0]:+.1f} to {ratio.interval[1]:+.1f}</td></tr>"
+        f"<tr title='{ratio.note}'><th scope='row'>{name}</th><td class='dl-big'>{value}</td>"
+        f"<td>{span.strip('()')}</td></tr>"
     )
 
 
@@ -162,11 +162,11 @@ def _side_effects(picture: Picture) -> str:
 
 
 def _limits(picture: Picture, attribute: Attribute, stored: SweepPoint | None) -> str:
-    from diffusion_lens.results.stats import wilson
+    from diffusion_lens.results.stats import share_interval
 
     column = attribute.index(picture.view.target)
     k, n = _count(picture.after, column)
-    low, high = wilson(k, n) if n else (0.0, 1.0)
+    low, high = share_interval(k, n) if n else (0.0, 1.0)
     width = f"{100 * (high - low):.0f} points"
     words = [
         f"{len(picture.after.images)} images show what the turn does, not how often: the interval is {width} wide."

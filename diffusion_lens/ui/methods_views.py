@@ -168,13 +168,13 @@ def _name(row: Row, i: int, attribute: Attribute) -> str:
 
 
 def _bar(row: Row, attribute: Attribute, target: str) -> str:
-    from diffusion_lens.results.stats import wilson
+    from diffusion_lens.results.stats import share_interval
 
     column, n = attribute.index(target), int(row.certain.sum())
     k = int(((row.labels == column) & row.certain).sum())
     if not n:
         return '<div class="dl-bar"><p>no image was decided</p></div>'
-    low, high = wilson(k, n)
+    low, high = share_interval(k, n)
     undecided = f", {len(row.certain) - n} uncertain" if len(row.certain) > n else ""
     return (
         f'<div class="dl-bar"><p><span>{k} of {n} read as {escape(target)}{undecided} · {k / n:.0%} '

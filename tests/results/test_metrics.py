@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
-from scipy.stats import binom
+from scipy.stats import binom, chisquare
 
 from diffusion_lens.base.types import Attribute, LensError, Predictions
-from diffusion_lens.results import metrics
+from diffusion_lens.results import metrics, stats
 
 GENDER = Attribute("gender", ("female", "male"))
 GLASSES = Attribute("glasses", ("no", "yes"))
@@ -37,6 +37,65 @@ def test_null_floor_is_the_binomial_quantile() -> None:
     assert metrics.fd_null_floor(100) > metrics.fd_null_floor(1000)
     assert metrics.fd_null_floor(100, np.array([0.9, 0.1])) < metrics.fd_null_floor(100)
     assert np.isnan(metrics.fd_null_floor(0))
+
+
+def test_two_classes_fd_is_a_function_of_the_share() -> None:
+    low, high = stats.share_interval(30, 100)
+    root = np.sqrt(2)
+    assert metrics.fd_interval(np.array([70, 30])) == pytest.approx((root * (0.5 - high), root * (0.5 - low)))
+    assert metrics.fd_interval(np.array([30, 70])) == pytest.approx(metrics.fd_interval(np.array([70, 30])))
+    goal = np.array([0.65, 0.35])  # inside the share's interval
+    assert metrics.fd_interval(np.array([70, 30]), goal) == pytest.approx((0, root * (0.35 - low)))
+    assert metrics.parity_interval(np.array([70, 30])) == pytest.approx((1 - 2 * high, 1 - 2 * low))
+    # All images of one class: not certain, and never beyond what FD can be.
+    low, high = metrics.fd_interval(np.array([8, 0]))
+    assert (low, high) == pytest.approx((root * (0.025 ** (1 / 8) - 0.5), root / 2))
+
+
+def test_fd_of_several_classes_reaches_0_exactly_where_pearsons_test_allows_the_target() -> None:
+    goal = np.array([0.5, 0.3, 0.2])
+    for counts in ([55, 30, 15], [60, 25, 15], [62, 25, 13], [64, 22, 14]):
+        refused = chisquare(counts, 100 * goal).pvalue < 0.05
+        low, high = metrics.fd_interval(np.array(counts), goal)
+        assert (low > 0) == refused
+        assert low <= metrics.fairness_discrepancy(np.array(counts) / 100, goal) <= high
+    assert metrics.fd_interval(np.array([20, 0, 0]))[1] == pytest.approx(np.sqrt(2 / 3))
+    assert metrics.fd_interval(np.array([20, 0, 0]))[0] < 0.7
+    assert metrics.fd_interval(np.zeros(3, int), goal) == pytest.approx((0, np.linalg.norm([0.5, 0.3, 0.8])))
+
+
+def test_nearest_shares_equal_a_grid() -> None:
+    counts, goal = np.array([30, 12, 6]), np.array([0.2, 0.3, 0.5])
+    side = np.linspace(0, 1, 601)
+    a, b = (m.ravel() for m in np.meshgrid(side, side))
+    grid = np.stack([a, b, 1 - a - b], axis=1)[a + b < 1]
+    with np.errstate(divide="ignore"):
+        x2 = (counts**2 / grid).sum(axis=1) / 48 - 48
+    slow = grid[x2 <= 5.99]
+    fast = metrics._nearest(counts, goal, 5.99)
+    assert np.linalg.norm(fast - goal) == pytest.approx(np.linalg.norm(slow - goal, axis=1).min(), abs=1e-3)
+    assert metrics._pearson(counts, fast) == pytest.approx(5.99, abs=1e-4) and fast.sum() == pytest.approx(1)
+
+
+def test_pearsons_null_is_drawn_for_rare_classes() -> None:
+    # n = 8 at (.98, .01, .01): one image of a rare class has X² = 10.6, more than χ²'s 5.99, in 15 % of cases.
+    assert metrics._pearson_null(8, (0.98, 0.01, 0.01), 0.95) == pytest.approx(49 / 7.84 + 1 / 0.08 - 8)
+    assert metrics._pearson_null(100, (0.5, 0.3, 0.2), 0.95) == 0
+    assert metrics.fd_interval(np.array([7, 1, 0]), np.array([0.98, 0.01, 0.01]))[0] == 0
+    # A class that should have no image, but has one, is refused at once.
+    assert metrics.fd_interval(np.array([50, 49, 1]), np.array([0.5, 0.5, 0.0]))[0] > 0
+
+
+def test_parity_difference_and_its_interval() -> None:
+    assert metrics.parity_difference(np.array([0.5, 0.3, 0.2])) == pytest.approx(0.3)
+    low, high = metrics.parity_interval(np.array([50, 30, 20]))
+    assert (low, high) == pytest.approx((0.1090, 0.4456), abs=1e-4)
+    assert high == pytest.approx(stats.agresti_min(50, 20, 100)[1])
+    assert low == pytest.approx(stats.agresti_min(50, 20, 100, level=1 - 0.05 / 3)[0])
+    assert metrics.parity_interval(np.array([0, 0])) == (0, 1)
+    assert metrics.parity_interval(np.array([20, 20, 20]))[0] == 0
+    with pytest.raises(LensError, match="two or more classes"):
+        metrics.parity_interval(np.array([5]))
 
 
 def test_small_numbers_by_hand() -> None:

@@ -16,18 +16,30 @@ GOOD = np.array([[190, 10], [6, 194]])
 THREE = np.array([[90, 5, 5], [6, 80, 14], [2, 8, 90]])
 
 
-def test_wilson_by_hand() -> None:
-    z2 = 1.959963984540054**2
-    centre, half = (30 + z2 / 2) / (100 + z2), np.sqrt(z2 * (30 * 70 / 100 + z2 / 4)) / (100 + z2)
-    assert stats.wilson(30, 100) == pytest.approx((centre - half, centre + half), abs=1e-12)
-    assert stats.wilson(0, 20)[0] == 0 and 0 < stats.wilson(0, 20)[1] < 0.2
-    assert stats.wilson(20, 20)[1] == 1
+def test_share_interval_inverts_the_binomial_tails() -> None:
+    # By hand: none of 8 has the upper end 1 - .025^(1/8); all of 8 mirror it.
+    assert stats.share_interval(0, 8) == pytest.approx((0, 1 - 0.025 ** (1 / 8)))
+    assert stats.share_interval(8, 8) == pytest.approx((0.025 ** (1 / 8), 1))
+    low, high = stats.share_interval(30, 100)
+    assert binom.sf(29, 100, low) == pytest.approx(0.025) and binom.cdf(30, 100, high) == pytest.approx(0.025)
+    assert (1 - high, 1 - low) == pytest.approx(stats.share_interval(70, 100))
+    narrow = stats.share_interval(30, 100, level=0.5)
+    assert low < narrow[0] < 0.3 < narrow[1] < high
+
+
+def test_imprecise_interval_of_a_share_is_the_exact_one() -> None:
+    for k in (0, 1, 6):
+        found = stats.imprecise_interval(lambda shares: shares[:, 1], np.array([24 - k, k]), n_draws=100_000)
+        assert found == pytest.approx(stats.share_interval(k, 24), abs=0.004)
+    # In several classes, too: the one more image is of the class itself, or of any other.
+    found = stats.imprecise_interval(lambda shares: shares[:, 2], np.array([5, 3, 2, 0]), n_draws=100_000)
+    assert found == pytest.approx(stats.share_interval(2, 10), abs=0.004)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 0), (3, 2), (-1, 5)])
 def test_counts_that_cannot_be(k: int, n: int) -> None:
     with pytest.raises(LensError, match=r"needs >= 1|between 0 and"):
-        stats.wilson(k, n)
+        stats.share_interval(k, n)
 
 
 def test_mcnemar_is_a_sign_test_of_the_discordant_pairs() -> None:
@@ -55,24 +67,37 @@ def test_paired_difference_by_hand_and_coverage() -> None:
     assert 930 <= hits <= 985
 
 
-def test_log_ratio_by_hand_and_haldane() -> None:
+def test_a_log_ratio_is_the_log_odds_of_its_share() -> None:
     found = stats.log_ratio_interval(60, 20, numerator="male", denominator="female")
-    half = 1.959963984540054 * np.sqrt(1 / 60 + 1 / 20)
+    ends = np.array(stats.share_interval(60, 80))
     assert found.value == pytest.approx(np.log(3))
-    assert found.interval == pytest.approx((np.log(3) - half, np.log(3) + half))
-    assert not found.haldane
-    zero = stats.log_ratio_interval(0, 20, numerator="male", denominator="female")
-    assert zero.haldane and zero.value == pytest.approx(np.log(0.5 / 20.5))
+    assert found.interval == pytest.approx(tuple(np.log(ends / (1 - ends))))
+    assert not found.haldane and found.note == ""
+    mirrored = stats.log_ratio_interval(20, 60, numerator="male", denominator="female")
+    assert mirrored.interval == pytest.approx((-found.interval[1], -found.interval[0]))
     with pytest.raises(LensError, match="needs >= 1"):
         stats.log_ratio_interval(0, 0, numerator="male", denominator="female")
 
 
-def test_corrected_log_ratio_stays_finite() -> None:
+def test_a_zero_count_leaves_the_log_ratio_open_and_marked() -> None:
+    found = stats.log_ratio_interval(0, 20, numerator="male", denominator="female")
+    share = 1 - 0.025 ** (1 / 20)
+    assert found.haldane and found.value == pytest.approx(np.log(0.5 / 20.5))
+    assert found.interval == (-np.inf, pytest.approx(np.log(share / (1 - share))))
+    assert found.text == "-3.71* (below -1.60)" and "zero count" in found.note
+    other = stats.log_ratio_interval(20, 0, numerator="male", denominator="female")
+    assert other.text == "+3.71* (above +1.60)"
+
+
+def test_corrected_log_ratio_is_open_where_its_share_is() -> None:
     found = stats.share_log_ratio(stats.Estimate(1.0, (0.9, 1.0)), 49, numerator="male", denominator="female")
     assert found.haldane and found.value == pytest.approx(np.log(0.99 / 0.01))
-    assert found.interval == pytest.approx((np.log(9), np.log(99)))
+    assert found.interval == (pytest.approx(np.log(9)), np.inf)
     inside = stats.share_log_ratio(stats.Estimate(0.9, (0.8, 1.0)), 49, numerator="male", denominator="female")
-    assert not inside.haldane and inside.value == pytest.approx(np.log(9))
+    assert not inside.haldane and inside.value == pytest.approx(np.log(9)) and inside.text == "+2.20 (above +1.39)"
+    # Fewer readings than the classifier's errors alone: the stand-in value stays within its interval.
+    outside = stats.share_log_ratio(stats.Estimate(0.0, (0.0, 0.001)), 8, numerator="male", denominator="female")
+    assert outside.interval == (-np.inf, outside.value) and outside.value == pytest.approx(np.log(0.5 / 8.5))
 
 
 def test_rogan_gladen_undoes_the_error_and_is_symmetric() -> None:
@@ -99,8 +124,20 @@ def test_lang_reiczigel_by_hand() -> None:
     assert found.interval == pytest.approx((0.2655, 0.5838), abs=1e-4)
 
 
+def test_a_corrected_interval_is_no_narrower_than_the_counts_allow() -> None:
+    known = 1_000_000 * np.eye(2, dtype=int)
+    for k, n in ((8, 16), (0, 8), (1, 8)):
+        low, high = stats.rogan_gladen(k, n, known).interval
+        exact = stats.share_interval(k, n)
+        assert low <= exact[0] + 1e-5 and exact[1] - 1e-5 <= high
+    # Se = .97, Sp = .95 known well: 4 of 8 are 8/16.56 ± the exact interval's ends, corrected alike.
+    low, high = stats.rogan_gladen(4, 8, 100 * GOOD).interval
+    exact = (np.array(stats.share_interval(4, 8)) - 0.05) / 0.92
+    assert (low, high) == pytest.approx(tuple(exact), abs=1e-3)
+
+
 @pytest.mark.parametrize(("p", "se", "sp", "n"), [(0.5, 0.95, 0.9, 100), (0.1, 0.9, 0.9, 200), (0.97, 0.97, 0.97, 200)])
-def test_lang_reiczigel_coverage_where_wilson_fails(p: float, se: float, sp: float, n: int) -> None:
+def test_lang_reiczigel_coverage_where_the_uncorrected_fails(p: float, se: float, sp: float, n: int) -> None:
     rng = np.random.default_rng(1)
     hits = naive = 0
     for _ in range(500):
@@ -108,7 +145,7 @@ def test_lang_reiczigel_coverage_where_wilson_fails(p: float, se: float, sp: flo
         k = int(rng.binomial(n, p * se + (1 - p) * (1 - sp)))
         low, high = stats.rogan_gladen(k, n, np.array([[tn, 100 - tn], [100 - tp, tp]])).interval
         hits += low <= p <= high
-        low, high = stats.wilson(k, n)
+        low, high = stats.share_interval(k, n)
         naive += low <= p <= high
     assert hits >= 465
     if p != 0.5:
@@ -139,26 +176,36 @@ def test_correct_shares_undoes_a_known_mixing() -> None:
     assert stats.correct_shares(counts, 10_000 * THREE).intervals[0] == pytest.approx((0.6, 0.6), abs=0.01)
     assert np.diff(found.intervals[0]) > 0.02  # the confusion's own uncertainty is counted
     again = stats.correct_shares(counts, THREE)
-    assert (again.intervals == found.intervals).all()
+    assert (again.intervals == found.intervals).all()  # no chance in it
 
 
 def test_correct_shares_agrees_with_rogan_gladen_for_two_classes() -> None:
-    found = stats.correct_shares(np.array([400, 600]), GOOD, n_boot=4000)
+    found = stats.correct_shares(np.array([400, 600]), GOOD)
     one = stats.rogan_gladen(600, 1000, GOOD)
     assert found.values[1] == pytest.approx(one.value, abs=1e-6)
     assert found.intervals[1] == pytest.approx(one.interval, abs=0.01)
+    assert found.intervals[0] == pytest.approx(1 - found.intervals[1, ::-1])
 
 
-def test_correct_shares_coverage() -> None:
-    rng = np.random.default_rng(2)
-    rates, truth = stats.error_rates(THREE), np.array([0.7, 0.25, 0.05])
-    hits = np.zeros(3)
-    for trial in range(150):
-        confusion = np.stack([rng.multinomial(100, row) for row in rates])
-        counts = rng.multinomial(300, rates.T @ truth)
-        intervals = stats.correct_shares(counts, confusion, n_boot=300, seed=trial).intervals
-        hits += (intervals[:, 0] <= truth) & (truth <= intervals[:, 1])
-    assert (hits / 150 >= 0.88).all(), hits / 150
+def test_two_corrected_classes_by_hand() -> None:
+    """Fieller's ratio by MOVER: the ends solve ``q - (1 - θ) f - θ Se = ± root of the squared one-sided errors``."""
+    confusion = np.array([[80, 20], [10, 90]])
+    low, high = stats.correct_shares(np.array([50, 50]), confusion).intervals[1]
+    (q_low, q_high), (f_low, f_high), (s_low, s_high) = (
+        stats.share_interval(*kn) for kn in ((50, 100), (20, 100), (90, 100))
+    )
+    for theta, q_end, f_end, s_end in ((low, q_low, f_high, s_high), (high, q_high, f_low, s_low)):
+        gap = 0.5 - (1 - theta) * 0.2 - theta * 0.9
+        errors = [q_end - 0.5, (1 - theta) * (f_end - 0.2), theta * (s_end - 0.9)]
+        assert abs(gap) == pytest.approx(np.linalg.norm(errors), abs=1e-9)
+
+
+def test_a_classifier_without_error_leaves_the_exact_intervals() -> None:
+    counts = np.array([30, 0, 20, 1])
+    found = stats.correct_shares(counts, 1_000_000_000 * np.eye(4, dtype=int))
+    exact = [stats.share_interval(int(k), 51) for k in counts]
+    assert found.intervals == pytest.approx(np.array(exact), abs=1e-5)
+    assert found.values == pytest.approx(counts / 51)
 
 
 def test_a_zero_count_does_not_pretend_to_be_certain() -> None:
@@ -185,7 +232,7 @@ def test_confusions_that_cannot_be_inverted(confusion: np.ndarray, message: str)
 def test_shares_of_two_and_of_three_classes() -> None:
     female, male = stats.shares(np.array([40, 60]), 5, GENDER, GOOD)
     assert (male.label, male.count, male.n, male.n_uncertain, male.raw) == ("male", 60, 100, 5, 0.6)
-    assert male.raw_interval == stats.wilson(60, 100)
+    assert male.raw_interval == stats.share_interval(60, 100)
     assert female.corrected == pytest.approx(1 - male.corrected)
     assert female.corrected_interval == pytest.approx((1 - male.corrected_interval[1], 1 - male.corrected_interval[0]))
     raw, corrected = stats.log_ratios((female, male))

@@ -22,7 +22,7 @@ from diffusion_lens.features.train_sae import evaluate_sae
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.generate import StepContext
 from diffusion_lens.portraits import world as portraits
-from diffusion_lens.results.stats import wilson
+from diffusion_lens.results.stats import share_interval
 from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studies.check import steering, world
 from diffusion_lens.studies.check.inside import Reconstruction, fidelity
@@ -270,7 +270,7 @@ def test_undecided_images_are_counted(whole: tuple[CheckReport, list[str]], tiny
         for place, prompt in enumerate(tiny_lens.prompts)
     ]
     k = sum(tiny_lens.classify(part)["gender"].n_uncertain for part in images)
-    assert (row.n, row.value, row.interval) == (n, k / n, wilson(k, n))
+    assert (row.n, row.value, row.interval) == (n, k / n, share_interval(k, n))
 
 
 def test_sweeps_come_with_their_control_and_serialise(whole: tuple[CheckReport, list[str]]) -> None:

@@ -130,7 +130,9 @@ def _kept_rows(
         same = metrics.decided_labels(before[name]) == metrics.decided_labels(after[name])
         k, n = int(same.sum()), len(same)
         rows.append(
-            at_least(3, f"{name}: class kept by the reconstruction", k / n, stats.wilson(k, n), AGREEMENT, "share", n)
+            at_least(
+                3, f"{name}: class kept by the reconstruction", k / n, stats.share_interval(k, n), AGREEMENT, "share", n
+            )
         )
     kept = {name: metrics.agreement(before[name], after[name]) for name in before if name not in steered}
     if kept:

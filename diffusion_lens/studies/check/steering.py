@@ -213,16 +213,13 @@ def balance_row(steered: Steered, name: str) -> Row:
     """FD at the balanced strength against the 95 % point of its null."""
     found = steered.found
     assert found is not None and steered.balanced is not None
-    n, counts = steered.balanced.n, steered.balanced.counts
+    n = steered.balanced.n
     label = f"FD at balance, {name}"
     if n == 0:
         return Row(5, label, "–", "fails", note="every image was left undecided")
-    share = stats.wilson(int(counts[1]), n)
-    interval = distance((share[0] - 0.5, share[1] - 0.5))
-    wide = interval[0] * 2**0.5, interval[1] * 2**0.5
-    value, floor = steered.balanced.fd, steered.balanced.fd_floor
+    value, interval, floor = steered.balanced.fd, steered.balanced.fd_interval, steered.balanced.fd_floor
     note = f"{found.note} Bar: the 95 % point of FD at n = {n}"
-    return at_most(5, label, value, wide, floor, "number", n, note)
+    return at_most(5, label, value, interval, floor, "number", n, note)
 
 
 def moved_row(job: Job, steered: Steered, name: str) -> Row:

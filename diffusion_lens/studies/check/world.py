@@ -126,7 +126,7 @@ def classifier_rows(job: Job, counted: Counted) -> list[Row]:
     for a in lens.attributes:
         k = sum(one[a.name].n_uncertain for one in counted.values())
         name = f"{a.name}: undecided on generated images"
-        rows.append(at_most(2, name, k / n, stats.wilson(k, n), UNCERTAIN, "share", n))
+        rows.append(at_most(2, name, k / n, stats.share_interval(k, n), UNCERTAIN, "share", n))
     return rows
 
 
@@ -146,6 +146,8 @@ def _accuracy_rows(job: Job) -> list[Row]:
         undecided = read[name].n_uncertain / n
         note = f"most probable class of every drawing; {undecided:.1%} undecided"
         rows.append(
-            at_least(2, f"{name}: right on new drawings", right / n, stats.wilson(right, n), bar, "share", n, note)
+            at_least(
+                2, f"{name}: right on new drawings", right / n, stats.share_interval(right, n), bar, "share", n, note
+            )
         )
     return rows
