@@ -15,7 +15,7 @@ from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
     atlas_tab,
-    depth_tab,
+    depth,
     explore,
     explore_handlers,
     methods_tab,
@@ -25,6 +25,7 @@ from diffusion_lens.ui import (
 )
 from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.gpu import lent
+from diffusion_lens.ui.lazy import built_when_looked_at
 from diffusion_lens.ui.theme import theme
 
 QUEUE = 64
@@ -85,8 +86,8 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
             methods_tab.layout(studio, methods, tab)
         with gr.Tab("Atlas", id="atlas") as atlas:
             feature, turn = atlas_tab.layout(studio, atlas)
-        with gr.Tab("Depth", id="depth") as depth:
-            depth_tab.layout(depth)
+        with gr.Tab("Depth", id="depth") as depth_tab:
+            built_when_looked_at(depth_tab, lambda _: depth.build())
         with gr.Tab("About", id="about") as about_tab:
             about.layout(studio, about_tab)
     explore.return_to(studio, explore_tab, tab)

@@ -10,8 +10,8 @@ import numpy as np
 from diffusion_lens.base.types import Examples, FeatureCard
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.dissection import Dissection, FeatureEffect, effects_of, is_sure
+from diffusion_lens.studio.pictures import data_uri, spotlight
 from diffusion_lens.studio.state import View, poles
-from diffusion_lens.ui.pictures import data_uri, spotlight
 
 N_SLOTS = 6
 THUMBS = 3

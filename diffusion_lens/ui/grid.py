@@ -9,11 +9,11 @@ import numpy as np
 from diffusion_lens.base.types import Attribute
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.sweeps import SweepPoint
+from diffusion_lens.studio.pictures import data_uri
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Row
 from diffusion_lens.ui import texts
-from diffusion_lens.ui.pictures import data_uri
 
 
 def row_html(picture: Picture, attribute: Attribute, *, edited: bool) -> str:

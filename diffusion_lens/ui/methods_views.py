@@ -11,8 +11,8 @@ from diffusion_lens.base.types import Attribute
 from diffusion_lens.results.comparison import UNSTEERED, Comparison, MethodRow
 from diffusion_lens.results.comparison_tables import BEST, COLUMNS, NOT_MEASURED, PARTS, best, cells, verdict
 from diffusion_lens.studio.methods_live import Trio
+from diffusion_lens.studio.pictures import data_uri
 from diffusion_lens.studio.studio import Row
-from diffusion_lens.ui.pictures import data_uri
 
 if TYPE_CHECKING:
     from diffusion_lens.methods.protocol import Method

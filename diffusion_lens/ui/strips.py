@@ -8,8 +8,8 @@ from html import escape
 
 from diffusion_lens.plots import describe_spillover
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
+from diffusion_lens.studio.pictures import data_uri
 from diffusion_lens.studio.studio import as_json
-from diffusion_lens.ui.pictures import data_uri
 
 SHOWN = 4
 

@@ -12,7 +12,7 @@ from dissected import keep_depth, keep_in
 from harness import marks, opened, served
 
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.ui import depth_tab
+from diffusion_lens.ui import depth
 
 PATIENCE = 60_000
 SHOTS = os.environ.get("DL_SHOTS")
@@ -28,7 +28,7 @@ def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) 
     keep_in(folder / "lens")
     keep_depth(folder / "depth.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depth_tab, "STORED", folder / "depth.json")
+        patch.setattr(depth, "STORED", folder / "depth.json")
         with served(DiffusionLens.from_pretrained(folder / "lens")) as url:
             yield url
 

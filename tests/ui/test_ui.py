@@ -23,11 +23,11 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Recent, Studio, foreign_lines
 from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, sweep_handlers, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
-from diffusion_lens.ui.pictures import spotlight
 
 
 @pytest.fixture(scope="module")

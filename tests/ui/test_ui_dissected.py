@@ -1,4 +1,4 @@
-"""What single features control, on the Atlas and on cards; and the depth experiment's tab, as plain functions."""
+"""What single features control, on the Atlas and on cards, as plain functions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import pytest
-from dissected import NURSE, depth_result, dissection, keep_depth, keep_in
+from dissected import dissection, keep_in
 
-from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.manifest import verify
 from diffusion_lens.studio.studio import Studio
-from diffusion_lens.ui import atlas_tab, cards, depth_tab
+from diffusion_lens.ui import atlas_tab, cards
 
 
 @pytest.fixture
@@ -136,42 +134,3 @@ class TestCards:
         card = plain.lens.card(int(measured[0]))
         assert set(card.effects) == {"gender", "age", "glasses"}
         assert "without a test of chance" in cards.large_card(plain.lens, int(measured[0]))
-
-
-class TestDepth:
-    def test_lines_tables_and_flips(self) -> None:
-        result = depth_result()
-        made, says, table, flips = depth_tab.shown(result, "gender", "female", NURSE, True)
-        lines = {t["name"]: t["y"] for t in json.loads(made["figure"])["data"]}
-        assert list(lines) == ["guidance 1", "guidance 3", "guidance 1, bypassed", "guidance 3, bypassed"]
-        assert lines["guidance 3"] == pytest.approx([0.6, 0.75, 0.9])
-        assert lines["guidance 3, bypassed"] == pytest.approx([0.6, 0.675, 0.75])
-        assert "guidance 3: at depth 2 levels 60 %" in says
-        assert "<td>90%</td><td>60%</td><td>+30 (+24 to +36) *</td><td>100, 2</td>" in table
-        assert table.count("<tr>") == 1 + 12 and "majority (female)" in flips and "<td>12</td><td>2</td>" in flips
-        without = depth_tab.shown(result, "gender", "female", NURSE, False)[0]
-        assert len(json.loads(without["figure"])["data"]) == 2
-
-    def test_another_attribute_brings_its_classes(self) -> None:
-        label, made, *_ = depth_tab.change_subject(depth_result(), "age", NURSE, False)
-        assert label["choices"] == ["young", "adult", "old"] and label["value"] == "young"
-        assert "Share young" in made["alt"]
-
-    def test_caveat_and_sizes_are_said(self) -> None:
-        told = depth_tab.sizes_html(depth_result())
-        assert "cannot show that depth as such" in told and "4 levels (4.0 M weights)" in told and "10 steps" in told
-
-    def test_without_a_result_the_tab_says_how_to_make_one(self, tmp_path: Path) -> None:
-        def texts(path: Path) -> str:
-            with gr.Blocks() as demo, gr.Tab("Depth") as tab:
-                depth_tab.layout(tab, path)
-            return " ".join(str(getattr(b, "value", "")) for b in demo.blocks.values())
-
-        assert depth_tab.COMMAND in texts(tmp_path / "none.json")
-        (tmp_path / "bad.json").write_text("{}")
-        assert "not a stored depth experiment" in texts(tmp_path / "bad.json")
-        keep_depth(tmp_path / "depth.json")
-        shown = texts(tmp_path / "depth.json")
-        assert depth_tab.COMMAND not in shown and "cannot show that depth" in shown
-        with pytest.raises(LensError):
-            depth_tab.stored(tmp_path / "bad.json")

@@ -1,0 +1,24 @@
+"""Tabs that are built when somebody first looks at them: the first page comes sooner, in the server and the browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import gradio as gr
+
+from diffusion_lens.ui.panel import READ, Component, Values
+
+
+def built_when_looked_at(tab: gr.Tab, build: Callable[[Values], None], takes: Iterable[Component] = ()) -> None:
+    """Build the contents of ``tab`` once for each visitor, when they first select it, from what ``takes`` hold then.
+
+    Controls in it must say ``interactive=True``: gradio guesses that before it knows the events of what comes late.
+    """
+    looked_at = gr.State(False)
+    # Through the queue: gradio tells of a state that changed with queued events alone.
+    tab.select(lambda: True, None, looked_at, **READ)
+    inputs = set(takes)
+
+    @gr.render(inputs=inputs or None, triggers=[looked_at.change], show_progress="hidden", concurrency_id="read")
+    def contents(values: Values | None = None) -> None:
+        build(values or {})
