@@ -22,6 +22,8 @@ import numpy as np
 Mode = Literal["scale", "add", "suppress"]
 Sampler = Literal["asymmetric", "symmetric"]
 GuidanceBranch = Literal["conditional", "both"]
+Control = Literal["random", "flip"]
+"""What a control steers: features drawn at random among those as active, or the poles exchanged."""
 Plain = str | int | float | bool | None
 """What an option of a method may be."""
 Fault = Literal["not finite", "censored", "constant"]

@@ -8,7 +8,7 @@ import numpy as np
 import typer
 
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.cli.console import (
     guarded,
     percent,
@@ -34,7 +34,6 @@ from diffusion_lens.cli.options import (
 )
 from diffusion_lens.results.as_json import sweep_json
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
-from diffusion_lens.steering.settings import Control
 
 BetasOption = Annotated[str | None, typer.Option("--betas", help="Strengths, like '-1,0,1,2'; the lens's own grid.")]
 ControlOption = Annotated[

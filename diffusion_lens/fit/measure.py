@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
-from diffusion_lens.base.types import Atlas, Attribution, FeatureSet, GenerationRequest, Intervention
+from diffusion_lens.base.types import Atlas, Attribution, Control, FeatureSet, GenerationRequest, Intervention
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.fit.choose import candidates, choose_setting, describe, measure_setting, trial_folder
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
@@ -20,7 +20,7 @@ from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.records import load_atlas, save_sweep
 from diffusion_lens.results.sweeps import SweepResult, collect
 from diffusion_lens.steering.intervene import make_edit
-from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
+from diffusion_lens.steering.settings import control_intervention, describe_setting
 
 
 def fit_settings(work: Work) -> None:
@@ -195,6 +195,7 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
         points,
         target=setting.target,
         setting=describe_setting(setting, control, seed),
-        is_control=control is not None,
-        provenance={"sae": sae.sae_id, "control": control or ""},
+        control=control,
+        control_seed=seed,
+        provenance={"sae": sae.sae_id},
     )

@@ -17,6 +17,7 @@ import numpy as np
 from diffusion_lens.base.types import (
     Attribute,
     Attribution,
+    Control,
     EditSpec,
     FeatureCard,
     FeatureSet,
@@ -39,7 +40,6 @@ from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.measurement import Figures, Measurement
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
 from diffusion_lens.steering.settings import (
-    Control,
     control_intervention,
     describe_setting,
     feature_sets,
@@ -364,8 +364,9 @@ class DiffusionLens(LensFolder):
             points,
             target=target,
             setting=self._describe(attribute, name, control, control_seed),
-            is_control=control is not None,
-            provenance={"lens": self.manifest.lens_id, "sae": self.manifest.sae_id, "control": control or ""},
+            control=control,
+            control_seed=control_seed,
+            provenance={"lens": self.manifest.lens_id, "sae": self.manifest.sae_id},
         )
 
     def balance(

@@ -39,7 +39,8 @@ def sweep_json(result: SweepResult) -> dict[str, Any]:
     plain: dict[str, Any] = to_plain({
         "points": [_point(point) for point in result.points],
         **{name: getattr(result, name) for name in (
-            "attribute", "target", "request", "setting", "classifier_id", "is_control", "provenance",
+            "attribute", "target", "request", "setting", "classifier_id", "is_control", "control",
+            "control_seed", "provenance",
         )},
     })  # fmt: skip
     return plain

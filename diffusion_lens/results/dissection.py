@@ -135,7 +135,11 @@ def name_of(effect: FeatureEffect) -> str:
     A negative β takes away what the feature stands for, and a card may cut the end of the text: it says so in front.
     """
     down = " turned down" if effect.beta < 0 else ""
-    return f"{effect.attribute}{down}: {effect.label} {effect.difference * 100:+.0f} points at β = {effect.beta:g}"
+    return f"{effect.attribute}{down}: {_moved(effect)}"
+
+
+def _moved(effect: FeatureEffect) -> str:
+    return f"{effect.label} {effect.difference * 100:+.0f} points at β = {effect.beta:g}"
 
 
 def least_images(found: Dissection) -> int:
@@ -188,9 +192,13 @@ def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
     for own in groups(found).values():
         for effect in own:
             labels[effect.feature] = name_of(effect)
-    first = atlas.label_source.split("; with points:")[0]
-    source = f"{first}; with points: by the effect of turning it alone, {found.source}"
+    first = atlas.label_source.removesuffix(_names_source(atlas.effect_source))  # of a dissection before this one
+    source = first + _names_source(found.source)
     return replace(atlas, effects=effects, effect_source=found.source, labels=tuple(labels), label_source=source)
+
+
+def _names_source(effects: str) -> str:
+    return f"; with points: by the effect of turning it alone, {effects}"
 
 
 def _told(effect: FeatureEffect) -> str:
@@ -227,7 +235,7 @@ def _largest(found: Dissection, attribute: str) -> str:
         return "; its share never moved"
     row, column = np.unravel_index(int(sizes.argmax()), sizes.shape)
     best = _effect(found, int(row), attribute, int(column))
-    return f" (the largest: #{best.feature}, {name_of(best).split(': ', 1)[1]}, q = {best.q_value:.2g})"
+    return f" (the largest: #{best.feature}, {_moved(best)}, q = {best.q_value:.2g})"
 
 
 def _best(found: Dissection, row: int) -> FeatureEffect | None:

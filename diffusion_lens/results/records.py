@@ -19,6 +19,7 @@ from diffusion_lens.base.types import (
     Attribute,
     Attribution,
     Change,
+    Control,
     GenerationRequest,
     LensError,
     Predictions,
@@ -68,6 +69,8 @@ def sweep_values(result: SweepResult) -> tuple[dict[str, Any], list[Measurement]
         "setting": result.setting,
         "is_control": result.is_control,
         "provenance": result.provenance,
+        "control": result.control,
+        "control_seed": result.control_seed,
     }
     return values, [point.measurement for point in result.points]
 
@@ -78,8 +81,16 @@ def sweep_of(values: Mapping[str, Any], measurements: list[Measurement]) -> Swee
     first = points[0]
     return SweepResult(
         points, first.attribute, str(values["target"]), first.request, str(values["setting"]), first.classifier_id,
-        bool(values["is_control"]), dict(values["provenance"]),
+        bool(values["is_control"]), dict(values["provenance"]), _control(values.get("control")),
+        int(values.get("control_seed", 0)),
     )  # fmt: skip
+
+
+def _control(name: object) -> Control | None:
+    known: dict[object, Control | None] = {None: None, "": None, "random": "random", "flip": "flip"}
+    if name not in known:
+        raise LensError(f"'{name}' is no control of a sweep.")
+    return known[name]
 
 
 def load_sweep(folder: Path, stem: str, missing: Missing) -> SweepResult:
@@ -120,7 +131,7 @@ def sweep_of_0_4(values: Mapping[str, Any], images: np.ndarray, missing: Missing
     )  # fmt: skip
     return SweepResult(
         points, attribute, str(values["target"]), request, str(values["setting"]), str(values["classifier_id"]),
-        bool(values["is_control"]), dict(values["provenance"]),
+        bool(values["is_control"]), dict(values["provenance"]), _control(values["provenance"].get("control")),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from diffusion_lens.base.types import Attribute, GenerationRequest, LensError
+from diffusion_lens.base.types import Attribute, Control, GenerationRequest, LensError
 from diffusion_lens.results import display
 from diffusion_lens.results.measurement import Figures
 
@@ -30,9 +30,11 @@ class SweepResult:
     """Strength × seeds: one point per β in rising order, plus what made them.
 
     Attributes:
-        target: the class towards which the sweep leads. setting: what was steered, in words for a person.
-        is_control: whether random features or exchanged poles were steered in place of the attribute's own.
-        provenance: what else decided it: lens, SAE, control.
+        target: the class towards which the sweep leads.
+        setting: what was steered, in words for a person; as data it stands in the points' edits.
+        is_control: whether something else was steered in place of the attribute's own features: ``control`` says what,
+            ``control_seed`` with which draw (sweeps of version 0.4 do not tell it).
+        provenance: what else decided it: lens and SAE, or the fitted method.
     """
 
     points: tuple[SweepPoint, ...]
@@ -43,6 +45,8 @@ class SweepResult:
     classifier_id: str
     is_control: bool = False
     provenance: dict[str, str] = field(default_factory=dict)
+    control: Control | None = None
+    control_seed: int = 0
 
     def __repr__(self) -> str:
         ends = f"β {self.betas[0]:g} to {self.betas[-1]:g}" if self.points else "no points"
@@ -81,6 +85,8 @@ def collect(
     setting: str,
     is_control: bool = False,
     provenance: Mapping[str, str] | None = None,
+    control: Control | None = None,
+    control_seed: int = 0,
 ) -> SweepResult:
     """All points as one result, in rising β; a cancelled sweep's points may be collected too."""
     rising = tuple(sorted(points, key=lambda p: p.beta))
@@ -88,8 +94,9 @@ def collect(
         raise LensError("This sweep has no points; let it measure at least one beta.")
     first = rising[0]
     return SweepResult(
-        rising, first.attribute, target, first.request, setting, first.classifier_id, is_control, dict(provenance or {})
-    )
+        rising, first.attribute, target, first.request, setting, first.classifier_id,
+        is_control or control is not None, dict(provenance or {}), control, control_seed,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribution, FeatureSet, Intervention, LensError
+from diffusion_lens.base.types import Attribution, Control, FeatureSet, Intervention, LensError
 from diffusion_lens.results.manifest import Setting
 
-Control = Literal["random", "flip"]
 LIKE = 8
 """A random control draws among this many features of nearest activity."""
 

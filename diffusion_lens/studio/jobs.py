@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
-from diffusion_lens.steering.settings import Control, describe_setting
+from diffusion_lens.steering.settings import describe_setting
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View, check_prompt
 from diffusion_lens.studio.studio import Picture, Row, Studio, import_engine
@@ -200,6 +200,6 @@ def _result(studio: Studio, job: SweepJob, control: Control | None, points: Sequ
         points,
         target=job.target,
         setting=describe_setting(lens.setting(job.attribute), control),
-        is_control=control is not None,
-        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
+        control=control,
+        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id},
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from diffusion_lens.base.types import GenerationRequest, Predictions
+from diffusion_lens.base.types import EditSpec, GenerationRequest, LensError, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.as_json import sweep_json
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
-from diffusion_lens.steering.settings import describe_setting
+from diffusion_lens.steering.settings import control_intervention, describe_setting
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.previews import Preview, Sight
 from diffusion_lens.studio.state import View, check, interventions
@@ -277,8 +276,18 @@ def _as_shipped(lens: DiffusionLens, result: SweepResult) -> bool:
     setting = lens.settings.get(result.attribute.name)
     if setting is None or result.target != setting.target:
         return False
-    known = [describe_setting(setting), *(describe_setting(setting, control) for control in ("random", "flip"))]
-    return re.sub(r"\(seed \d+\)", "(seed 0)", result.setting) in (known[1:] if result.is_control else known[:1])
+    edited = [point for point in result.points if point.edit is not None]
+    if not edited:  # version 0.4 kept what it steered in words alone
+        seeds = {0, int(lens.fitted_from.get("seed", 0))}
+        return result.setting in {describe_setting(setting, result.control, seed) for seed in seeds}
+    furthest = max(edited, key=lambda point: abs(point.beta - setting.identity))
+    try:
+        steer = lens.intervention(setting.attribute, setting.target, furthest.beta)
+        if result.control is not None:
+            steer = control_intervention(steer, result.control, lens.atlas.activity, result.control_seed)
+    except LensError:  # today's setting has no such control
+        return False
+    return furthest.edit is not None and replace(furthest.edit, hold_digest="") == EditSpec((steer,))
 
 
 def foreign_lines(studio: Studio) -> list[str]:

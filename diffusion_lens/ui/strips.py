@@ -55,7 +55,7 @@ def table_html(results: Sequence[SweepResult]) -> str:
     for result in results:
         rows = "".join(_row(point, result) for point in result.points)
         ratio = "<th scope='col'>log ratio (95 %)</th>" if len(result.attribute.classes) == 2 else ""
-        name = f"control: {result.provenance.get('control')}" if result.is_control else result.setting
+        name = f"control: {result.control}" if result.is_control else result.setting
         parts.append(
             f"<table><caption>{escape(name)}</caption><thead><tr><th scope='col'>β</th>"
             f"<th scope='col'>share {escape(result.target)} (95 %)</th>{ratio}<th scope='col'>FD</th>"

@@ -9,10 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.plots import describe_sweep, sweep_figure
 from diffusion_lens.results.sweeps import Balance, SweepResult
-from diffusion_lens.steering.settings import Control
 from diffusion_lens.studio import jobs
 from diffusion_lens.studio.jobs import SweepJob
 from diffusion_lens.studio.studio import Studio
@@ -46,7 +45,7 @@ def _short(result: SweepResult) -> str:
     """A name that fits a legend on a phone; the whole setting stands in the table."""
     names = {code: name for name, code in CONTROLS.items()}
     if result.is_control:
-        return next((n for code, n in names.items() if code == result.provenance.get("control")), "another turn")
+        return next((n for code, n in names.items() if code == result.control), "another turn")
     return f"features for {result.target}"
 
 

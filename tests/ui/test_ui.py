@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffusion_lens.fit.write import check_target
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.counted import CountedShares
+from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.pictures import spotlight
@@ -383,6 +385,35 @@ class TestSweeps:
         assert len(changed.foreign) == 2, "its sweep and the control"
         assert "3 features" in foreign_lines(changed)[0] and "ships 4 features" in foreign_lines(changed)[0]
         assert "another setting" in sweep_handlers.open_stored(changed, PROMPTS[0], "gender", "share")[5]
+
+    def test_stored_sweeps_are_known_by_their_edits(self, copied_lens: Any) -> None:
+        studio = Studio(DiffusionLens.from_pretrained(copied_lens()))
+        main, control = studio.sweeps(PROMPTS[0], "gender")
+        assert (main.control, control.control) == (None, "random")
+        assert {m.control for m in studio.lens.sweeps} == {None, "random"}
+
+        def foreign(*sweeps: SweepResult) -> tuple[SweepResult, ...]:
+            other = Studio(studio.lens)
+            other.lens = SimpleNamespace(  # type: ignore[assignment]
+                sweeps=sweeps, settings=studio.lens.settings, intervention=studio.lens.intervention,
+                atlas=studio.lens.atlas, fitted_from=studio.lens.fitted_from,
+            )  # fmt: skip
+            return other.foreign
+
+        # Words decide nothing where the edit is known; draws of a control are told apart by their features.
+        assert foreign(replace(main, setting="anything"), replace(control, setting="anything")) == ()
+        strangers = (replace(main, control="random"), replace(control, control=None), replace(control, control_seed=9))
+        assert foreign(main, *strangers, control) == strangers
+        flipped = studio.lens.sweep(PROMPTS[0], "gender", n=4, betas=(2.0,), control="flip")
+        assert flipped.is_control and flipped.control == "flip" and foreign(flipped) == ()
+        # Results of version 0.4 have words alone, and a control of unknown draw.
+        bare = [
+            replace(r, points=tuple(replace(p, measurement=replace(p.measurement, edit=None)) for p in r.points))
+            for r in (main, control)
+        ]
+        assert foreign(*bare) == ()
+        wrong = replace(bare[0], setting="80 features, both poles, scale, symmetric, all steps")
+        assert foreign(wrong) == (wrong,)
 
 
 class TestSeveralLenses:

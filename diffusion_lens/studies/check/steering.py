@@ -8,12 +8,12 @@ from itertools import combinations
 
 import numpy as np
 
-from diffusion_lens.base.types import Attribute, Predictions
+from diffusion_lens.base.types import Attribute, Control, Predictions
 from diffusion_lens.measuring.balance import balance
 from diffusion_lens.measuring.observe import Baseline, observe, observe_baseline
 from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
-from diffusion_lens.steering.settings import Control, control_intervention, describe_setting
+from diffusion_lens.steering.settings import control_intervention, describe_setting
 from diffusion_lens.studies.check.result import (
     SEVERITY,
     Interval,
@@ -128,8 +128,9 @@ def steer(
         map(at, betas),
         target=setting.target,
         setting=describe_setting(setting, control, draw),
-        is_control=control is not None,
-        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id, "control": control or ""},
+        control=control,
+        control_seed=draw,
+        provenance={"lens": lens.manifest.lens_id, "sae": lens.manifest.sae_id},
     )
     if control is not None:
         return Steered(prompt, result, base)
