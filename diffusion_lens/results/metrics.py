@@ -11,8 +11,7 @@ from itertools import combinations
 import numpy as np
 from scipy.linalg import qr, svdvals
 from scipy.optimize import minimize
-from scipy.special import chndtrix
-from scipy.stats import chi2
+from scipy.special import chdtri, chndtrix
 
 from diffusion_lens.base.types import Change, LensError, Predictions
 from diffusion_lens.results.stats import (
@@ -129,7 +128,7 @@ def _least_fd(counts: np.ndarray, target: np.ndarray, level: float) -> float:
     its square follows a noncentral χ², which needs less than χ² does at 0.
     """
     freedom = len(counts) - 1
-    limit = max(float(chi2.ppf(level, freedom)), _pearson_null(int(counts.sum()), tuple(target.tolist()), level))
+    limit = max(float(chdtri(freedom, 1 - level)), _pearson_null(int(counts.sum()), tuple(target.tolist()), level))
     if _pearson(counts, target) <= limit:
         return 0.0
     nearest = _nearest(counts, target, limit)

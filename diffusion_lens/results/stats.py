@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq, nnls
-from scipy.special import betaincinv
-from scipy.stats import bootstrap, norm
-from statsmodels.stats import contingency_tables
+from scipy.special import betaincinv, ndtri
 
 from diffusion_lens.base.types import Attribute, LensError, LogRatio, Share
 
@@ -100,6 +98,8 @@ def mcnemar(before: np.ndarray, after: np.ndarray) -> McNemar:
     before, after = _pair(before, after)
     gained, lost = int((~before & after).sum()), int((before & ~after).sum())
     table = [[int((before & after).sum()), lost], [gained, int((~before & ~after).sum())]]
+    from statsmodels.stats import contingency_tables  # late: it takes longer than all that is shown first
+
     return McNemar(gained, lost, float(contingency_tables.mcnemar(table, exact=True).pvalue))
 
 
@@ -348,6 +348,8 @@ def paired_bootstrap(
     n = len(samples[0])
     if n < MIN_PAIRS or any(len(s) != n for s in samples):
         raise LensError(f"A paired bootstrap needs >= {MIN_PAIRS} images in samples of one length; got {n}.")
+    from scipy.stats import bootstrap  # late: as above
+
     result = bootstrap(
         samples,
         statistic,
@@ -420,7 +422,7 @@ def _pair(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _z(level: float) -> float:
-    return float(norm.ppf((1 + level) / 2))
+    return float(ndtri((1 + level) / 2))
 
 
 def _logit(p: float) -> float:
