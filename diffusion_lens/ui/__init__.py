@@ -89,7 +89,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         with gr.Tab("Depth", id="depth") as depth_tab:
             built_when_looked_at(depth_tab, lambda _: depth.build())
         with gr.Tab("About", id="about") as about_tab:
-            about.layout(studio, about_tab)
+            built_when_looked_at(about_tab, lambda _: about.build(studio))
     explore.return_to(studio, explore_tab, tab)
     _connect(demo, studio, tab, tabs, feature, turn)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from html import escape
-from typing import Any
+from dataclasses import dataclass
 
 import gradio as gr
 
-from diffusion_lens.base.types import Share
-from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.plots import confusion_figure, describe_confusion, describe_shares, share_figure
-from diffusion_lens.steering.settings import describe_setting
-from diffusion_lens.studio import state
+from diffusion_lens.studio import about, state
+from diffusion_lens.studio.about import KnownShares
+from diffusion_lens.studio.opening import first_steps
 from diffusion_lens.studio.studio import Studio, foreign_lines, import_engine
-from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure, figure_value
+from diffusion_lens.ui.html import html
+from diffusion_lens.ui.lazy import once_built
+from diffusion_lens.ui.panel import READ, Component, Panel, Updates, Values
 
 WHAT = """
 ## What this is
@@ -67,191 +65,119 @@ LIMITS = """
 """
 
 
-def planted(lens: DiffusionLens) -> dict[str, dict[str, list[float]]]:
-    """Prompt → attribute → planted shares, where the model comes with such a table; otherwise empty."""
-    path = lens.folder / "pipeline" / "planted.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["prompts"])
-    except (ValueError, KeyError, TypeError):
-        return {}
+@dataclass(frozen=True)
+class AboutQuestion:
+    """Which shares are asked for."""
+
+    attribute: str
+    prompt: str | None
 
 
-def measured(lens: DiffusionLens) -> dict[tuple[str, str], tuple[Share, ...]]:
-    """(prompt, attribute) → shares of unedited images, from whatever counted most; no prompt counts as ""."""
-    found: dict[tuple[str, str], tuple[Share, ...]] = {}
-    for result in lens.sweeps:
-        setting = lens.settings.get(result.attribute.name)
-        identity = setting.identity if setting else None
-        for point in result.points:
-            if point.beta == identity:
-                found.setdefault((result.request.prompt or "", result.attribute.name), point.shares)
-    for prompt, own in lens.counted.shares.items() if lens.counted else ():
-        for name, shares in own.items():
-            before = found.get((prompt, name))
-            if before is None or before[0].n < shares[0].n:
-                found[prompt, name] = shares
-    return found
+@dataclass(frozen=True)
+class SharesView:
+    """Generated against planted shares of one prompt and attribute, what that rests on, and all prompts as a table."""
+
+    shares: dict[str, str] | None
+    rests: str
+    planted: str
 
 
-def attributes_known(lens: DiffusionLens) -> dict[str, tuple[str, ...]]:
-    """Attribute → classes: those that the lens steers, then the others that were counted (sweeps count none)."""
-    counted = {name for own in lens.counted.shares.values() for name in own} if lens.counted else set()
-    others = [a for a in lens.manifest.nuisances if a.name in counted]
-    return {a.name: a.classes for a in (*lens.manifest.attributes, *others)}
+@dataclass(frozen=True)
+class ErrorsView:
+    """How often the classifier errs."""
+
+    errors: dict[str, str] | None
+    errors_sentence: str
 
 
-def prompts_known(lens: DiffusionLens) -> list[str]:
-    """Every prompt that is suggested or planted, in order; a model without prompts has "" alone."""
-    return list(dict.fromkeys([*(p or "" for p in lens.prompts), *planted(lens)]))
+def shares_view(studio: Studio, question: AboutQuestion) -> SharesView:
+    """What is known of one prompt and attribute."""
+    lens = studio.lens
+    by_prompt = about.known_shares(lens, question.attribute)
+    known = by_prompt.get(question.prompt or "", KnownShares(question.prompt or "", None, None))
+    prompt_free = lens.prompts == (None,)
+    classes = about.attributes_known(lens)[question.attribute]
+    has_table = bool(about.planted_shares(lens))
+    planted = html("about.planted", list(by_prompt.values()), classes, has_table, prompt_free)
+    if known.counted is None:
+        return SharesView(None, html("about.not_counted", known, question.attribute, prompt_free), planted)
+    groups = {"generated": known.counted}
+    said = describe_shares(groups, planted=known.truth)
+    made = figure_value(share_figure(groups, planted=known.truth), said)
+    return SharesView(made, html("about.rests", said, known.counted[0].n, known.least_difference), planted)
 
 
-def comparison(lens: DiffusionLens, prompt: str, attribute: str) -> tuple[dict[str, str] | None, str]:
-    """Generated against planted shares of one prompt and attribute: a figure, and a sentence on what it rests on."""
-    shares = measured(lens).get((prompt, attribute))
-    table = planted(lens).get(prompt, {}).get(attribute)
-    if shares is None:
-        known = "the planted share alone is known" if table else "nothing is known of it"
-        return None, (
-            f'<p class="dl-says">No images {_of(lens, prompt)} were counted by {escape(attribute)}: {known}. '
-            "Measure a sweep in the Sweep tab.</p>"
-        )
-    truth = dict(zip((s.label for s in shares), table, strict=True)) if table and len(table) == len(shares) else None
-    groups = {"generated": shares}
-    alt = describe_shares(groups, planted=truth)
-    widest = max(high - low for low, high in (s.corrected_interval for s in shares))
-    limits = (
-        f"{shares[0].n:,} images were counted, so a difference below about {100 * widest / 2:.0f} points cannot be "
-        "told from chance. The shares are corrected for the classifier's error; they say nothing of other prompts."
-    )
-    return figure_value(share_figure(groups, planted=truth), alt), f'<p class="dl-says">{escape(alt)} {limits}</p>'
-
-
-def _of(lens: DiffusionLens, prompt: str) -> str:
-    if lens.prompts == (None,):
-        return "of this model"
-    return f"of “{escape(prompt)}”" if prompt else "of the empty prompt"
-
-
-def planted_html(lens: DiffusionLens, attribute: str) -> str:
-    """One attribute: what was planted, and what was counted, prompt by prompt."""
-    table, found = planted(lens), measured(lens)
-    classes = attributes_known(lens)[attribute]
-    rows = []
-    for prompt in prompts_known(lens):
-        truth, seen = table.get(prompt, {}).get(attribute), found.get((prompt, attribute))
-        if not truth and not seen:
-            continue
-        cells = "".join(f"<td>{_cell(truth, seen, i)}</td>" for i in range(len(classes)))
-        counted = f"{seen[0].n:,}" if seen else "–"
-        name = escape(prompt) or ("every image" if lens.prompts == (None,) else "no words")
-        rows.append(f"<tr><th scope='row'>{name}</th>{cells}<td>{counted}</td></tr>")
-    if not rows:
-        return (
-            "<p>This model comes without a planted table, and none of its images were counted: nobody knows its "
-            "true shares.</p>"
-        )
-    head = "".join(f"<th scope='col'>{escape(c)}</th>" for c in classes)
-    caption = "Planted share → what was counted in unedited images (95 % interval)"
-    if not table:
-        caption = "What was counted in unedited images (95 % interval); no true share is known"
-    return (
-        f"<div class='dl-scroll dl-planted' tabindex='0'><table><caption>{caption}</caption><thead><tr>"
-        f"<th scope='col'>prompt</th>{head}<th scope='col'>images</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _cell(truth: list[float] | None, shares: tuple[Share, ...] | None, i: int) -> str:
-    known = f"{truth[i]:.0%}" if truth else "–"
-    if shares is None:
-        return known
-    low, high = shares[i].corrected_interval
-    return f"{known} → {shares[i].corrected:.0%} <small>{low:.0%} to {high:.0%}</small>"
-
-
-def confusion(studio: Studio, attribute: str) -> tuple[Any, str]:
-    """How often the classifier errs, as a figure and a sentence (waits for the model on first use)."""
+def errors_view(studio: Studio, attribute: str) -> ErrorsView:
+    """The classifier's error on one attribute (waits for the model on first use)."""
     import_engine()
     classifier = studio.lens.classifier
     read = {a.name: a for a in classifier.attributes}
     if attribute not in read or attribute not in classifier.confusion:
-        return None, "<p>The classifier's error is not known for this attribute.</p>"
-    counts, said = classifier.confusion[attribute], ""
+        return ErrorsView(None, html("about.errors_unknown"))
+    counts = classifier.confusion[attribute]
     said = describe_confusion(counts, read[attribute])
-    return figure_value(confusion_figure(counts, read[attribute]), said), f'<p class="dl-says">{escape(said)}</p>'
-
-
-def lens_html(studio: Studio) -> str:
-    """What is open: enough to find the same lens again, and what in it does not belong together."""
-    lens = studio.lens
-    m = lens.manifest
-    rows = [
-        ("lens", f"{m.name}, {m.lens_id}"), ("model", m.base_model.id),
-        ("sampler", f"{m.scheduler}, {m.n_steps} steps"),
-        ("guidance", f"{m.guidance_scale:g}"), ("bottleneck", m.hook_name),
-        ("SAE", f"{m.sae_id}, {lens.atlas.density.size} features"), ("judged by", m.classifier_id),
-    ]  # fmt: skip
-    for name, setting in lens.settings.items():
-        rows.append((f"turn for {name}", describe_setting(setting) + (f"; {setting.note}" if setting.note else "")))
-    body = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
-    wrong = "".join(f"<li>{escape(line)}</li>" for line in foreign_lines(studio))
-    warning = f'<p class="dl-bad">Not all stored sweeps are of the turns above:</p><ul>{wrong}</ul>' if wrong else ""
-    return f"<h2>This lens</h2><div class='dl-scroll' tabindex='0'><table><tbody>{body}</tbody></table></div>{warning}"
+    return ErrorsView(figure_value(confusion_figure(counts, read[attribute]), said), html("parts.sentence", said))
 
 
 def first_steps_html(studio: Studio) -> str:
     """Three views to begin with: guess, open, compare."""
-    view = opening(studio)
-    ends = state.scale(studio.lens.setting(view.attribute))
-    far = max((ends.low, ends.high), key=lambda beta: abs(beta - ends.identity))
-    steps = [
-        (ends.identity, "The model as it is", f"How many of the eight will be read as {view.target}?",
-         "Nothing is turned, so both rows are the same. Eight images have a wide interval: that is the first lesson."),
-        (view.beta, "Turned towards balance", "Which of the eight will change, and what else will change with them?",
-         "The same seeds keep most of their picture. Read “What else changed” beside the share: a turn is never free."),
-        (far, "Turned too far", "Will the images only change class, or also look odd?",
-         "A strong turn leaves the range the model was trained in; the share alone would not have told you."),
-    ]  # fmt: skip
-    items = "".join(
-        f'<li><a href="{escape(studio.path + state.to_query(replace(view, beta=beta)))}">{title}, β = {beta:g}</a>. '
-        f"Guess first: {escape(ask)} <details><summary>What to look for</summary>{escape(answer)}</details></li>"
-        for beta, title, ask, answer in steps
-    )
-    return f'<h2>Three steps to begin</h2><ol class="dl-learn">{items}</ol>'
+    steps = [(studio.path + state.to_query(step.view), step) for step in first_steps(studio)]
+    return html("about.first_steps", steps)
 
 
-def layout(studio: Studio, tab: gr.Tab) -> None:
-    """Build the tab inside an open ``gr.Blocks``; what is measured is filled in when it is looked at."""
+@dataclass(frozen=True, eq=False)
+class AboutTab(Panel):
+    """The tab's components: an ``AboutQuestion``, and both views."""
+
+    studio: Studio
+    attribute: Component
+    prompt: Component
+    shares: Component
+    rests: Component
+    planted: Component
+    errors: Component
+    errors_sentence: Component
+
+    def show_shares(self, values: Values) -> Updates:
+        """Another prompt or attribute."""
+        return self.show(shares_view(self.studio, self.read(values, AboutQuestion)))
+
+    def show_errors(self, values: Values) -> Updates:
+        """The errors on the attribute chosen."""
+        return self.show(errors_view(self.studio, values[self.attribute]))
+
+    def connect(self) -> None:
+        """Bind the events. The classifier's errors wait for the model, the rest is there at once."""
+        errors = self.parts(ErrorsView)
+        gr.on(
+            [self.attribute.input, self.prompt.input], self.show_shares, self.parts(AboutQuestion),
+            self.parts(SharesView), **READ,
+        )  # fmt: skip
+        self.attribute.input(self.show_errors, {self.attribute}, errors, **READ)
+        once_built(self.show_errors, {self.attribute}, errors)
+
+
+def build(studio: Studio) -> None:
+    """Build the tab inside an open ``gr.Blocks``, filled with what needs no model."""
     lens = studio.lens
-    names = list(attributes_known(lens))
-    prompts = prompts_known(lens)
+    names, prompts = list(about.attributes_known(lens)), about.prompts_known(lens)
+    shown = shares_view(studio, AboutQuestion(names[0], prompts[0]))
     with gr.Column(elem_classes="dl-prose"):
         gr.Markdown(WHAT)
         gr.HTML(first_steps_html(studio))
-        gr.HTML("<h2>What was planted, and what the model draws</h2>")
+        gr.HTML(html("about.heading", "What was planted, and what the model draws"))
         with gr.Row():
-            attribute = gr.Radio(names, value=names[0], label="Attribute")
+            attribute = gr.Radio(names, value=names[0], label="Attribute", interactive=True)
             prompt = gr.Dropdown(
                 [(p or "(no words)", p) for p in prompts], value=prompts[0], label="Prompt",
-                visible=lens.prompts != (None,), elem_id="dl-about-prompt",
+                visible=lens.prompts != (None,), elem_id="dl-about-prompt", interactive=True,
             )  # fmt: skip
-        shares = figure(elem_id="dl-shares", min_height=200)
-        rests = gr.HTML("")
-        table = gr.HTML("")
-        gr.HTML("<h2>How often the classifier errs</h2>")
+        shares = figure(shown.shares, elem_id="dl-shares", min_height=200)
+        rests = gr.HTML(shown.rests)
+        planted = gr.HTML(shown.planted)
+        gr.HTML(html("about.heading", "How often the classifier errs"))
         errors = figure(elem_id="dl-errors", min_height=220)
-        says = gr.HTML("")
+        errors_sentence = gr.HTML("")
         gr.Markdown(LIMITS)
-        about_lens = gr.HTML("")
-    quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_id": "read",
-                             "concurrency_limit": 8}  # fmt: skip
-
-    def refresh(attribute: str, prompt: str | None) -> tuple[Any, ...]:
-        return *comparison(lens, prompt or "", attribute), planted_html(lens, attribute), lens_html(studio)
-
-    # The classifier's errors wait for the model, the rest is there at once.
-    gr.on([attribute.input, prompt.input, tab.select], refresh, [attribute, prompt],
-          [shares, rests, table, about_lens], **quick)  # fmt: skip
-    gr.on([attribute.input, tab.select], lambda name: confusion(studio, name), attribute, [errors, says], **quick)
+        gr.HTML(html("about.lens", about.lens_facts(lens), foreign_lines(studio)))
+    AboutTab(studio, attribute, prompt, shares, rests, planted, errors, errors_sentence).connect()

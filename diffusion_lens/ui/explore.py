@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from diffusion_lens.studio import state
+from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import cards, grid, texts
@@ -59,7 +60,7 @@ class Explore:
 def layout(studio: Studio) -> Explore:
     """Build the tab inside an open ``gr.Blocks``."""
     lens = studio.lens
-    view = handlers.opening(studio)
+    view = opening_view(studio)
     slots = cards.slots(lens, view)
     page = gr.State(Page(slots=slots))
     values = handlers.control_values(studio, view, slots)

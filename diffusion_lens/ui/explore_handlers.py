@@ -12,6 +12,7 @@ import gradio as gr
 from diffusion_lens.base.types import LensError
 from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.lane import Stopped
+from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Row, Studio
@@ -21,8 +22,6 @@ log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS
 N_PLAIN = 11
 """Controls before those of the cards, in the order of ``control_values``; strength is the last."""
-NEAR = 0.05
-"""Of strengths whose shares are as near to balance as this, the gentlest is shown."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,6 @@ class Page:
     before: tuple[Any, ...] | None = None
     linked: bool = False
     pending: bool = False
-
-
-def opening(studio: Studio) -> View:
-    """The first view: the stored prompt that is furthest from balance, at the stored strength nearest to it."""
-    view = state.default_view(studio.lens)
-    identity = state.scale(studio.lens.setting(view.attribute)).identity
-    found: list[tuple[float, View]] = []
-    for result in studio.lens.sweeps:
-        if result.is_control or (result.attribute.name, result.target) != (view.attribute, view.target):
-            continue
-        column, even = result.attribute.index(view.target), 1 / len(result.attribute.classes)
-        off = {p.beta: abs(p.shares[column].corrected - even) for p in result.points}
-        here = replace(view, prompt=result.request.prompt, first_seed=result.request.seeds[0])
-        close = [beta for beta in off if off[beta] <= min(off.values()) + NEAR]
-        shown = replace(here, beta=min(close, key=lambda beta: abs(beta - identity)))
-        if identity in off and studio.stored(shown) is not None:
-            found.append((off[identity], shown))
-    return max(found, key=lambda pair: pair[0])[1] if found else view
 
 
 def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
@@ -297,13 +278,13 @@ def open_link(studio: Studio, visitor: str, query: dict[str, str]) -> tuple[Any,
         return (*nothing, page, texts.status(str(error), bad=True))
     if view is None:
         # Without stored images the page would open empty, so it draws at once.
-        return (*nothing, replace(page, linked=studio.stored(opening(studio)) is None), gr.skip())
+        return (*nothing, replace(page, linked=studio.stored(opening_view(studio)) is None), gr.skip())
     return (*_subject(studio, replace(page, linked=True), view), texts.status("Opening the link …"))
 
 
 def draw_linked(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
     """On arrival: draw if a link asked for it or nothing is stored; otherwise measure the images shown."""
-    picture = None if page.linked else studio.stored(opening(studio))
+    picture = None if page.linked else studio.stored(opening_view(studio))
     if picture is None:
         yield from draw(studio, page, *values)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import gradio as gr
 
-from diffusion_lens.ui.panel import READ, Component, Values
+from diffusion_lens.ui.panel import READ, Component, Updates, Values
 
 
 def built_when_looked_at(tab: gr.Tab, build: Callable[[Values], None], takes: Iterable[Component] = ()) -> None:
@@ -22,3 +22,8 @@ def built_when_looked_at(tab: gr.Tab, build: Callable[[Values], None], takes: It
     @gr.render(inputs=inputs or None, triggers=[looked_at.change], show_progress="hidden", concurrency_id="read")
     def contents(values: Values | None = None) -> None:
         build(values or {})
+
+
+def once_built(handler: Callable[[Values], Updates], takes: set[Component], gives: set[Component]) -> None:
+    """Call a handler once what is being built stands in the browser: for what must wait for the model."""
+    gr.HTML("", js_on_load="trigger('built')", visible="hidden").built(handler, takes, gives, **READ)

@@ -10,11 +10,11 @@ import gradio as gr
 from diffusion_lens.results.comparison_tables import PARTS
 from diffusion_lens.studio import state
 from diffusion_lens.studio.methods_live import MethodBench, OptionField, option_fields
+from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import methods_handlers as handlers
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.explore import Explore, Strength
-from diffusion_lens.ui.explore_handlers import opening
 from diffusion_lens.ui.figure import figure
 from diffusion_lens.ui.gpu import lent
 
@@ -37,7 +37,7 @@ def layout(studio: Studio, tab: gr.Tab, explore: Explore) -> None:
 
 def _table(studio: Studio, tab: gr.Tab) -> None:
     names = list(state.steerable(studio.lens))
-    first = opening(studio).attribute
+    first = opening_view(studio).attribute
     gr.HTML(texts.section(TABLE))
     with gr.Row(elem_classes="dl-choose"):
         attribute = gr.Radio(names, value=first, label="Attribute (perceived)", scale=3, min_width=200,

@@ -8,11 +8,12 @@ from typing import Any
 import gradio as gr
 
 from diffusion_lens.studio import state
+from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import sweep_handlers as handlers
 from diffusion_lens.ui import texts
 from diffusion_lens.ui.explore import Explore
-from diffusion_lens.ui.explore_handlers import opening, take_subject
+from diffusion_lens.ui.explore_handlers import take_subject
 from diffusion_lens.ui.figure import figure
 from diffusion_lens.ui.gpu import lent
 
@@ -20,7 +21,7 @@ from diffusion_lens.ui.gpu import lent
 def layout(studio: Studio, tab: gr.Tab, explore: Explore) -> None:
     """Build the tab inside an open ``gr.Blocks``; it is filled when looked at, and shares its subject with Explore."""
     lens = studio.lens
-    view = opening(studio)
+    view = opening_view(studio)
     suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
     gr.HTML(f'<p class="dl-intro">{texts.SWEEP_INTRO}</p>')
     with gr.Row(elem_classes="dl-choose"):

@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 from lens_fixtures import PROMPTS
-from measured import measured
 
 from diffusion_lens import ui
 from diffusion_lens.base.types import LensError
-from diffusion_lens.fit.write import check_target
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Recent, Studio, foreign_lines
-from diffusion_lens.ui import about, atlas_tab, cards, curve, explore_handlers, grid, sweep_handlers, texts
+from diffusion_lens.ui import atlas_tab, cards, curve, explore_handlers, grid, sweep_handlers, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 
 
@@ -157,7 +155,7 @@ class TestDrawing:
         assert studio.draw(wanted).after.images is studio.draw(wanted).after.images
 
     def test_the_opening_shows_what_was_stored_on_the_same_seeds(self, studio: Studio) -> None:
-        opened = explore_handlers.opening(studio)
+        opened = opening_view(studio)
         picture = studio.stored(opened)
         assert picture is not None and picture.stored and picture.beta == opened.beta
         live = studio.draw(opened)
@@ -309,7 +307,7 @@ class TestHandlers:
 
     def test_arriving_without_a_link_measures_what_is_shown(self, studio: Studio) -> None:
         *_, page, _ = explore_handlers.open_link(studio, "me", {})
-        picture = studio.stored(explore_handlers.opening(studio))
+        picture = studio.stored(opening_view(studio))
         assert picture is not None
         _, values = page_of(studio, picture.view)
         (outputs,) = explore_handlers.draw_linked(studio, page, *values)
@@ -453,62 +451,10 @@ class TestSeveralLenses:
         assert "β = 2" in last[4] and "p=" not in last[5]
         figure, *_ = sweep_handlers.open_stored(studio, None, "gender", "share")
         assert figure is not None
-        assert "every image" in about.planted_html(prompt_free_lens, "gender")
         assert texts.NO_PROMPT in str(ui.build(prompt_free_lens).get_config_file()["components"])
 
 
-class TestAbout:
-    def test_the_first_steps_open_views_of_this_lens(self, prompt_free_lens: DiffusionLens) -> None:
-        import re
-        from html import unescape
-        from urllib.parse import parse_qsl
-
-        html = about.first_steps_html(Studio(prompt_free_lens, path="second"))
-        links = [unescape(link) for link in re.findall(r'href="second\?([^"]+)"', html)]
-        views = [state.from_query(prompt_free_lens, dict(parse_qsl(link))) for link in links]
-        assert len(views) == 3 and views[0] is not None and views[0].beta == 1.0
-
-    def test_every_prompt_says_what_is_stored(self, tiny_lens: DiffusionLens) -> None:
-        html = about.planted_html(tiny_lens, "gender")
-        assert html.count("<small>") == 2 and "no true share is known" in html
-        figure, said = about.comparison(tiny_lens, PROMPTS[0], "gender")
-        assert figure is not None and "decided images" in said
-        figure, said = about.comparison(tiny_lens, PROMPTS[1], "gender")
-        assert figure is None and "No images" in said and "Sweep tab" in said
-
-    def test_what_was_counted_most_is_shown(self, tiny_lens: DiffusionLens, tmp_path: Path) -> None:
-        lens_copy = tmp_path / "lens"
-        tiny_lens.save_pretrained(lens_copy)
-        lens = DiffusionLens.from_pretrained(lens_copy)
-        names = list(about.attributes_known(lens))
-        assert names == [a.name for a in lens.attributes]
-        gender, nuisance = lens.attribute_named("gender"), lens.manifest.nuisances[0].attribute()
-        other, judge = nuisance.name, lens.manifest.classifier_id
-        images = measured({gender: np.arange(5_000) % 2, nuisance: np.arange(5_000) % 2}, prompt=PROMPTS[0])
-        few = replace(images.readings[other], certain=np.arange(5_000) < 900)
-        images = replace(images, readings={**images.readings, other: few})
-        both = {
-            prompt: replace(images, request=replace(images.request, prompt=prompt), classifier_id=judge)
-            for prompt in PROMPTS[:2]
-        }
-        counted = CountedShares(both)
-        path = lens.store(counted)
-        again = DiffusionLens.from_pretrained(lens_copy)
-        assert again.counted is not None and again.counted.shares == counted.shares
-        check_target(lens_copy)  # a new fit may replace it
-        assert about.planted_html(again, "gender").count("<td>5,000</td>") == 2
-        assert list(about.attributes_known(again)) == [*names, other]
-        assert "<td>900</td>" in about.planted_html(again, other)
-        assert "5,000 images were counted" in about.comparison(again, PROMPTS[1], "gender")[1]
-        with pytest.raises(LensError, match="measured on another classifier"):
-            lens.store(CountedShares({"": replace(images, classifier_id="another")}))
-        path.write_text('{"shares": {}}')
-        with pytest.raises(LensError, match=r"shares\.json"):
-            DiffusionLens.from_pretrained(lens_copy)
-        lens = DiffusionLens(lens_copy, again.manifest)
-        with pytest.raises(LensError, match="check --full --part 1 --store"):
-            _ = lens.counted
-
+class TestSweepRuns:
     def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
         job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])
         *_, last = jobs.sweep_events(studio, "a", job)
@@ -662,7 +608,7 @@ def test_models_without_prompts_show_none(unconditional: DiffusionLens) -> None:
     assert view.prompt is None and explore_handlers.read_view(studio, page, values) == view
     assert "p=" not in state.to_query(view).split("&a=")[0]
     prompts = [b for b in ui.build(unconditional).blocks.values() if getattr(b, "label", "") == "Prompt"]
-    assert len(prompts) == 3 and not any(b.visible for b in prompts)
+    assert len(prompts) == 2 and not any(b.visible for b in prompts)
 
 
 def test_a_page_without_stored_images_draws_at_once(unconditional: DiffusionLens, studio: Studio) -> None:
