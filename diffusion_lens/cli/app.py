@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from diffusion_lens.cli import build, compare, dissect, draw, fit, judge, measure, portraits, serve
+from diffusion_lens.cli.output import make_printable
 
 app = typer.Typer(
     name="diffusion-lens",
@@ -28,4 +29,5 @@ app.add_typer(portraits.app, name="portraits")
 
 def main() -> None:
     """Run the command line; exits with 0, with 1 where a check did not hold, with 2 for a mistake in the call."""
+    make_printable()
     app()

@@ -12,7 +12,7 @@ import typer
 from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.words import duration
-from diffusion_lens.cli.console import Bar, guarded, progress, say, show_json, show_table
+from diffusion_lens.cli.console import Bar, guarded, kept, progress, say, show_json, show_table
 from diffusion_lens.cli.options import (
     BatchOption,
     DeviceOption,
@@ -96,12 +96,15 @@ def compare(
     for comparison in found.values():
         if out is not None:
             _write(comparison, out)
-        if not as_json:
+        if store:
+            say(f"Wrote {opened.store(comparison)}")
+    plain = {name: [row_json(row) for row in comparison.rows] for name, comparison in found.items()}
+    with kept("compare", lambda: plain):
+        if as_json:
+            show_json(plain)
+            return
+        for comparison in found.values():
             _print_table(comparison)
-    if as_json:
-        show_json({name: [row_json(row) for row in comparison.rows] for name, comparison in found.items()})
-    for comparison in found.values() if store else ():
-        say(f"Wrote {opened.store(comparison)}")
 
 
 def _prompt(lens: DiffusionLens, attribute: str, given: str | None) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import html
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ from diffusion_lens.base.files import check_writable, disk_sentence, write_text
 from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import LensError, LogRatio, Share
 from diffusion_lens.base.words import duration
+from diffusion_lens.cli.output import holds_unicode, keeping
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -48,9 +49,23 @@ LINE_EVERY = 30.0
 """Seconds between progress lines where standard error is a file."""
 
 
+class Screen(Console):
+    """A console that tells of a closed pipe, in place of ending the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich where a write found no reader."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
 def say(text: str) -> None:
-    """One line for the person, on standard error."""
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+    """One line for the person, on standard error; where nobody listens any more, nothing is said."""
+    with suppress(OSError, ValueError):
+        Screen(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def kept(name: str, values: Callable[[], Any]) -> AbstractContextManager[None]:
+    """A block that prints a result; where that fails, the result is kept in a file (``output.keeping``)."""
+    return keeping(name, values, say)
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
@@ -94,7 +109,7 @@ class Bar:
 
     def __init__(self, title: str) -> None:
         self.name = self.title = title
-        self.console = Console(stderr=True)
+        self.console = Screen(stderr=True)
         self.work = Progress(self._hear)
         self._begin()
         self._shown: RichProgress | None = None
@@ -106,7 +121,8 @@ class Bar:
 
     def say(self, text: str) -> None:
         """One line for the person, above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True, highlight=False)
+        with suppress(OSError, ValueError):
+            self.console.print(text, markup=False, soft_wrap=True, highlight=False)
 
     def close(self) -> None:
         """Take the bar down."""
@@ -175,15 +191,15 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False)
+    console: Console = Screen(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDE)
+        console = Screen(highlight=False, width=WIDE)
     console.print(table)
 
 
 def show_json(values: Any) -> None:
-    """Print plain values as JSON."""
-    sys.stdout.write(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print plain values as JSON; characters that standard output cannot hold are escaped."""
+    print(json.dumps(values, indent=1, ensure_ascii=not holds_unicode(), allow_nan=False))
 
 
 def save_html(path: Path, title: str, figures: Sequence[tuple[go.Figure, str]]) -> None:

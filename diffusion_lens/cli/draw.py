@@ -15,6 +15,7 @@ from diffusion_lens.base.types import Generation, LensError
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     guarded,
+    kept,
     progress,
     save_html,
     say,
@@ -89,14 +90,16 @@ def generate(
     written = save_images(drawn, out)
     measured = opened.measure(drawn[-1], reference=base if turns else None)
     found = {a.name: measured[a.name] for a in opened.attributes}
-    if as_json:
-        in_words = describe(drawn[-1].edit) if drawn[-1].edit else None
-        read = {name: figures_json(own) for name, own in found.items()}
-        show_json({"request": to_plain(request), "edit": in_words, "files": written, "read": read})
-        return
-    for name, figures in found.items():
-        show_figures(name, figures)
     say(f"Wrote {written[0]}" + (f" and {len(written) - 1} more" if len(written) > 1 else ""))
+    in_words = describe(drawn[-1].edit) if drawn[-1].edit else None
+    read = {name: figures_json(own) for name, own in found.items()}
+    plain = {"request": to_plain(request), "edit": in_words, "files": written, "read": read}
+    with kept("generate", lambda: plain):
+        if as_json:
+            show_json(plain)
+            return
+        for name, figures in found.items():
+            show_figures(name, figures)
 
 
 def save_images(drawn: list[Generation], out: Path) -> list[str]:
@@ -178,15 +181,17 @@ def attribute(
         figure = attribution_figure(found, target, k=top)
         save_html(html, f"Features for {attribute} = {target}", [(figure, describe_attribution(found, target, k=top))])
     rows = _feature_rows(opened, features.ids, features.scores)
-    if as_json:
-        plain = to_plain(found, without="scores")
-        show_json({"request": to_plain(drawn.request), "attribution": plain, "target": target, "features": rows})
-        return
-    show_table(
-        f"Features for {attribute} = {target}, {found.method} over {found.n_images} images",
-        ("feature", "score", "fires on", "label"),
-        [(str(r["id"]), f"{r['score']:+.4f}", f"{r['density']:.2%}", r["label"]) for r in rows],
-    )
+    told = to_plain(found, without="scores")
+    plain = {"request": to_plain(drawn.request), "attribution": told, "target": target, "features": rows}
+    with kept("attribute", lambda: plain):
+        if as_json:
+            show_json(plain)
+            return
+        show_table(
+            f"Features for {attribute} = {target}, {found.method} over {found.n_images} images",
+            ("feature", "score", "fires on", "label"),
+            [(str(r["id"]), f"{r['score']:+.4f}", f"{r['density']:.2%}", r["label"]) for r in rows],
+        )
     say(f"Completeness gap {found.completeness_gap:.1e}; scores are changes of the probe's probability.")
 
 

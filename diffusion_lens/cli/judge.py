@@ -19,6 +19,7 @@ from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     Bar,
     guarded,
+    kept,
     progress,
     save_html,
     say,
@@ -40,7 +41,7 @@ from diffusion_lens.cli.options import (
 
 if TYPE_CHECKING:
     from diffusion_lens.studies.audit.rows import ImageQuality, QualityRow
-    from diffusion_lens.studies.check.result import Row
+    from diffusion_lens.studies.check.result import CheckReport, Row
 
 NOT_PASSED = 1
 
@@ -79,7 +80,7 @@ def check(
 
       python -m diffusion_lens check --part 5 --html sweeps.html
     """
-    from diffusion_lens.studies.check.run import PARTS, TITLES, plain_report, row_texts, run_check
+    from diffusion_lens.studies.check.run import PARTS, plain_report, run_check
 
     parts = tuple(part or PARTS)
     if store and not {1, 2} & set(parts):
@@ -96,23 +97,28 @@ def check(
         prompts = dict.fromkeys(sweep.request.prompt for sweep in report.sweeps)
         groups = [[s for s in report.sweeps if s.request.prompt == prompt] for prompt in prompts]
         save_html(html, "Sweeps of the check", [(sweep_figure(g), describe_sweep(g)) for g in groups])
-    if as_json:
-        show_json(plain_report(report))
-    else:
-        columns = ("what", "bar", "value", "95 % interval", "n", "verdict")
-        for number in sorted({row.part for row in report.rows}):
-            rows = [row for row in report.rows if row.part == number]
-            show_table(f"{number}. {TITLES[number]}", columns, [row_texts(row)[1:] for row in rows])
-            for row in rows:
-                if row.note:
-                    typer.echo(f"   {row.name}: {row.note}")
     if store and report.counted is not None:
         say(f"Wrote {opened.store(report.counted)}")
-    if as_json:
-        say(report.summary)
-    else:
-        typer.echo(report.summary)
+    with kept("check", lambda: plain_report(report)):
+        if as_json:
+            show_json(plain_report(report))
+            say(report.summary)
+        else:
+            _show_report(report)
     raise typer.Exit(0 if report.holds else NOT_PASSED)
+
+
+def _show_report(report: CheckReport) -> None:
+    from diffusion_lens.studies.check.run import TITLES, row_texts
+
+    columns = ("what", "bar", "value", "95 % interval", "n", "verdict")
+    for number in sorted({row.part for row in report.rows}):
+        rows = [row for row in report.rows if row.part == number]
+        show_table(f"{number}. {TITLES[number]}", columns, [row_texts(row)[1:] for row in rows])
+        for row in rows:
+            if row.note:
+                typer.echo(f"   {row.name}: {row.note}")
+    typer.echo(report.summary)
 
 
 def _say_rows(bar: Bar, rows: Sequence[Row]) -> None:
@@ -176,6 +182,7 @@ def audit(
             on_step=bar.work.step,
         )
     paths = write_report(found, out)
+    say("Wrote " + ", ".join(map(str, paths)))
     if as_json:
         show_json(to_plain(found, without="examples"))
     else:
@@ -186,7 +193,6 @@ def audit(
                 show_table(f"'{finding.prompt or ''}'{kind}: {name}", SHARE_COLUMNS, rows)
         if found.quality is not None:
             _show_quality(found.quality)
-    say("Wrote " + ", ".join(map(str, paths)))
 
 
 def _read_notes(notes: str) -> str:

@@ -11,6 +11,7 @@ from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.cli.console import (
     guarded,
+    kept,
     percent,
     progress,
     ratio_text,
@@ -87,11 +88,12 @@ def sweep(
             )
     if html is not None:
         _plot(results, html)
-    if as_json:
-        show_json([sweep_json(result) for result in results])
-        return
-    for result in results:
-        show_sweep(result)
+    with kept("sweep", lambda: [sweep_json(result) for result in results]):
+        if as_json:
+            show_json([sweep_json(result) for result in results])
+            return
+        for result in results:
+            show_sweep(result)
 
 
 @guarded
@@ -124,10 +126,11 @@ def balance(
     found = find(result, opened.classifier.confusion[attribute], target_share=share)
     if html is not None:
         _plot([result], html, found)
-    if as_json:
-        show_json({"balance": to_plain(found), "sweep": sweep_json(result)})
-        return
-    show_sweep(result)
+    with kept("balance", lambda: {"balance": to_plain(found), "sweep": sweep_json(result)}):
+        if as_json:
+            show_json({"balance": to_plain(found), "sweep": sweep_json(result)})
+            return
+        show_sweep(result)
     say(found.note)
     say(f"Share of {found.label} there: {percent(found.share)} ({span(found.share_interval)}).")
 
