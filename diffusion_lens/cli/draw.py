@@ -133,6 +133,8 @@ def _padded(images: np.ndarray, n: int) -> np.ndarray:
 def show_figures(name: str, found: Figures) -> None:
     """Print the shares of one attribute, and what moved against the unedited images."""
     show_table(f"{name}, {found.n_uncertain} undecided", SHARE_COLUMNS, map(share_row, found.shares))
+    if found.measurement.invalid_note:
+        say(found.measurement.invalid_note)
     ratio = found.log_ratio_corrected
     if ratio is not None:
         say(f"ln({ratio.numerator} / {ratio.denominator}) = {ratio.text}")

@@ -151,6 +151,9 @@ def show_sweep(result: SweepResult) -> None:
         ),
         [_sweep_row(point, result.attribute.index(result.target)) for point in result.points],
     )
+    for point in result.points:
+        if point.measurement.invalid_note:
+            say(f"β = {point.beta:g}: {point.measurement.invalid_note}")
     for note in {p.log_ratio_corrected.note for p in result.points if p.log_ratio_corrected} - {""}:
         say(note)
 

@@ -29,6 +29,7 @@ def figures_json(figures: Figures) -> dict[str, Any]:
         "classifier_id": figures.classifier_id,
     }
     numbers = {name: getattr(figures, name) for name in FIGURES}
+    run |= {"n_invalid": figures.measurement.n_invalid, "invalid": figures.measurement.invalid_note}
     run |= {"changes": figures.measurement.changes, "agreement": figures.measurement.agreement}
     plain: dict[str, Any] = to_plain({"attribute": figures.attribute, **numbers, **run})
     return plain
@@ -48,7 +49,13 @@ def sweep_json(result: SweepResult) -> dict[str, Any]:
 
 def _point(point: SweepPoint) -> dict[str, Any]:
     own = {name: getattr(point, name) for name in FIGURES}
-    return {"beta": point.beta, **own, "labels": point.labels, "certain": point.certain}
+    return {
+        "beta": point.beta,
+        **own,
+        "n_invalid": point.measurement.n_invalid,
+        "labels": point.labels,
+        "certain": point.certain,
+    }
 
 
 def row_json(row: MethodRow) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class Measurement:
         return len(self.request.seeds)
 
     @property
+    def invalid_note(self) -> str:
+        """One sentence on the images that show nobody, by kind; empty where none does."""
+        return say_faults(self.n_invalid, self.n)
+
+    @property
     def n_invalid(self) -> dict[Fault, int]:
         """Images that show nobody, by what is wrong with them; they stand among the undecided."""
         return count_faults(self.faults)

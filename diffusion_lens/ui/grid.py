@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 
 from diffusion_lens.base.types import Attribute
+from diffusion_lens.base.validity import count_faults, find_constant
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.sweeps import SweepPoint
 from diffusion_lens.studio.pictures import data_uri
@@ -117,6 +118,9 @@ def _bar(name: str, row: Row, attribute: Attribute, target: str) -> str:
     low, high = share_interval(k, n)
     uncertain = len(row.certain) - n
     undecided = f", {uncertain} uncertain" if uncertain else ""
+    # Images that overflowed or were censored are black: all that show nobody are told by their pixels.
+    invalid = count_faults(find_constant(row.images)).get("constant", 0)
+    undecided += f" ({invalid} of them black or one flat colour: nobody is on them)" if invalid else ""
     text = f"{k} of {n}{undecided} · {k / n:.0%} (95 %: {low:.0%} to {high:.0%})"
     return (
         f'<div class="dl-bar"><p><b>{name}</b> <span>{text}</span></p>'
