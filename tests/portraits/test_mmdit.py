@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.judging.classify import HeadsClassifier
 from diffusion_lens.portraits import recipe, world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig
 from diffusion_lens.portraits.data import describe, draw_many
@@ -36,6 +38,8 @@ from diffusion_lens.portraits.networks import DenoiserConfig, make_autoencoder
 CPU = torch.device("cpu")
 TINY = TransformerConfig(layers=2, heads=2, head_width=16, text_width=16)
 TRAIN = TransformerTrainConfig(shape=TINY, n_steps=8, batch_size=4)
+BUNDLED = Path(__file__).resolve().parents[2] / "assets" / "portraits-mmdit" / "pipeline"
+FIREFIGHTER = "a portrait of a firefighter"
 PROMPTS = ["a portrait of a nurse", "", "a portrait of an old female doctor with dark skin and glasses"]
 
 
@@ -258,12 +262,37 @@ def paths_with(paths: recipe.Paths, vae: AutoencoderTiny) -> recipe.Paths:
 def test_shares_of_a_transformer_are_measured_on_the_stock_pipelines_samples(
     small: recipe.RecipeConfig, parts: TransformerParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusion_lens.judging.classify import HeadsClassifier
-
-    assets = Path(__file__).resolve().parents[2] / "assets"
-    judge = HeadsClassifier.load(assets / "portraits" / "classifier")
+    judge = HeadsClassifier.load(BUNDLED.parents[1] / "portraits" / "classifier")
     monkeypatch.setattr(recipe, "classifier_stage", lambda *_: judge)
     folder = recipe.save_pipeline(parts, make_autoencoder(16).eval(), tmp_path / "pipe")
     found = recipe.drawn_shares(small, recipe.Paths(tmp_path), CPU, silent, folder, 4, PROMPTS[:2])
     assert set(found) == set(PROMPTS[:2])
     assert set(found[""]) == {a.name for a in world.ATTRIBUTES}
+
+
+def test_the_bundled_pipeline_is_the_recipes_around_the_bundled_autoencoder() -> None:
+    assert json.loads((BUNDLED / "planted.json").read_text()) == world.table()
+    parts, vae = recipe.open_parts(BUNDLED)
+    assert isinstance(parts, TransformerParts)
+    fresh = make_parts(TransformerConfig(), 0)
+    assert [p.shape for p in parts.parameters()] == [p.shape for p in fresh.parameters()]
+    _, other = recipe.open_parts(BUNDLED.parents[1] / "portraits" / "pipeline")
+    assert all(torch.equal(p, q) for p, q in zip(vae.parameters(), other.parameters(), strict=True))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(BUNDLED, subfolder="scheduler")
+    assert scheduler.config.shift == FLOW_SHIFT and not scheduler.config.use_dynamic_shifting
+
+
+def test_the_bundled_pipeline_draws_what_its_prompt_says_with_any_number_of_zeros() -> None:
+    pipe = StableDiffusion3Pipeline.from_pretrained(BUNDLED, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    judge = HeadsClassifier.load(BUNDLED.parents[1] / "portraits" / "classifier")
+    asked = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "np"}
+    drawn = []
+    for n in (0, MOST_ZEROS):  # the second is what the stock call adds by itself
+        seeded = [torch.Generator().manual_seed(i) for i in range(8)]
+        images = pipe([FIREFIGHTER] * 8, generator=seeded, max_sequence_length=n, **asked).images
+        drawn.append((images * 255).round().astype(np.uint8))
+    for images in drawn:
+        worn = judge.predict(images)["clothing"].probs.argmax(axis=1)
+        assert (worn == world.CLOTHING.index("turnout coat")).sum() >= 6
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() < 12
