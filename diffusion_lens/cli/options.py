@@ -66,6 +66,15 @@ RUN_FLAGS: dict[str, tuple[Any, Any]] = {
         Annotated[bool, typer.Option("--offload", help="Save GPU memory: keep idle parts of the model on the CPU.")],
         False,
     ),
+    "safety_checker": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--safety-checker/--no-safety-checker", help="The model's own checker: it paints refused images black."
+            ),
+        ],
+        True,
+    ),
 }
 """Flag → its annotation and default; together they make ``RunOptions``."""
 
