@@ -22,6 +22,9 @@ from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import Setting
 
 PROMPTS = ("a portrait of a doctor", "a portrait of a nurse")
+VOCABULARY = (
+    "a", "an", "portrait", "of", "doctor", "nurse", "person", "female", "male", "young", "adult", "old",
+)  # fmt: skip
 STEPS = 4
 GENDER = Attribute("gender", ("female", "male"))
 AGE = Attribute("age", ("young", "adult", "old"))
@@ -76,7 +79,7 @@ def tiny_config(**changes: Any) -> FitConfig:
     values: dict[str, Any] = {
         "name": "tiny", "model": "tiny-text", "model_id": "tiny-text", "bundle_pipeline": True, "classifier": "tiny",
         "attributes": ("gender", "age"), "sampling_prompts": PROMPTS, "prompts": (*PROMPTS, ""),
-        "vocabulary": ("a", "portrait", "of", "doctor", "nurse", "person"), "n_steps": STEPS,
+        "vocabulary": VOCABULARY, "n_steps": STEPS,
         "guidance_scale": 2.0, "n_images": 96, "per_class": 24, "batch_size": 16,
         "sae": SAETrainConfig(d_sae=32, k=4, n_steps=60, batch_size=256), "attribution_images": 32, "pool_images": 40,
         "atlas": AtlasConfig(n_top=4, n_random=2, layout="pca"), "settings": settings, "effect_features": 1,

@@ -66,6 +66,15 @@ RUN_FLAGS: dict[str, tuple[Any, Any]] = {
         Annotated[bool, typer.Option("--offload", help="Save GPU memory: keep idle parts of the model on the CPU.")],
         False,
     ),
+    "safety_checker": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--safety-checker/--no-safety-checker", help="The model's own checker: it paints refused images black."
+            ),
+        ],
+        True,
+    ),
 }
 """Flag → its annotation and default; together they make ``RunOptions``."""
 
@@ -203,10 +212,7 @@ def checked_prompt(lens: DiffusionLens, prompt: str | None) -> str | None:
     if prompt is None:
         shown = ", ".join(f"'{p}'" for p in lens.prompts[:3])
         raise LensError(f"This model needs a prompt, for example {shown}.")
-    strangers = lens.unknown_words(prompt)
-    if strangers:
-        known = ", ".join(lens.manifest.vocabulary or ())
-        raise LensError(f"The model never saw the word '{strangers[0]}'; it knows: {known}.")
+    lens.check_words(prompt)
     return prompt
 
 

@@ -22,7 +22,8 @@ class FitConfig(StrictConfig):
     """Everything that decides what a fitted lens is; two equal configurations give equal lenses.
 
     Attributes:
-        name: of the lens. model: a diffusers folder or hub id; ``model_id`` is what requests call it.
+        name: of the lens. model: a diffusers folder or hub id; ``model_id`` is what requests call it,
+            ``variant`` which of its weight files are read (see ``load_model``).
         bundle_pipeline: copy the pipeline into the lens, so that the folder is complete.
         classifier: folder of the classifier that judges. labeller: of the one whose reading trains the probes
             (``None``: the same; a lens says so, for the classifier that mitigates should not be the judge).
@@ -46,6 +47,7 @@ class FitConfig(StrictConfig):
     name: str
     model: str
     revision: str | None = None
+    variant: str | None = None
     model_id: str
     hook_name: str = "mid_block"
     bundle_pipeline: bool = False

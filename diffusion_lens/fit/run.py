@@ -87,7 +87,7 @@ def load_models(
 
     model = load_model(
         config.model, device=device, dtype=dtype or torch.float32, hook_name=config.hook_name,
-        revision=config.revision, offline=offline, model_id=config.model_id, options=options,
+        revision=config.revision, offline=offline, model_id=config.model_id, options=options, variant=config.variant,
     )  # fmt: skip
     classifier = open_classifier(config.classifier, device=device, offline=offline)
     return Models(model, classifier, open_labeller(config.labeller, classifier, device=device, offline=offline))
@@ -114,6 +114,9 @@ def prepare(
         raise LensError(f"The model is '{model.model_id}' at {model.hook_name}; the configuration names others.")
     if model.is_text != bool(config.sampling_prompts):
         raise LensError("A text model needs sampling_prompts, an unconditional one takes none.")
+    model = replace(model, vocabulary=config.vocabulary)
+    for prompt in dict.fromkeys((*config.sampling_prompts, *config.prompts, *config.sweep_prompts)):
+        model.check_prompt(prompt)
     scheduler = model.pipeline.scheduler
     # Keys with an underscore are diffusers' own notes: versions and file names.
     sampler = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}

@@ -14,6 +14,7 @@ from diffusion_lens.fit.measure import read_atlas, read_settings
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.judging.described import save_classifier
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.model.stored import open_stored
 from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, commit_whole, content
 from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_sweeps, save_atlas, save_attributions, save_sweep
@@ -28,7 +29,9 @@ def write_lens(work: Work, out: Path) -> Manifest:
         check_target(out)
         with disk_errors(out):
             adopted = _write_parts(work, change)
-        return commit_whole(change, _manifest(work), adopted=adopted)
+        place = change.folder if adopted else change.staged
+        manifest = _manifest(work, place / "pipeline" if work.config.bundle_pipeline else None)
+        return commit_whole(change, manifest, adopted=adopted)
 
 
 def _write_parts(work: Work, change: Change) -> list[str]:
@@ -48,10 +51,13 @@ def _write_parts(work: Work, change: Change) -> list[str]:
     return _bundle(config, work.model, change)
 
 
-def _manifest(work: Work) -> Manifest:
+def _manifest(work: Work, bundled: Path | None) -> Manifest:
+    """``bundled``: where the lens's own pipeline lies now; ``None`` for a lens that has none."""
     config, classifier = work.config, work.classifier
     steered = [work.attribute(name) for name in config.attributes]
     others = [a for a in classifier.attributes if a not in steered]
+    # What the model is: the copy in the lens, else the files it was loaded from, if from any.
+    stored = open_stored(bundled, config.variant) if bundled is not None else work.model.stored
     return Manifest(
         name=config.name,
         base_model=BaseModelRef(
@@ -59,6 +65,8 @@ def _manifest(work: Work) -> Manifest:
             source="pipeline" if config.bundle_pipeline else config.model,
             revision=config.revision,
             bundled=config.bundle_pipeline,
+            variant=None if stored is None else next(filter(None, stored.variants.values()), None),
+            digests={} if stored is None else stored.digests(),
         ),
         hook_name=config.hook_name,
         scheduler=type(work.model.pipeline.scheduler).__name__,

@@ -25,7 +25,7 @@ from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.results.dissection import Dissection, to_atlas
 from diffusion_lens.results.joint import JointResult
 from diffusion_lens.results.kinds import kind_of, load_stored
-from diffusion_lens.results.manifest import MANIFEST, Manifest, Setting, commit, read_manifest, verify
+from diffusion_lens.results.manifest import MANIFEST, BaseModelRef, Manifest, Setting, commit, read_manifest, verify
 from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_atlas, load_attributions
 from diffusion_lens.results.sweeps import SweepResult
@@ -294,7 +294,7 @@ class LensFolder:
         from diffusion_lens.model.pipelines import load_model
 
         base = self.manifest.base_model
-        return load_model(
+        model = load_model(
             self.folder / "pipeline" if base.bundled else base.source,
             device=self.device,
             dtype=self.dtype or torch.float32,
@@ -303,7 +303,11 @@ class LensFolder:
             offline=self.offline,
             model_id=base.id,
             options=self.options,
+            variant=base.variant,
+            vocabulary=self.manifest.vocabulary,
         )
+        _check_identity(base, model)
+        return model
 
     def _load_sae(self) -> SparseAutoencoder:
         from diffusion_lens.features.sae import SparseAutoencoder
@@ -333,6 +337,18 @@ class LensFolder:
                 "machine as they were; restore it from the original, or fetch them again."
             )
         return classifier
+
+
+def _check_identity(base: BaseModelRef, model: DiffusionModel) -> None:
+    """Raise ``LensError`` unless every part holds what it held when the lens was made, as far as that was noted."""
+    found = model.stored.digests() if base.digests and model.stored is not None else base.digests
+    for part, digest in base.digests.items():
+        if found.get(part) != digest:
+            raise LensError(
+                f"The {part} of {base.source if not base.bundled else 'this lens'} is not the one that this lens was "
+                f"made on (its content is {found.get(part, 'missing')}, expected {digest}): the lens's features mean "
+                "nothing in another model; restore it, or fit a lens to this one."
+            )
 
 
 def _find(source: str | Path, revision: str | None, offline: bool) -> Path:

@@ -6,7 +6,6 @@ and diffusers are imported.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from diffusion_lens.base.types import (
 )
 from diffusion_lens.features.atlas import feature_card
 from diffusion_lens.lens.folder import LensFolder
+from diffusion_lens.model.prompts import check_words, unknown_pieces
 from diffusion_lens.results import display
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.measurement import Figures, Measurement
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 AnyEdit: TypeAlias = "Intervention | Edit | EditSpec | EditFunction"
 """What can be given as one edit: an intervention, an edit, one as data, or a function ``(h, context) -> h``."""
-
-WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,9 +81,12 @@ class DiffusionLens(LensFolder):
         raise LensError(f"This lens does not steer '{name}'; it steers {known}.")
 
     def unknown_words(self, prompt: str) -> tuple[str, ...]:
-        """Words of the prompt that the model never saw, in order; always empty for an open vocabulary."""
-        known = self.manifest.vocabulary
-        return () if known is None else tuple(w for w in WORD.findall(prompt.lower()) if w not in known)
+        """Words, numbers and signs of the prompt that the model never saw, in order; none for an open vocabulary."""
+        return unknown_pieces(prompt, self.manifest.vocabulary)
+
+    def check_words(self, prompt: str) -> None:
+        """Raise ``LensError`` for what the model never saw, without waiting for it; drawing checks the rest."""
+        check_words(prompt, self.manifest.vocabulary)
 
     def request(
         self,

@@ -156,6 +156,8 @@ def check(
     if model.is_text != (request.prompt is not None):
         needs = "needs a prompt; give '' for the empty one" if model.is_text else "takes no prompt; leave it out"
         raise LensError(f"This model {needs}.")
+    if request.prompt is not None:
+        model.check_prompt(request.prompt)
     if model.hook_name != "mid_block" and (edit is not None or capture is not None):
         _ = model.hook_shape  # refuses modules that cannot be read
     if as_whole(batch_size, "batch_size") < 1:

@@ -8,37 +8,37 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.base.weights import LOAD_ERRORS, reason
 from diffusion_lens.model.codec import Decoded, decode_pixels, decode_preview, encode_text, encode_xl
 from diffusion_lens.model.hooks import Rows, capture, select_rows
+from diffusion_lens.model.kinds import Kind, kind_of
 from diffusion_lens.model.memory import Room
+from diffusion_lens.model.opening import open_pipeline
 from diffusion_lens.model.placement import place
 from diffusion_lens.model.preview import PreviewDecoder, load_preview
-from diffusion_lens.model.run_options import RunOptions, is_missing_folder
+from diffusion_lens.model.prompts import check_prompt
+from diffusion_lens.model.run_options import RunOptions
+from diffusion_lens.model.samplers import choose_sampler
+from diffusion_lens.model.stored import StoredPipeline
 
-Kind = Literal["text", "text-xl", "pixel", "latent"]
+log = logging.getLogger(__name__)
 
 PROMPTS_KEPT = 64
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-SUPPORTED_SCHEDULERS = (
-    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    *FEW_STEP_SCHEDULERS,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class DiffusionModel:
         lock: held while hooks are in place, so that two threads cannot read each other's activations.
         room: how many images fit into memory at once, learned when more did not.
         preview: a tiny autoencoder that shows images before ``decode``; ``None`` for none.
+        notes: sentences that a person should read: what was replaced or chosen when the model was opened.
+        vocabulary: the only words that prompts may have; ``None`` for an open vocabulary.
+        stored: the files that the pipeline was loaded from; ``None`` for one that was in memory.
     """
 
     model_id: str
@@ -85,6 +88,9 @@ class DiffusionModel:
     prompts: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict, repr=False)
     room: Room = field(default_factory=Room, repr=False)
     preview: PreviewDecoder | None = None
+    notes: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] | None = None
+    stored: StoredPipeline | None = None
 
     @property
     def is_text(self) -> bool:
@@ -175,6 +181,7 @@ class DiffusionModel:
             return Conditioning({}, guided=False, n=n)
         if prompt is None:
             raise LensError("This model needs a prompt; give '' for the empty one.")
+        self.check_prompt(prompt)
         embedding_dim = self.unet.config.time_cond_proj_dim
         guided = guidance_scale > 1 and embedding_dim is None
         encoded = self._encode(prompt)
@@ -192,6 +199,10 @@ class DiffusionModel:
             ids = encoded["time_ids"].repeat(2 * n if guided else n, 1)
             kwargs["added_cond_kwargs"] = {"text_embeds": rows("pooled"), "time_ids": ids}
         return Conditioning(kwargs, guided=guided, n=n)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ``LensError`` for words this model never saw or cannot read, and for those it would cut off."""
+        check_prompt(prompt, self.vocabulary, self.pipeline)
 
     def forget_prompts(self) -> None:
         """Drop cached prompt embeddings; needed when the text encoder's weights change."""
@@ -262,29 +273,37 @@ def wrap_pipeline(
     keep_scheduler: bool = False,
     offline: bool = False,
     options: RunOptions | None = None,
+    vocabulary: tuple[str, ...] | None = None,
 ) -> DiffusionModel:
     """Open a diffusers pipeline that is already in memory; it is moved to ``device`` and ``dtype``.
 
     ``options`` take the place of both and say what else changes how it runs; a preview that they name is loaded, from
-    this machine alone where ``offline``. The sampler becomes DDIM, made from the
-    pipeline's own scheduler configuration. Samplers of few-step models (LCM, TCD, Euler with trailing steps) stay,
-    and so does any supported one where ``keep_scheduler``.
-    Raises ``LensError`` for pipelines without a known U-Net, for unknown hook names, naming some that exist, and for a
-    preview that cannot be loaded or does not decode this pipeline's latents.
+    this machine alone where ``offline``. The sampler becomes DDIM on the same noise levels, and ``notes`` say so.
+    Samplers of few-step models (LCM, TCD, Euler with trailing steps) stay, and so does any supported one where
+    ``keep_scheduler``; ``vocabulary``: see ``DiffusionModel``.
+    Raises ``LensError`` for pipelines of another kind or whose parts do not fit each other, samplers that DDIM cannot
+    stand in for, unknown hook names, naming some that exist, and for a preview that cannot be loaded or does not
+    decode this pipeline's latents.
     """
-    kind = _kind(pipe)
+    kind = kind_of(pipe)
     if options is not None:
         options = options.resolved()
         device, dtype = options.device, options.torch_dtype
     pipe = copy.copy(pipe)
-    pipe.register_modules(scheduler=_scheduler(pipe.scheduler, kind, keep_scheduler))
+    scheduler, notes = choose_sampler(pipe.scheduler, latents=kind != "pixel", keep=keep_scheduler)
+    pipe.register_modules(scheduler=scheduler)
+    if options is not None and not options.safety_checker and getattr(pipe, "safety_checker", None) is not None:
+        pipe.register_modules(safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     _check_hook(pipe.unet, hook_name)
     where = torch.device(device)
     place(pipe, hook_name, where, dtype, options)
     offloaded = options is not None and options.offload
     preview = None if options is None else load_preview(options, pipe, where, dtype, offline=offline)
-    return DiffusionModel(model_id, pipe, pipe.unet, kind, hook_name, where, dtype, offloaded, preview=preview)
+    return DiffusionModel(
+        model_id, pipe, pipe.unet, kind, hook_name, where, dtype, offloaded, preview=preview, notes=notes,
+        vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def load_model(
@@ -299,77 +318,42 @@ def load_model(
     safety_checker: bool = True,
     model_id: str | None = None,
     options: RunOptions | None = None,
+    variant: str | None = None,
+    vocabulary: tuple[str, ...] | None = None,
 ) -> DiffusionModel:
     """Load a diffusers folder or a hub repository; safetensors only, no code from the repository is run.
 
-    ``options`` take the place of ``device`` and ``dtype``. ``model_id`` defaults to the hub name, or to the folder's
-    name. ``safety_checker=False`` leaves the model's own checker out (it paints refused images black, which changes
-    what is counted).
-    Raises ``LensError`` where files are missing, broken or of another kind of model.
+    Args:
+        model_id: the hub name by default, or the folder's.
+        safety_checker: ``False`` leaves the model's own checker out (it paints refused images black, which changes
+            what is counted).
+        options: in place of ``device`` and ``dtype``.
+        variant: of the weights, e.g. ``fp16``; the plain ones by default, or the only ones there are.
+        vocabulary: see ``DiffusionModel``.
+
+    Raises:
+        LensError: files are missing, broken or of another kind of model; names the part, and the tensor that is
+            missing, foreign or of another shape. See also ``wrap_pipeline``.
+
+    The model's ``notes`` are logged as warnings, which the command line shows.
     """
-    folder = Path(source)
     if options is not None:
         options = options.resolved()  # before minutes of loading
         dtype = options.torch_dtype
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise LensError(f"{source} is no diffusers pipeline: it has no model_index.json.")
-    if is_missing_folder(source):
-        raise LensError(f"There is no folder {source}; check the path.")
-    extra = (
-        {} if safety_checker or not _has_checker(folder) else {"safety_checker": None, "requires_safety_checker": False}
+        safety_checker = safety_checker and options.safety_checker
+    opened = open_pipeline(
+        source, dtype=dtype, revision=revision, offline=offline, variant=variant, safety_checker=safety_checker
     )
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(source), dtype=dtype, revision=revision, local_files_only=offline, use_safetensors=True, **extra
-        )
-    except LOAD_ERRORS as error:
-        hint = "" if folder.exists() else "; check the name and the network, or give a folder on this machine"
-        raise LensError(
-            f"{source} could not be loaded as a diffusers pipeline{hint}. Reason: {reason(error)}"
-        ) from error
+    folder = Path(source)
     name = model_id or (folder.resolve().name if folder.exists() else str(source))
-    return wrap_pipeline(
-        pipe, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler, offline=offline,
-        options=options,
+    model = wrap_pipeline(
+        opened.pipeline, name, device=device, dtype=dtype, hook_name=hook_name, keep_scheduler=keep_scheduler,
+        offline=offline, options=options, vocabulary=vocabulary,
     )  # fmt: skip
-
-
-def _has_checker(folder: Path) -> bool:
-    """Whether a local pipeline names a safety checker; hub repositories of this kind are taken to."""
-    if not folder.exists():
-        return True
-    return "safety_checker" in (folder / "model_index.json").read_text(encoding="utf-8")
-
-
-def _kind(pipe: Any) -> Kind:
-    unet: Any = getattr(pipe, "unet", None)
-    denoiser = type(unet)
-    if denoiser is UNet2DConditionModel and hasattr(pipe, "encode_prompt"):
-        if unet.config.in_channels != pipe.vae.config.latent_channels:
-            raise LensError(
-                "This U-Net takes extra input channels (in-painting or editing); choose a text-to-image model."
-            )
-        return "text-xl" if getattr(pipe, "text_encoder_2", None) is not None else "text"
-    if denoiser is UNet2DModel and unet.config.sample_size is not None and unet.class_embedding is None:
-        return "latent" if getattr(pipe, "vqvae", None) is not None else "pixel"
-    raise LensError(
-        f"{type(pipe).__name__} is not supported: choose a Stable Diffusion, SDXL, LCM, DDPM, DDIM or "
-        "unconditional LDM pipeline with a U-Net."
-    )
-
-
-def _scheduler(scheduler: Any, kind: Kind, keep: bool) -> Any:
-    name = type(scheduler).__name__
-    few_step = name in FEW_STEP_SCHEDULERS or (
-        name.startswith("Euler") and scheduler.config.get("timestep_spacing") == "trailing"
-    )
-    if name == "DDIMScheduler" or (name in SUPPORTED_SCHEDULERS and (keep or few_step)):
-        return scheduler
-    if keep:
-        raise LensError(f"{name} is not supported; leave keep_scheduler off to sample with DDIM.")
-    # DDIM would clip x0 to -1..1 by default, which is right for pixels and wrong for latents.
-    clip = {} if kind == "pixel" else {"clip_sample": False}
-    return DDIMScheduler.from_config(scheduler.config, **clip)
+    model = replace(model, notes=(*opened.notes, *model.notes), stored=opened.stored)
+    for note in model.notes:
+        log.warning("%s: %s", name, note)
+    return model
 
 
 def _check_hook(unet: nn.Module, hook_name: str) -> None:

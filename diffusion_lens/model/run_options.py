@@ -36,6 +36,7 @@ class RunOptions(StrictConfig):
         offload: the pipeline's parts wait in the CPU's memory until they are needed (E0; slower, less memory).
         preview: a tiny autoencoder, as hub id or folder, that shows the app's images before the full decode (E3: shown
             alone and never measured); empty for none.
+        safety_checker: keep the model's own checker, where it has one: it paints images that it refuses black.
     """
 
     device: str = "auto"
@@ -44,10 +45,12 @@ class RunOptions(StrictConfig):
     slicing: bool = False
     offload: bool = False
     preview: str = ""
+    safety_checker: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, device: str = "cpu") -> RunOptions:
-        """Read ``DIFFUSION_LENS_DEVICE``, ``_DTYPE``, ``_COMPILE``, ``_SLICING``, ``_OFFLOAD``, ``_PREVIEW``.
+        """Read ``DIFFUSION_LENS_DEVICE``, ``_DTYPE``, ``_COMPILE``, ``_SLICING``, ``_OFFLOAD``, ``_PREVIEW``,
+        ``_SAFETY_CHECKER``.
 
         ``device`` is the default; where a GPU is lent per call, that is ``cuda``.
         Raises ``LensError`` that names the variable whose value is none.

@@ -41,13 +41,16 @@ class BaseModelRef(StrictConfig):
     """The diffusion model that a lens opens.
 
     ``bundled``: the pipeline lies in ``pipeline/`` of the lens; otherwise ``source`` is a hub id or a folder.
-    ``id`` is the name under which requests and the SAE know the model, on any machine.
+    ``id`` is the name under which requests and the SAE know the model, on any machine; ``variant`` that of its weight
+    files; ``digests`` (part → 16 hex digits, see ``model.stored``) say what it is, empty where a lens never noted it.
     """
 
     id: str
     source: str
     revision: str | None = None
     bundled: bool = False
+    variant: str | None = None
+    digests: dict[str, str] = Field(default_factory=dict)
 
 
 class AttributeConfig(StrictConfig):
@@ -125,7 +128,9 @@ class Manifest(StrictConfig):
     @property
     def lens_id(self) -> str:
         """First 16 hex digits of the manifest's sha256: names the lens with every file in it."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        # Fields that older lenses lack count from when they are used: a lens keeps its name.
+        unused = {name for name in ("variant", "digests") if not getattr(self.base_model, name)}
+        return hashlib.sha256(self.model_dump_json(exclude={"base_model": unused}).encode()).hexdigest()[:16]
 
 
 def seal(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileSeal]:

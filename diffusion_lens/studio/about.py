@@ -101,6 +101,7 @@ def lens_facts(lens: DiffusionLens) -> list[tuple[str, str]]:
         ("guidance", f"{m.guidance_scale:g}"), ("bottleneck", m.hook_name),
         ("SAE", f"{m.sae_id}, {lens.atlas.density.size} features"), ("judged by", m.classifier_id),
     ]  # fmt: skip
+    facts += [("noted when opened", note) for note in (lens.model.notes if lens.is_ready else ())]
     for name, setting in lens.settings.items():
         note = f"; {setting.note}" if setting.note else ""
         facts.append((f"turn for {name}", describe_setting(setting) + note))

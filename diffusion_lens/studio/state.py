@@ -137,11 +137,7 @@ def check_prompt(lens: DiffusionLens, prompt: str | None) -> None:
         return
     if len(prompt) > MAX_PROMPT:
         raise LensError(f"A prompt has at most {MAX_PROMPT} characters; this one has {len(prompt)}.")
-    unknown = lens.unknown_words(prompt)
-    if unknown:
-        words = ", ".join(f"“{w}”" for w in unknown[:5])
-        known = ", ".join(lens.manifest.vocabulary or ())
-        raise LensError(f"The model never saw {words}; the words it knows are {known}.")
+    lens.check_words(prompt)
 
 
 def poles(lens: DiffusionLens, view: View) -> tuple[FeatureSet, FeatureSet | None]:

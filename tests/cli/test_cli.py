@@ -174,7 +174,7 @@ def test_serve_hands_the_lens_to_the_app(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 MISTAKES = [
-    (("generate", "a portrait of a wizard"), "never saw the word 'wizard'"),
+    (("generate", "a portrait of a wizard"), "never saw “wizard”"),
     (("generate",), "needs a prompt, for example 'a portrait of a doctor'"),
     (("generate", DOCTOR, "-n", "-3"), "Ask for 1 to 20,000 images"),
     (("generate", DOCTOR, "-n", 10**15), "Ask for 1 to 20,000 images"),

@@ -94,7 +94,7 @@ def test_a_change_repeats_its_stage_and_all_after_it(change: dict[str, Any], fir
 def test_every_key_of_the_configuration_has_its_place() -> None:
     from diffusion_lens.fit.config import STAGE_KEYS
 
-    no_stage = {"name", "model", "classifier", "labeller", "bundle_pipeline", "prompts", "vocabulary"}
+    no_stage = {"name", "model", "variant", "classifier", "labeller", "bundle_pipeline", "prompts", "vocabulary"}
     listed = [key for keys in STAGE_KEYS.values() for key in keys]
     assert set(listed) | no_stage == set(FitConfig.model_fields) and len(listed) == len(set(listed))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lens_fixtures import PROMPTS, STEPS
+from safetensors.torch import load_file, save_file
 
 from diffusion_lens.base.types import GenerationRequest, Intervention, LensError
 from diffusion_lens.features.attribute import integrated_gradients
@@ -22,6 +26,7 @@ from diffusion_lens.lens.folder import Parts
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.balance import balance
 from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.model.stored import open_stored
 from diffusion_lens.results.manifest import read_manifest, write_manifest
 from diffusion_lens.steering.intervene import make_edit
 
@@ -190,7 +195,7 @@ def test_seeds_come_from_one_place(tiny_lens: DiffusionLens) -> None:
 
 
 def test_unknown_words(tiny_lens: DiffusionLens) -> None:
-    assert tiny_lens.unknown_words("A portrait of a Plumber, and a nurse 7!") == ("plumber", "and")
+    assert tiny_lens.unknown_words("A portrait of a Plumber, and a nurse 7!") == ("plumber", ",", "and", "7", "!")
     opened = DiffusionLens(tiny_lens.folder, tiny_lens.manifest.model_copy(update={"vocabulary": None}))
     assert opened.unknown_words("anything goes") == ()
 
@@ -336,3 +341,67 @@ def test_pushing_uploads_the_sealed_files_alone(tiny_lens: DiffusionLens, monkey
 def test_a_hub_lens_that_is_not_cached_is_named() -> None:
     with pytest.raises(LensError, match="no folder nobody/no-such-lens, and the hub did not give it"):
         DiffusionLens.from_pretrained("nobody/no-such-lens", offline=True)
+
+
+# --- which model it is
+
+
+@pytest.fixture
+def unbundled(copied_lens: Callable[[], Path], tmp_path: Path) -> Path:
+    """A lens whose model lies in a folder of its own, beside it: ``tmp_path / "model"``."""
+    folder = copied_lens()
+    shutil.move(folder / "pipeline", tmp_path / "model")
+    manifest = read_manifest(folder)
+    base = manifest.base_model.model_copy(update={"bundled": False, "source": str(tmp_path / "model")})
+    write_manifest(folder, manifest.model_copy(update={"base_model": base}))
+    return folder
+
+
+def fine_tune(model: Path, part: str = "unet") -> None:
+    """Change a model under its name, as further training does."""
+    for file in (model / part).glob("*.safetensors"):
+        save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_lens_notes_what_its_model_is(tiny_lens: DiffusionLens) -> None:
+    noted = tiny_lens.manifest.base_model.digests
+    assert noted == open_stored(tiny_lens.folder / "pipeline").digests()
+    assert set(noted) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_another_model_under_the_same_name_is_refused(part: str, unbundled: Path, tmp_path: Path) -> None:
+    assert DiffusionLens.from_pretrained(unbundled).generate(DOCTOR, seeds=[0]).images.any()
+    fine_tune(tmp_path / "model", part)
+    lens = DiffusionLens.from_pretrained(unbundled)
+    with pytest.raises(LensError, match=f"The {part} of .*model is not the one that this lens was made on"):
+        lens.generate(DOCTOR, lens.intervention("gender", "male", 2.0), seeds=[0])
+
+
+def test_a_change_that_was_sealed_afterwards_is_refused_too(copied_lens: Callable[[], Path]) -> None:
+    folder = copied_lens()
+    fine_tune(folder / "pipeline")
+    write_manifest(folder, read_manifest(folder))
+    with pytest.raises(LensError, match="The unet of this lens is not the one"):
+        _ = DiffusionLens.from_pretrained(folder).model
+
+
+def test_lenses_that_never_noted_their_model_still_open(unbundled: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(unbundled)
+    values = manifest.model_dump(mode="json")
+    for key in ("digests", "variant"):
+        del values["base_model"][key]
+    (unbundled / "lens.json").write_text(json.dumps(values))
+    fine_tune(tmp_path / "model")
+    lens = DiffusionLens.from_pretrained(unbundled)
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    assert lens.manifest.base_model.digests == {} and lens.model.model_id == manifest.base_model.id
+    assert lens.manifest.lens_id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_words_the_model_never_saw_are_refused_from_python(tiny_lens: DiffusionLens) -> None:
+    for prompt in ("a portrait of a zebra", "a portrait of a (nurse:1.4)", "a nurse, 2024", "\ufeffa nurse"):
+        with pytest.raises(LensError, match=r"never saw|invisible"):
+            tiny_lens.generate(prompt, seeds=[0])
+        with pytest.raises(LensError, match=r"never saw|invisible"):
+            tiny_lens.sweep(prompt, "gender", n=2)

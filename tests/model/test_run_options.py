@@ -129,7 +129,7 @@ def test_a_lens_opens_on_the_cpu_without_torch(tiny_lens_folder: Path) -> None:
 )
 def test_commands_take_the_flags(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
-    assert all(f"--{flag}" in shown for flag in RUN_FLAGS)
+    assert all(f"--{flag.replace('_', '-')}" in shown for flag in RUN_FLAGS)
     assert {*RUN_FLAGS, "preview"} == set(RunOptions.model_fields) and ("--preview" in shown) == (command == "serve")
     assert "running" not in shown
 

@@ -19,7 +19,7 @@ from diffusion_lens.fit.write import check_target
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.studio import state
-from diffusion_lens.studio.about import attributes_known
+from diffusion_lens.studio.about import attributes_known, lens_facts
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import about
 from diffusion_lens.ui.about import AboutQuestion, ErrorsView, SharesView
@@ -35,6 +35,13 @@ def test_the_first_steps_open_views_of_this_lens(prompt_free_lens: DiffusionLens
     links = [unescape(link) for link in re.findall(r'href="second\?([^"]+)"', html)]
     views = [state.from_query(prompt_free_lens, dict(parse_qsl(link))) for link in links]
     assert len(views) == 3 and views[0] is not None and views[0].beta == 1.0
+
+
+def test_what_was_noted_when_the_model_was_opened_is_shown(tiny_lens: DiffusionLens) -> None:
+    lens = DiffusionLens(tiny_lens.folder, tiny_lens.manifest)
+    assert "noted when opened" not in dict(lens_facts(lens)), "nobody waits for the model here"
+    lens._parts.put("model", replace(tiny_lens.model, notes=("Its own sampler was replaced.",)))
+    assert dict(lens_facts(lens))["noted when opened"] == "Its own sampler was replaced."
 
 
 def test_every_prompt_says_what_is_stored(tiny_lens: DiffusionLens) -> None:
