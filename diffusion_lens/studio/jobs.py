@@ -23,6 +23,8 @@ BALANCE_STRENGTHS = 7
 BATCH = 16
 EXAMPLES = 4
 TELL_EVERY = 0.4
+SHIPPED = 0
+"""In place of a number of strengths: those that the lens ships."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,40 @@ def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sw
     owner = f"{visitor}:{purpose}"
     flag = studio.stops.start(owner)
     return stream(lambda emit: _sweep(studio, owner, flag, job, emit), flag.set)
+
+
+def sweep_job(
+    studio: Studio, prompt: str | None, attribute: str, *, n_strengths: int, n: int, controls: tuple[Control, ...]
+) -> SweepJob:
+    """A sweep towards the shipped class over the shipped strengths, or so many between their ends.
+
+    Raises ``LensError`` for an attribute that is not steered, and for a control that its setting does not have.
+    """
+    setting = studio.lens.setting(attribute)
+    betas = sorted({*setting.betas, setting.identity})
+    if n_strengths != SHIPPED:
+        low, high = betas[0], betas[-1]
+        between = (round(low + (high - low) * i / (n_strengths - 1), 4) for i in range(n_strengths))
+        betas = sorted({setting.identity, *between})
+    if "flip" in controls and setting.poles == "one":
+        raise LensError("This setting turns one pole only, so its poles cannot be exchanged; untick that control.")
+    return SweepJob(prompt, attribute, setting.target, tuple(betas), n, controls)
+
+
+def n_points(results: Sequence[SweepResult]) -> int:
+    """Strengths measured so far, those of controls too."""
+    return sum(len(result.points) for result in results)
+
+
+def balance_where_known(studio: Studio, results: Sequence[SweepResult]) -> Balance | None:
+    """Where the features' own sweep is balanced; ``None`` before the model is there, or for too few images."""
+    main = next((r for r in results if not r.is_control), None)
+    if main is None or not studio.lens.is_ready:
+        return None
+    try:
+        return find_balance(studio, main)
+    except LensError:
+        return None
 
 
 def stored_balance(studio: Studio, view: View) -> Balance | None:

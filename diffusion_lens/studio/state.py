@@ -17,6 +17,9 @@ LINK_VERSION = "1"
 SEED_COUNTS = (8, 16)
 MAX_PROMPT = 200
 MAX_FEATURES = 200
+EMPTY_PROMPT = "(no words)"
+"""What people see in place of the empty prompt."""
+
 MOVES = 40
 """A slider takes about this many moves of an arrow key from end to end."""
 
@@ -57,6 +60,19 @@ class Scale:
     high: float
     step: float
     identity: float
+
+
+def shown_prompt(prompt: str) -> str:
+    """A prompt as a field for it shows it."""
+    return prompt or EMPTY_PROMPT
+
+
+def read_prompt(lens: DiffusionLens, shown: str | None) -> str | None:
+    """The prompt behind what a field shows, spaces tidied; ``None`` for models that take none."""
+    if lens.prompts == (None,):
+        return None
+    text = " ".join(str(shown or "").split())
+    return "" if text == EMPTY_PROMPT else text
 
 
 def steerable(lens: DiffusionLens) -> tuple[str, ...]:

@@ -19,9 +19,8 @@ from diffusion_lens.ui import (
     explore,
     explore_handlers,
     methods_tab,
-    sweep_tab,
+    sweep,
     texts,
-    together,
 )
 from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.gpu import lent
@@ -79,9 +78,10 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
     with gr.Tabs(selected="explore", overflow_behavior="wrap") as tabs:
         with gr.Tab("Explore", id="explore") as explore_tab:
             tab = explore.layout(studio)
-        with gr.Tab("Sweep", id="sweep") as sweep:
-            sweep_tab.layout(studio, sweep, tab)
-            together.layout(studio, sweep)
+        with gr.Tab("Sweep", id="sweep") as sweep_tab:
+            built_when_looked_at(
+                sweep_tab, lambda values: sweep.build(studio, sweep_tab, tab, values), tab.subject_parts
+            )
         with gr.Tab("Methods", id="methods") as methods:
             methods_tab.layout(studio, methods, tab)
         with gr.Tab("Atlas", id="atlas") as atlas:

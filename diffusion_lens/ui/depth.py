@@ -11,9 +11,8 @@ import gradio as gr
 from diffusion_lens.base.types import LensError
 from diffusion_lens.plots import depth_figure, describe_depth
 from diffusion_lens.results.depth import DepthResult, flips_of, load_depth
-from diffusion_lens.studio import depth
+from diffusion_lens.studio import depth, state
 from diffusion_lens.studio.depth import DepthQuestion
-from diffusion_lens.ui import texts
 from diffusion_lens.ui.figure import ASSETS, figure, figure_value
 from diffusion_lens.ui.html import html
 from diffusion_lens.ui.panel import READ, Component, Panel, Updates, Values
@@ -114,7 +113,7 @@ def _components(result: DepthResult) -> DepthTab:
             interactive=True,
         )
         prompt = gr.Dropdown(
-            [(p or texts.EMPTY_PROMPT, p) for p in depth.prompts(result)], value=first.prompt, label="Prompt measured",
+            [(state.shown_prompt(p), p) for p in depth.prompts(result)], value=first.prompt, label="Prompt measured",
             scale=4, min_width=240, elem_id="dl-depth-prompt", interactive=True,
         )  # fmt: skip
         label = gr.Radio(

@@ -17,6 +17,7 @@ from diffusion_lens.ui import cards, grid, texts
 from diffusion_lens.ui import explore_handlers as handlers
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 from diffusion_lens.ui.gpu import lent
+from diffusion_lens.ui.panel import Updates, Values
 
 COPY = """() => {
   const link = document.querySelector('.dl-permalink');
@@ -55,6 +56,32 @@ class Explore:
     status: gr.HTML
     changed: list[Any]
     live: dict[str, Any]
+    studio: Studio
+
+    @property
+    def subject_parts(self) -> set[Any]:
+        """The components that hold prompt and attribute."""
+        return set(self.controls[:2])
+
+    @property
+    def inputs(self) -> set[Any]:
+        """Every component that a view is read from."""
+        return {self.page, *self.controls}
+
+    @property
+    def changed_parts(self) -> set[Any]:
+        """Every component that another subject changes."""
+        return set(self.changed)
+
+    def subject(self, values: Values) -> tuple[str | None, str]:
+        """Prompt as shown, and attribute."""
+        return values[self.controls[0]], values[self.controls[1]]
+
+    def take_subject(self, values: Values, prompt: str | None, attribute: str) -> Updates:
+        """Another tab's prompt and attribute."""
+        controls = [values[c] for c in self.controls]
+        updates = handlers.take_subject(self.studio, values[self.page], prompt, attribute, controls)
+        return dict(zip(self.changed, updates, strict=True))
 
 
 def layout(studio: Studio) -> Explore:
@@ -76,7 +103,7 @@ def layout(studio: Studio) -> Explore:
         "show_progress": "minimal", "show_progress_on": status, "concurrency_id": "live", "concurrency_limit": 8,
         "api_visibility": "private",
     }  # fmt: skip
-    tab = Explore(controls, shown, outputs, page, status, [*controls, *shown, page], live)
+    tab = Explore(controls, shown, outputs, page, status, [*controls, *shown, page], live, studio)
     _wire(studio, tab, subject, advanced, checks, own, beta, hold, reset, balance, stop)
     return tab
 
@@ -90,7 +117,7 @@ def return_to(studio: Studio, tab: gr.Tab, explore: Explore) -> None:
 def _choose(studio: Studio, values: list[Any]) -> tuple[list[Any], Any]:
     lens = studio.lens
     gr.HTML(texts.section(texts.CHOOSE))
-    suggested = [texts.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
+    suggested = [state.EMPTY_PROMPT if p == "" else p for p in lens.prompts if p is not None]
     with gr.Row(elem_classes="dl-choose"):
         prompt = gr.Dropdown(
             suggested, value=values[0], label="Prompt", allow_custom_value=True, scale=3, min_width=240,

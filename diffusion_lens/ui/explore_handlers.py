@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +10,13 @@ import gradio as gr
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.studio import jobs, state
-from diffusion_lens.studio.lane import Stopped
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Row, Studio
 from diffusion_lens.ui import cards, curve, grid, texts
+from diffusion_lens.ui.errors import explain
 
-log = logging.getLogger(__name__)
 N_SLOTS = cards.N_SLOTS
 N_PLAIN = 11
 """Controls before those of the cards, in the order of ``control_values``; strength is the last."""
@@ -47,7 +45,7 @@ def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
     n_steps = studio.lens.manifest.n_steps
     window = (_whole(first_step, "The first step") - 1, _whole(last_step, "The last step"))
     view = View(
-        prompt=read_prompt(studio, prompt),
+        prompt=state.read_prompt(studio.lens, prompt),
         attribute=str(attribute),
         target=str(target),
         beta=_number(beta, "β"),
@@ -67,21 +65,13 @@ def read_view(studio: Studio, page: Page, values: Sequence[Any]) -> View:
     return view
 
 
-def read_prompt(studio: Studio, shown: Any) -> str | None:
-    """The prompt behind what the dropdown shows; ``None`` for unconditional models."""
-    if studio.lens.prompts == (None,):
-        return None
-    text = str(shown or "").strip()
-    return "" if text == texts.EMPTY_PROMPT else " ".join(text.split())
-
-
 def control_values(studio: Studio, view: View, slots: Sequence[int]) -> list[Any]:
     """The controls' values for a view, in the order that ``read_view`` takes."""
     window = view.window or (0, studio.lens.manifest.n_steps)
     own = dict(view.own)
     identity = state.scale(studio.lens.setting(view.attribute)).identity
     values: list[Any] = [
-        texts.EMPTY_PROMPT if view.prompt == "" else view.prompt, view.attribute, view.target, view.n_seeds,
+        state.EMPTY_PROMPT if view.prompt == "" else view.prompt, view.attribute, view.target, view.n_seeds,
         view.first_seed, view.sampler, view.n_features, window[0] + 1, window[1],
         list(view.hold), view.beta,
     ]  # fmt: skip
@@ -172,16 +162,6 @@ def say(status: str, page: Any) -> tuple[Any, ...]:
     return gr.skip(), gr.skip(), gr.skip(), gr.skip(), status, gr.skip(), page
 
 
-def explain(error: Exception) -> str:
-    """The status line for whatever ended some work; surprises are logged."""
-    if isinstance(error, LensError):
-        return texts.status(str(error), bad=True)
-    if isinstance(error, Stopped):
-        return texts.status(texts.STOPPED)
-    log.error("Work for a visitor failed.", exc_info=error)
-    return texts.status(texts.FAILED.format(kind=type(error).__name__), bad=True)
-
-
 def draw(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
     """Draw what the controls ask for; while the model loads, the nearest stored picture stands in.
 
@@ -206,7 +186,7 @@ def draw(studio: Studio, page: Page, *values: Any) -> Iterator[tuple[Any, ...]]:
 def change_attribute(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[Any, ...]:
     """Another attribute: its shipped setting at the identity, its own cards. Returns controls, cards, page."""
     fresh = state.default_view(studio.lens, str(values[1]))
-    shown = read_prompt(studio, values[0])
+    shown = state.read_prompt(studio.lens, values[0])
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
     view = replace(fresh, prompt=shown, n_seeds=n_seeds)
     return _subject(studio, page, view, values)
@@ -218,7 +198,7 @@ def change_target(studio: Studio, page: Page, values: Sequence[Any]) -> tuple[An
     attribute = studio.lens.attribute_named(view.attribute)
     target = str(values[2]) if values[2] in attribute.classes else view.target
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else view.n_seeds
-    view = replace(view, target=target, prompt=read_prompt(studio, values[0]), n_seeds=n_seeds)
+    view = replace(view, target=target, prompt=state.read_prompt(studio.lens, values[0]), n_seeds=n_seeds)
     return _subject(studio, page, view, values)
 
 
@@ -229,7 +209,7 @@ def take_subject(studio: Studio, page: Page, prompt: Any, attribute: Any, values
         return (gr.update(value=prompt), *[gr.skip()] * (N_PLAIN - 1 + 3 * N_SLOTS), page)
     fresh = state.default_view(studio.lens, str(attribute))
     n_seeds = int(values[3]) if values[3] in state.SEED_COUNTS else fresh.n_seeds
-    view = replace(fresh, prompt=read_prompt(studio, prompt), n_seeds=n_seeds)
+    view = replace(fresh, prompt=state.read_prompt(studio.lens, prompt), n_seeds=n_seeds)
     return _subject(studio, page, view, values)
 
 
@@ -264,7 +244,7 @@ def turn_feature(studio: Studio, page: Page, feature: int | None, values: Sequen
         return tuple(gr.skip() for _ in range(N_PLAIN + 3 * N_SLOTS + 1))
     ends = state.scale(studio.lens.setting(view.attribute))
     far = ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
-    view = replace(view, prompt=read_prompt(studio, values[0]), own=((int(feature), far),))
+    view = replace(view, prompt=state.read_prompt(studio.lens, values[0]), own=((int(feature), far),))
     return _subject(studio, page, view, values, int(feature))
 
 

@@ -15,7 +15,8 @@ from diffusion_lens.studio.methods_live import EVEN, MethodBench, Wish, read_opt
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio, import_engine
 from diffusion_lens.ui import methods_views, texts
-from diffusion_lens.ui.explore_handlers import Page, explain, read_view
+from diffusion_lens.ui.errors import explain
+from diffusion_lens.ui.explore_handlers import Page, read_view
 from diffusion_lens.ui.figure import figure_value
 
 LOSSES = {"other attributes changed": "others", "distance from the unedited images": "fid"}

@@ -13,7 +13,6 @@ FEATURES = ("2", "Features", "units inside the model that speak for it; bright i
 TURN = ("3", "Turn", "all features of the set at once")
 SEE = ("4", "See and measure", "the same seeds before and after")
 
-EMPTY_PROMPT = "(no words)"
 NO_PROMPT = "This model takes no prompt: it draws from everything it learnt."
 WAKING = "The model is waking up; this is the nearest stored result."
 PREVIEW = "Preview: decoded by {name}; the figures follow with the full images."
@@ -25,10 +24,6 @@ OTHER_SETTING = (
     "These stored sweeps were made with another setting than the one the sliders turn; run the sweep to measure it."
 )
 OTHER_CONTROL = "Stored sweep; its control was drawn in another way than a control run now (see About)."
-SWEEP_LIMITS = (
-    "<b>What this does not show.</b> These numbers hold for this prompt, these seeds and one classifier's reading. "
-    "A log ratio of 0 is an even count among these images, not a fair model; the band is the error of counting alone."
-)
 NO_STORED = "No sweep of this prompt and attribute is stored. Press “Run sweep” to measure one."
 SWEEP_INTRO = (
     "How the balance of the images moves with β, on the same seeds at every strength. A control turns as many "

@@ -123,7 +123,7 @@ def test_a_stored_result_reads_back_and_is_shown(
 ) -> None:
     folder = copied_lens()
     lens = DiffusionLens.from_pretrained(folder)
-    assert lens.together is None and together.COMMAND in together.shown(Studio(lens))[0]
+    assert lens.together is None and together.COMMAND in together.together_view(Studio(lens)).sentence
     assert lens.store(result) == folder / "together" / "together.json"
     verify(folder)
     again = lens.together
@@ -135,21 +135,22 @@ def test_a_stored_result_reads_back_and_is_shown(
         assert (table.attributes, table.classes, table.n) == (other.attributes, other.classes, other.n)
     for name in ("shares", "spillover", "interference", "steered", "order_matters", "prompt", "description"):
         assert getattr(again, name) == getattr(result, name)
-    said, matrix, rows = together.shown(Studio(DiffusionLens.from_pretrained(folder)))
+    shown = together.together_view(Studio(DiffusionLens.from_pretrained(folder)))
+    said, matrix, rows = shown.sentence, shown.matrix, shown.table
     assert "gender to female 50%, male 50%; strength 3" in said and matrix is not None
     assert rows.count("<tr>") == 1 + 2 * 3
     first, last = (rows.split("<tr>")[i] for i in (2, -1))
     moves = [abs(a - b) for a, b in zip(result.after.shares.ravel(), result.before.shares.ravel(), strict=True)]
     label = ", ".join(c[k] for c, k in zip(result.before.classes, np.unravel_index(int(np.argmax(moves)), (2, 3)),
                                            strict=True))  # fmt: skip
-    assert f"'row'>{label}<" in first and f"'row'>{label}<" not in last
+    assert f'"row">{label}<' in first and f'"row">{label}<' not in last
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(LensError, match="not a stored result"):
         load_joint(tmp_path / "bad.json")
 
 
 def test_the_sentence_tells_the_largest_interference(result: JointResult) -> None:
-    told = together.says(replace(result, interference={"gender": {"male": 0.1}, "age": {"old": -0.3}}))
+    told = together.describe(replace(result, interference={"gender": {"male": 0.1}, "age": {"old": -0.3}}))
     assert "age old ends -30 points elsewhere" in told
 
 

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,8 @@ from diffusion_lens.studio.lane import Lane, Stopped, Stops
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View
-from diffusion_lens.studio.studio import Recent, Studio, foreign_lines
-from diffusion_lens.ui import atlas_tab, cards, curve, explore_handlers, grid, sweep_handlers, texts
+from diffusion_lens.studio.studio import Recent, Studio
+from diffusion_lens.ui import atlas_tab, cards, curve, explore_handlers, grid, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 
 
@@ -320,42 +319,6 @@ class TestHandlers:
 
 
 class TestSweeps:
-    def test_stored_sweeps_are_shown_at_once(self, studio: Studio, view: View) -> None:
-        figure, says, strip, table, download, status, own = sweep_handlers.open_stored(
-            studio, view.prompt, view.attribute, "log ratio"
-        )
-        results = studio.sweeps(view.prompt, view.attribute)
-        assert escape(figure["alt"]) in says and "Stored" in status and own == () and len(results) == 2
-        assert strip.count("<img") == 4 * len(results[0].points) and table.count("<table") == 2
-        assert "base64" in download
-
-    def test_a_prompt_without_sweep_says_so(self, studio: Studio) -> None:
-        figure, *_, status, results = sweep_handlers.open_stored(studio, "a portrait of a nurse", "gender", "share")
-        assert figure is None and results == () and "Run sweep" in status
-
-    def test_the_other_axis_shows_the_same_sweeps(self, studio: Studio, view: View) -> None:
-        share = sweep_handlers.change_measure(studio, view.prompt, "gender", (), "share")
-        assert "share male" in share["alt"] and "%" in share["alt"]
-
-    def test_points_come_one_by_one(self, studio: Studio, view: View) -> None:
-        steps = list(sweep_handlers.run(
-            studio, Page("a"), view.prompt, "gender", "5 strengths", 16, ["random features"], "log ratio"
-        ))  # fmt: skip
-        seen = [[len(r.points) for r in step[6]] for step in steps if isinstance(step[6], tuple)]
-        assert seen == [[1], [2], [3], [4], [5], *([5, n] for n in range(1, 6))]
-        assert "Done" in steps[-1][5] and steps[-1][7]["visible"] is True and steps[-1][9] is False
-
-    def test_the_tab_follows_explore_once(self, studio: Studio, view: View) -> None:
-        nurse = "a portrait of a nurse"
-        look = sweep_handlers.look
-        first = look(studio, view.prompt, "gender", view.prompt, "gender", "share", False, False)
-        assert first[0]["value"] == view.prompt and isinstance(first[2], dict) and first[-1] is True
-        for opened, busy, here in ((True, False, view.prompt), (True, True, nurse), (False, True, nurse)):
-            again = look(studio, view.prompt, "gender", here, "gender", "share", opened, busy)
-            assert not any(isinstance(output, str | bool) or "value" in output for output in again)
-        other = look(studio, nurse, "age", view.prompt, "gender", "share", True, False)
-        assert (other[0]["value"], other[1]["value"]) == (nurse, "age") and "Run sweep" in other[7]
-
     def test_explore_follows_the_tab_and_draws_on_return(self, studio: Studio, view: View) -> None:
         page, values = page_of(studio, replace(view, beta=2.0))
         *updates, asked = explore_handlers.take_subject(studio, page, "a portrait of a nurse", "gender", values)
@@ -369,20 +332,6 @@ class TestSweeps:
         assert not any(isinstance(output, str) for output in idle)
         *updates, asked = explore_handlers.take_subject(studio, page, view.prompt, "age", values)
         assert explore_handlers.read_view(studio, asked, applied(values, updates)).attribute == "age"
-
-    def test_a_sweep_of_another_setting_is_named(self, copied_lens: Any, caplog: Any) -> None:
-        import json
-
-        folder = copied_lens()
-        assert foreign_lines(Studio(DiffusionLens.from_pretrained(folder))) == []
-        lens = DiffusionLens.from_pretrained(folder)
-        path = folder / "lens.json"
-        text = json.loads(path.read_text())
-        text["settings"]["gender"]["n_features"] += 1
-        changed = Studio(replace(lens, manifest=type(lens.manifest).model_validate(text)))
-        assert len(changed.foreign) == 2, "its sweep and the control"
-        assert "3 features" in foreign_lines(changed)[0] and "ships 4 features" in foreign_lines(changed)[0]
-        assert "another setting" in sweep_handlers.open_stored(changed, PROMPTS[0], "gender", "share")[5]
 
     def test_stored_sweeps_are_known_by_their_edits(self, copied_lens: Any) -> None:
         studio = Studio(DiffusionLens.from_pretrained(copied_lens()))
@@ -449,54 +398,7 @@ class TestSeveralLenses:
         assert values[0] is None and explore_handlers.read_view(studio, page, values) == replace(view, beta=2.0)
         *_, last = explore_handlers.draw(studio, page, *values)
         assert "β = 2" in last[4] and "p=" not in last[5]
-        figure, *_ = sweep_handlers.open_stored(studio, None, "gender", "share")
-        assert figure is not None
         assert texts.NO_PROMPT in str(ui.build(prompt_free_lens).get_config_file()["components"])
-
-
-class TestSweepRuns:
-    def test_the_numbers_are_those_of_the_lens(self, studio: Studio, view: View) -> None:
-        job = sweep_handlers.read_job(studio, view.prompt, "gender", "shipped strengths", 16, [])
-        *_, last = jobs.sweep_events(studio, "a", job)
-        expected = studio.lens.sweep(view.prompt, "gender", n=16)
-        assert last.done == pytest.approx(1.0)
-        assert [p.shares for p in last.results[0].points] == [p.shares for p in expected.points]
-
-    def test_stop_keeps_what_was_measured(self, studio: Studio, view: View) -> None:
-        run = sweep_handlers.run(studio, Page("b"), view.prompt, "gender", "9 strengths", 64, [], "log ratio")
-        steps = [next(run)]
-        while not isinstance(steps[-1][6], tuple):
-            steps.append(next(run))
-        studio.stops.stop("b:sweep")
-        steps += list(run)
-        assert "Stopped" in steps[-1][5] and steps[-1][8]["visible"] is False
-        assert studio.draw(view), "the lane is free again"
-
-    def test_stop_counts_as_soon_as_its_button_is_there(self, studio: Studio, view: View) -> None:
-        run = sweep_handlers.run(studio, Page("early"), view.prompt, "gender", "9 strengths", 256, [], "log ratio")
-        assert next(run)[8]["visible"] is True
-        studio.stops.stop("early:sweep")  # before the first image was asked for
-        *_, last = run
-        assert "Stopped" in last[5] and last[8]["visible"] is False
-
-    def test_leaving_ends_the_work(self, studio: Studio, view: View) -> None:
-        job = sweep_handlers.read_job(studio, view.prompt, "gender", "9 strengths", 256, [])
-        events = jobs.sweep_events(studio, "gone", job)
-        next(events)
-        events.close()
-        with studio.lane.hold(urgent=False):
-            pass  # free: the job's thread has let go
-
-    @pytest.mark.parametrize(("changes", "said"), [
-        ({"prompt": "an astronaut"}, "never saw"), ({"n": 10**6}, "images per strength"),
-        ({"attribute": "wealth"}, "does not steer"),
-    ])  # fmt: skip
-    def test_bad_sweeps_are_refused(self, studio: Studio, changes: dict[str, Any], said: str) -> None:
-        values = {"prompt": "a portrait of a nurse", "attribute": "gender", "n": 16, **changes}
-        (step,) = sweep_handlers.run(
-            studio, Page("a"), values["prompt"], values["attribute"], "5 strengths", values["n"], [], "share"
-        )
-        assert said in step[5] and 'role="alert"' in step[5]
 
 
 class TestAtlas:
@@ -608,7 +510,7 @@ def test_models_without_prompts_show_none(unconditional: DiffusionLens) -> None:
     assert view.prompt is None and explore_handlers.read_view(studio, page, values) == view
     assert "p=" not in state.to_query(view).split("&a=")[0]
     prompts = [b for b in ui.build(unconditional).blocks.values() if getattr(b, "label", "") == "Prompt"]
-    assert len(prompts) == 2 and not any(b.visible for b in prompts)
+    assert len(prompts) == 1 and not any(b.visible for b in prompts)
 
 
 def test_a_page_without_stored_images_draws_at_once(unconditional: DiffusionLens, studio: Studio) -> None:

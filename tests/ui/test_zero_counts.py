@@ -11,7 +11,8 @@ from diffusion_lens.base.types import ADJUSTED, Attribute, GenerationRequest, Lo
 from diffusion_lens.cli.measure import show_sweep
 from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.results.sweeps import SweepPoint, collect
-from diffusion_lens.ui import curve, strips
+from diffusion_lens.ui import curve
+from diffusion_lens.ui.html import html
 
 GENDER = Attribute("gender", ("female", "male"))
 ASKED = GenerationRequest("a portrait", tuple(range(8)), 3, 1.0, "m")
@@ -38,9 +39,9 @@ def test_the_text_of_a_ratio() -> None:
 
 def test_strips_table_and_terminal_keep_the_mark(capsys: pytest.CaptureFixture[str]) -> None:
     assert NONE_MALE.log_ratio_corrected is not None and NONE_MALE.log_ratio_corrected.haldane
-    html = strips.table_html([SWEEP])
-    assert html.count("-2.83* (below -0.5") == 1 and ADJUSTED in html
-    assert ADJUSTED not in strips.table_html([replace(SWEEP, points=SWEEP.points[1:])])
+    table = html("sweep.table", [SWEEP])
+    assert table.count("-2.83* (below -0.5") == 1 and ADJUSTED in table
+    assert ADJUSTED not in html("sweep.table", [replace(SWEEP, points=SWEEP.points[1:])])
     show_sweep(SWEEP)
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "-2.83*" in printed and "zero count adjusted" in printed
