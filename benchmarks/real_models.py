@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from diffusion_lens.base.progress import Progress
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -38,7 +40,7 @@ from diffusion_lens.features.train_sae import SAETrainConfig, train_sae
 from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.model.generate import Capture, generate, record_trajectory, request
 from diffusion_lens.model.hooks import intercept
-from diffusion_lens.model.memory import OnStep, is_out_of_memory
+from diffusion_lens.model.memory import is_out_of_memory
 from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
 from diffusion_lens.steering.intervene import make_edit
@@ -96,13 +98,13 @@ class Bench:
         """The same as SAE samples ``[N, c]``."""
         return torch.from_numpy(self.h).flatten(0, 1).flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
 
-    def train(self, steps: int, on_step: OnStep | None = None) -> SparseAutoencoder:
+    def train(self, steps: int, progress: Progress | None = None) -> SparseAutoencoder:
         """An SAE of four times the width, trained for ``steps``."""
         config = SAETrainConfig(
             d_sae=self.size.widen * self.model.d_in, k=self.size.k, n_steps=steps, batch_size=self.size.tokens
         )
         where = {"model_id": self.name, "hook_name": "mid_block", "spatial": self.model.spatial}
-        return train_sae(self.samples, config, device=self.model.device, on_step=on_step, **where)[0]
+        return train_sae(self.samples, config, device=self.model.device, progress=progress, **where)[0]
 
     @cached_property
     def sae(self) -> SparseAutoencoder:

@@ -29,7 +29,7 @@ class Status:
         share: of the whole work, 0 to 1; never falls.
         stage: the name of the innermost named part, ``""`` where none has one.
         stage_share: how far that part is, 0 to 1; of the whole work where no part has a name.
-        done, total: of the loop that reported, in its own units.
+        done, total: of the loop that reported, in its own units; ``note``: what else it says, e.g. its loss.
         seconds: since the work began.
         seconds_left: by the pace so far, without what was found finished; ``None`` while that is unknown.
     """
@@ -41,6 +41,7 @@ class Status:
     total: int
     seconds: float
     seconds_left: float | None
+    note: str = ""
 
 
 Listen = Callable[[Status], None]
@@ -58,12 +59,12 @@ class _Work:
     skipped: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def tell(self, share: float, stage: str, stage_share: float, done: int, total: int) -> None:
+    def tell(self, share: float, stage: str, stage_share: float, done: int, total: int, note: str) -> None:
         with self.lock:
             self.share = max(self.share, min(1.0, share))
             seconds, own = self.clock() - self.began, self.share - self.skipped
             left = seconds * (1 - self.share) / own if own > LEAST_SHARE else None
-            status = Status(self.share, stage, min(1.0, stage_share), done, total, seconds, left)
+            status = Status(self.share, stage, min(1.0, stage_share), done, total, seconds, left, note)
         if self.listen is not None:
             self.listen(status)
 
@@ -109,19 +110,23 @@ class Progress:
             part.stage, part._named = stage, (part._start, part._span)
         return part
 
-    def parts(self, weights: int | Sequence[float], stages: Sequence[str] | None = None) -> list[Progress]:
+    def some(self, share: float, stage: str | None = None) -> Progress:
+        """The next ``share`` (0 to 1) of what is left: for work of which nobody knows how much will follow."""
+        return self.part(share * (1.0 - self._given), stage)
+
+    def parts(self, weights: int | Sequence[float], stages: Sequence[str | None] | None = None) -> list[Progress]:
         """What is left of this, in so many equal parts, or in parts by weight (of any sum); see ``part``."""
         own = [1.0] * weights if isinstance(weights, int) else [max(0.0, float(weight)) for weight in weights]
         left, whole = 1.0 - self._given, sum(own) or 1.0
         names = [None] * len(own) if stages is None else stages
         return [self.part(left * weight / whole, name) for weight, name in zip(own, names, strict=True)]
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` units of this part are finished. Raises ``Cancelled`` where the work is to stop."""
         self.check()
         share = min(1.0, done / total) if total > 0 else 1.0
         whole, (start, span) = self._start + self._span * share, self._named
-        self._work.tell(whole, self.stage, (whole - start) / span if span else 1.0, done, total)
+        self._work.tell(whole, self.stage, (whole - start) / span if span else 1.0, done, total, note)
 
     def each(self, items: Iterable[T], total: int | None = None) -> Iterator[T]:
         """``items`` one by one, each a step when the loop's body is done with it.

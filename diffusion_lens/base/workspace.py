@@ -28,6 +28,7 @@ from diffusion_lens.base.files import (
     write_json,
 )  # fmt: skip
 from diffusion_lens.base.progress import Progress
+from diffusion_lens.base.types import LensError
 
 T = TypeVar("T")
 DIGITS = 12
@@ -110,6 +111,11 @@ class Workspace:
     def values(self, key: str, make: Callable[[], Any], progress: Progress | None = None) -> Any:
         """A piece that is plain values, as ``<key>.json``; always as JSON gives them back."""
         return self.piece(f"{key}.json", make, write_json, read_json, progress)
+
+    def claim(self, key: str, decides: Any, refusal: str) -> None:
+        """Note as ``<key>.json`` what decides every piece here; raises ``LensError(refusal)`` where it says other."""
+        if self.values(key, lambda: decides) != json.loads(json.dumps(decides)):
+            raise LensError(refusal)
 
     def names(self, pattern: str) -> list[Path]:
         """The pieces that match a glob pattern, sorted by name."""

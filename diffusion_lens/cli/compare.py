@@ -92,7 +92,7 @@ def compare(
         for name in attribute or [a.name for a in opened.attributes]
     ]
     with progress("compare") as bar:
-        found = run_tables(opened, configs, work, on_stage=bar.stage, on_row=_teller(opened, configs, work, bar))
+        found = run_tables(opened, configs, work, progress=bar.work, on_row=_teller(opened, configs, work, bar))
     for comparison in found.values():
         if out is not None:
             _write(comparison, out)

@@ -115,10 +115,6 @@ class Bar:
         self._shown: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def stage(self, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` within a named stage."""
-        self._show(name, done / max(1, total))
-
     def say(self, text: str) -> None:
         """One line for the person, above the bar."""
         with suppress(OSError, ValueError):
@@ -131,7 +127,8 @@ class Bar:
         self._shown = self._task = None
 
     def _hear(self, status: Status) -> None:
-        self._show(status.stage or self.name, status.stage_share)
+        note = f" ({status.note})" if status.note else ""
+        self._show(f"{status.stage or self.name}{note}", status.stage_share)
 
     def _show(self, title: str, share: float) -> None:
         if title.split(" (")[0] != self.title.split(" (")[0]:

@@ -98,7 +98,7 @@ def dissect(
     if store:
         check_writable(opened.folder)
     with progress("dissecting") as bar:
-        found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), on_step=bar.work.step)
+        found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), progress=bar.work)
     if store:
         say(f"Wrote {opened.store(found)}")
     if as_json:
@@ -162,7 +162,7 @@ def together(
     with progress("steering") as bar:
         result = steer_together(
             opened, _prompt(opened, prompt), steers, series.seeds, sampler=None if alike else "symmetric",
-            batch_size=batch_of(opened, series.batch_size), on_step=bar.work.step,
+            batch_size=batch_of(opened, series.batch_size), progress=bar.work,
         )  # fmt: skip
     if store:
         say(f"Wrote {opened.store(result)}")
@@ -238,7 +238,7 @@ def depth(
     )
     with progress("depth") as bar:
         judge = HeadsClassifier.load(classifier)
-        result = run_depth(config, vae, judge, work, device=place, on_stage=bar.stage)
+        result = run_depth(config, vae, judge, work, device=place, progress=bar.work)
     if store:
         write_json(DEPTH_STORE, to_plain(result))
         say(f"Wrote {DEPTH_STORE}")

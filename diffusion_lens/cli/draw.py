@@ -82,11 +82,11 @@ def generate(
     size = batch_of(opened, series.batch_size)
     turns = [parse_turn(opened, text) for text in turn or ()]
     with progress("drawing") as bar:
-        base = opened.generate(request, batch_size=size, on_step=bar.work.step)
+        base = opened.generate(request, batch_size=size, progress=bar.work)
     drawn = [base]
     if turns:
         with progress("drawing with the turn") as bar:
-            drawn.append(opened.generate(request, *turns, batch_size=size, on_step=bar.work.step))
+            drawn.append(opened.generate(request, *turns, batch_size=size, progress=bar.work))
     written = save_images(drawn, out)
     measured = opened.measure(drawn[-1], reference=base if turns else None)
     found = {a.name: measured[a.name] for a in opened.attributes}
@@ -174,7 +174,7 @@ def attribute(
     opened.attributions[attribute].top_k(top, target=target)  # refuses a number of features that there is not
     request, size = series.request(opened, prompt), batch_of(opened, series.batch_size)
     with progress("drawing") as bar:
-        drawn = opened.generate(request, capture=True, batch_size=size, on_step=bar.work.step)
+        drawn = opened.generate(request, capture=True, batch_size=size, progress=bar.work)
     found = opened.attribute(drawn, attribute, method=method)
     features = found.top_k(top, target=target)
     if html is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from diffusion_lens.measuring.quality import FeatureSource
     from diffusion_lens.studies.audit.rows import Measures
 
-OnStep = Callable[[int, int], None]
 UNEDITED = "unedited"
 FEATURES = ("inception", "classifier", "clip")
 
@@ -62,8 +61,8 @@ class QualityFlags:
                 found += [flag] if value is True else [flag, str(value)]
         return found
 
-    def open(self, lens: DiffusionLens, on_step: OnStep | None = None) -> Measures | None:
-        """Load what the flags name; ``None`` without any. ``on_step``: of the images of a reference folder."""
+    def open(self, lens: DiffusionLens, progress: Progress | None = None) -> Measures | None:
+        """Load what the flags name; ``None`` without any. ``progress``: of the images of a reference folder."""
         if not (self.fid or self.inception_score or self.clip):
             return None
         from diffusion_lens.measuring.quality import inception_source, load_reference
@@ -76,7 +75,7 @@ class QualityFlags:
         fid = self._features(lens, inception, clip) if self.fid else None
         known = None
         if fid is not None and self.fid != UNEDITED:
-            known = load_reference(self.fid, fid, on_step=on_step)
+            known = load_reference(self.fid, fid, progress=progress)
             if self.keep_statistics:
                 known.save(Path(self.keep_statistics))
         return Measures(

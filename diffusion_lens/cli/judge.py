@@ -90,7 +90,7 @@ def check(
         check_writable(opened.folder)
     with progress("checking") as bar:
         told = partial(_say_rows, bar) if full else None
-        report = run_check(opened, full=full, parts=parts, on_stage=bar.stage, on_rows=told)
+        report = run_check(opened, full=full, parts=parts, progress=bar.work, on_rows=told)
     if html is not None and report.sweeps:
         from diffusion_lens.plots import describe_sweep, sweep_figure
 
@@ -166,7 +166,7 @@ def audit(
     turns = [parse_turn(opened, text) for text in turn or ()]
     size = batch_of(opened, series.batch_size)
     with progress("reading the reference images") as bar:
-        measures = judging.open(opened, bar.work.step)
+        measures = judging.open(opened, bar.work)
     with progress("drawing and reading") as bar:
         found = measure(
             opened,
@@ -179,7 +179,7 @@ def audit(
             command=_command(opening.lens, prompt or [], turn or [], replace(series, batch_size=size), judging),
             batch_size=size,
             measures=measures,
-            on_step=bar.work.step,
+            progress=bar.work,
         )
     paths = write_report(found, out)
     say("Wrote " + ", ".join(map(str, paths)))

@@ -83,7 +83,7 @@ def sweep(
                     strengths,
                     control=cast(Control | None, kind),
                     batch_size=size,
-                    on_step=bar.work.step,
+                    progress=bar.work,
                 )
             )
     if html is not None:
@@ -122,7 +122,7 @@ def balance(
     if not 0 < share < 1:
         raise LensError(f"A target share lies between 0 and 1, both excluded; it is {share}.")
     with progress("sweeping") as bar:
-        result = opened.sweep(request, attribute, target, parse_betas(betas), batch_size=size, on_step=bar.work.step)
+        result = opened.sweep(request, attribute, target, parse_betas(betas), batch_size=size, progress=bar.work)
     found = find(result, opened.classifier.confusion[attribute], target_share=share)
     if html is not None:
         _plot([result], html, found)

@@ -104,17 +104,17 @@ def train(
             continue
         with progress(name) as bar:
             if name == "autoencoder":
-                recipe.autoencoder_stage(config, paths, place, bar.stage)
+                recipe.autoencoder_stage(config, paths, place, bar.work)
             elif name == "classifier":
-                recipe.classifier_stage(config, paths, place, bar.stage)
+                recipe.classifier_stage(config, paths, place, bar.work)
             elif name == "mmdit":
-                recipe.transformer_stage(config, paths, place, bar.stage, resume=resume, start=start, match=match)
+                recipe.transformer_stage(config, paths, place, bar.work, resume=resume, start=start, match=match)
             else:
                 recipe.denoiser_stage(
                     config,
                     paths,
                     place,
-                    bar.stage,
+                    bar.work,
                     unconditional=name == "unconditional",
                     resume=resume,
                     start=start,
@@ -263,7 +263,7 @@ def _sampled(pipeline: Path, prompt: str, seeds: range, steps: int) -> np.ndarra
     model = load_model(pipeline, offline=True)
     wanted = request(model, prompt if model.is_text else None, seeds, steps)
     with progress("sampling") as bar:
-        return generate(model, wanted, on_step=bar.work.step).images
+        return generate(model, wanted, progress=bar.work).images
 
 
 @app.command("table")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.resume import CHECKPOINT_SECONDS, Checkpoint
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.sae import SAEConfig, SparseAutoencoder
@@ -79,7 +80,7 @@ def train_sae(
     hook_name: str,
     spatial: tuple[int, int],
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[SparseAutoencoder, SAELog]:
     """Train a TopK SAE on ``samples [N, d_in]``, or on chunks of them from an iterable.
@@ -89,7 +90,7 @@ def train_sae(
     and a slight lift (our working form, see ``_auxiliary``). The decoder's rows keep unit norm while it trains
     (gradient projected, rows renormalised), ``b_dec`` starts at the mean, ``W_enc`` at ``W_decᵀ``; Adam, linear decay,
     gradient clipped at norm 1. The same seed gives the same SAE on the same hardware. Chunks are shuffled within
-    themselves and read again when they run out, where the iterable can be. ``on_step(done, total)`` may raise.
+    themselves and read again when they run out, where the iterable can be. ``progress`` counts optimiser steps.
     Raises ``LensError`` for samples that cannot be learned from.
     """
     generator = torch.Generator().manual_seed(config.seed)
@@ -100,7 +101,7 @@ def train_sae(
     held_out = first[HOLD_EVERY - 1 :: HOLD_EVERY]
     held_out = held_out[torch.randperm(len(held_out), generator=generator)[:HELD_OUT].to(first.device)]
     batches = (x * scale for x in _batches(chain([first], stream), config.batch_size, generator))
-    curves = _fit_sae(sae, batches, config, scale, on_step, checkpoint)
+    curves = _fit_sae(sae, batches, config, scale, progress, checkpoint)
     sae.requires_grad_(False).fold_scale(scale)
     fvu, l0 = evaluate_sae(sae, held_out)
     return sae, SAELog(fvu, l0, _dead_share(sae, first), *curves)
@@ -205,7 +206,7 @@ def _fit_sae(
     batches: Iterator[Tensor],
     config: SAETrainConfig,
     scale: float,
-    on_step: Callable[[int, int], None] | None,
+    progress: Progress | None,
     checkpoint: Path | None = None,
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
     """Train in place on samples already scaled; returns the curves ``(steps, train_fvu, train_dead)``."""
@@ -238,8 +239,8 @@ def _fit_sae(
             dead = (step - last_fired > config.dead_after).nonzero().flatten()
             curves.append((step, float(fvu.detach()), len(dead) / config.d_sae))
         saver.save({"step": step + 1, "curves": curves, "last_fired": last_fired, "dead": dead})
-        if on_step is not None:
-            on_step(step + 1, config.n_steps)
+        if progress is not None:
+            progress.step(step + 1, config.n_steps)
     steps, fvus, deads = zip(*curves, strict=True)
     return steps, fvus, deads
 

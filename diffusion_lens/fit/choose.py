@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import (
     Attribution,
     GenerationRequest,
@@ -22,6 +23,7 @@ from diffusion_lens.base.types import (
     beta_of,
     strength_of,
 )
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.judging.classify import Classifier
@@ -148,7 +150,7 @@ def choose_setting(
     *,
     probes: Mapping[str, Probe],
     batch_size: int = 16,
-    keep: Path | None = None,
+    keep: Workspace | None = None,
 ) -> tuple[Setting, tuple[Trial, ...]]:
     """Sweep every candidate on the same seeds, prompt by prompt, and keep the best (see ``best``).
 
@@ -160,14 +162,14 @@ def choose_setting(
     for number, setting in enumerate(settings):
         own = []
         for place, asked in enumerate(requests):
-            folder = None if keep is None else trial_folder(keep, number, place)
-            points = kept_points(folder, setting)
+            kept = None if keep is None else keep.part(trial_name(number, place))
+            points = kept_points(kept, setting)
             if points is None:
                 if place not in bases:
                     bases[place] = observe_baseline(model, asked, classifier, batch_size=batch_size, n_examples=0)
                 points = measure_setting(
                     model, sae, attribution, classifier, bases[place], setting, probes=probes, batch_size=batch_size,
-                    n_examples=0, keep=folder,
+                    n_examples=0, keep=kept,
                 )  # fmt: skip
             own.append(judge(setting, points, attribution.attribute.index(setting.target)))
         trials.append(together(own))
@@ -180,17 +182,22 @@ def choose_setting(
     return chosen.setting.model_copy(update={"n_seeds_chosen_on": n, "note": note}), tuple(trials)
 
 
-def trial_folder(keep: Path, number: int, place: int) -> Path:
-    """Where the points of one candidate on one prompt are kept."""
-    return keep / f"{number:04d}-{place:02d}"
+def trial_name(number: int, place: int) -> str:
+    """The workspace of the points of one candidate on one prompt."""
+    return f"{number:04d}-{place:02d}"
 
 
-def kept_points(folder: Path | None, setting: Setting) -> list[SweepPoint] | None:
-    """The points of ``setting`` in ``folder``, in rising β; ``None`` where one of them is not measured yet."""
-    stems = [f"{number:03d}" for number in range(len(setting.betas))]
-    if folder is None or not all((folder / f"{stem}.json").is_file() for stem in stems):
+def kept_points(kept: Workspace | None, setting: Setting) -> list[SweepPoint] | None:
+    """The points of ``setting``, in rising β; ``None`` where one of them is not measured yet."""
+    names = [point_name(number) for number in range(len(setting.betas))]
+    if kept is None or not kept.has(*names):
         return None
-    return [load_point(folder, stem) for stem in stems]
+    return [load_point(kept.path(name)) for name in names]
+
+
+def point_name(number: int) -> str:
+    """The piece that holds the point of one strength."""
+    return f"{number:03d}"
 
 
 def measure_setting(
@@ -205,7 +212,8 @@ def measure_setting(
     change: Callable[[Intervention], Intervention] = lambda intervention: intervention,
     batch_size: int = 16,
     n_examples: int = 8,
-    keep: Path | None = None,
+    keep: Workspace | None = None,
+    progress: Progress | None = None,
 ) -> list[SweepPoint]:
     """Sweep a setting over its strengths on the seeds of ``base``; points kept in ``keep`` are not measured again.
 
@@ -218,19 +226,17 @@ def measure_setting(
             return None
         return make_edit([change(make_intervention(attribution, setting, setting.target, strength))], sae, probes)
 
-    points = []
-    for number, beta in enumerate(sorted(setting.betas)):
-        stem = f"{number:03d}"
-        if keep is not None and (keep / f"{stem}.json").is_file():
-            points.append(load_point(keep, stem))
-            continue
-        found = sweep_points(
+    def measure(beta: float, bar: Progress) -> SweepPoint:
+        (point,) = sweep_points(
             model, base.request, edit_at, [beta], classifier, attribution.attribute, setting.target,
-            baseline=base, batch_size=batch_size, n_examples=n_examples,
+            baseline=base, batch_size=batch_size, n_examples=n_examples, progress=bar,
         )  # fmt: skip
-        points.extend(found)
-        if keep is not None:
-            save_point(points[-1], keep, stem)
+        return point
+
+    betas, points = sorted(setting.betas), []
+    for number, (beta, bar) in enumerate(zip(betas, (progress or Progress()).parts(len(betas)), strict=True)):
+        make = partial(measure, beta, bar)
+        points.append(make() if keep is None else keep.piece(point_name(number), make, save_point, load_point, bar))
     return points
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import load_tensors, read_json, write_json
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Atlas, Attribution, Control, FeatureSet, GenerationRequest, Intervention
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.features.sae import SparseAutoencoder
-from diffusion_lens.fit.choose import candidates, choose_setting, describe, measure_setting, trial_folder
+from diffusion_lens.fit.choose import candidates, choose_setting, describe, measure_setting, trial_name
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.measuring.observe import Baseline, observe_baseline
 from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.model.generate import request
 from diffusion_lens.results.manifest import Setting
-from diffusion_lens.results.records import load_atlas, save_sweep
+from diffusion_lens.results.measurement_files import Missing
+from diffusion_lens.results.records import load_atlas, load_sweep, save_sweep
 from diffusion_lens.results.sweeps import SweepResult, collect
 from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.steering.settings import control_intervention, describe_setting
+
+SWEEP = "sweep"
+"""Stem of the files of one sweep."""
 
 
 def fit_settings(work: Work) -> None:
@@ -29,8 +35,8 @@ def fit_settings(work: Work) -> None:
     The processes share the candidates' sweeps; the main one then reads all of them and chooses.
     """
     given = {setting.attribute: setting for setting in work.config.settings}
-    folder, asked = work.folders["settings"], _asked(work)
-    wanted = [n for n in work.config.attributes if n not in given and not (folder / f"{n}.json").is_file()]
+    pieces, asked = work.pieces("settings"), _asked(work)
+    wanted = [name for name in work.config.attributes if name not in given and not pieces.has(f"{name}.json")]
     plan = [
         (name, number, setting, place)
         for place in range(len(asked))
@@ -39,21 +45,21 @@ def fit_settings(work: Work) -> None:
     ]
     sae, probes, attributions = read_sae(work), read_probes(work), read_attributions(work)
     mine, base = work.processes.share(plan), None
-    for done, (name, number, setting, place) in enumerate(mine):
+    for (name, number, setting, place), bar in zip(mine, work.progress.parts(len(mine)), strict=True):
         if base is None or base.request != asked[place]:
             base = observe_baseline(
                 work.model, asked[place], work.classifier, batch_size=work.config.batch_size, n_examples=0
             )
         measure_setting(
             work.model, sae, attributions[name], work.classifier, base, setting, probes=probes,
-            batch_size=work.config.batch_size, n_examples=0, keep=trial_folder(folder / name, number, place),
+            batch_size=work.config.batch_size, n_examples=0, progress=bar,
+            keep=pieces.part(name).part(trial_name(number, place)),
         )  # fmt: skip
-        work.progress.step(done + 1, len(mine))
     work.processes.wait()
     if work.processes.is_main:
         for name in work.config.attributes:
-            if not (folder / f"{name}.json").is_file():
-                (given[name] if name in given else _choose(work, name)).save(folder / f"{name}.json")
+            choose = partial(_choose, work, name) if name not in given else partial(given.__getitem__, name)
+            pieces.keep(f"{name}.json", choose, lambda path, setting: setting.save(path))
 
 
 def _asked(work: Work) -> list[GenerationRequest]:
@@ -81,7 +87,7 @@ def _choose(work: Work, name: str) -> Setting:
         _candidates(work, name),
         probes=read_probes(work),
         batch_size=work.config.batch_size,
-        keep=work.folders["settings"] / name,
+        keep=work.pieces("settings").part(name),
     )
     write_json(work.folders["settings"] / f"{name}-trials.json", [describe(trial) for trial in trials])
     return chosen
@@ -108,12 +114,17 @@ def fit_effects(work: Work) -> None:
     wanted = _sweep_request(work, config.sweeps[0] if config.sweeps else config.draws[0], config.effect_images)
     base: Baseline | None = None
     mine = work.processes.share(list(owners.items()))
-    for number, (feature, setting) in enumerate(mine):
-        path = work.folders["effects"] / f"{feature}.safetensors"
-        if not path.is_file():
-            base = base or observe_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
-            save_tensors(path, _effect(work, sae, base, feature, setting))
-        work.progress.step(number + 1, len(mine))
+    drawing, *bars = work.progress.parts(1 + len(mine))
+
+    def measure(feature: int, setting: Setting, bar: Progress) -> dict[str, np.ndarray]:
+        nonlocal base
+        base = base or observe_baseline(
+            work.model, wanted, work.classifier, batch_size=config.batch_size, progress=drawing
+        )
+        return _effect(work, sae, base, feature, setting, bar)
+
+    for (feature, setting), bar in zip(mine, bars, strict=True):
+        work.pieces("effects").tensors(f"{feature}", partial(measure, feature, setting, bar), bar)
     prompt = "" if wanted.prompt is None else f' of "{wanted.prompt}"'
     source = f"turned alone as far as the shipped sweep goes, on {config.effect_images} images{prompt}"
     if work.processes.is_main:
@@ -126,7 +137,7 @@ def _leaders(attribution: Attribution, setting: Setting, n: int) -> set[int]:
 
 
 def _effect(
-    work: Work, sae: SparseAutoencoder, base: Baseline, feature: int, setting: Setting
+    work: Work, sae: SparseAutoencoder, base: Baseline, feature: int, setting: Setting, progress: Progress
 ) -> dict[str, np.ndarray]:
     """Attribute → change of class shares ``[class]`` when ``feature`` alone is steered."""
     alone = FeatureSet((feature,), (0.0,), setting.attribute, setting.target, sae.sae_id)
@@ -134,7 +145,7 @@ def _effect(
     attribute = work.attribute(setting.attribute)
     (point,) = sweep_points(
         work.model, base.request, lambda _: make_edit([steer], sae), [steer.beta], work.classifier, attribute,
-        setting.target, baseline=base, batch_size=work.config.batch_size, n_examples=0,
+        setting.target, baseline=base, batch_size=work.config.batch_size, n_examples=0, progress=progress,
     )  # fmt: skip
     before, after = base.measurement.shares_read, point.measurement.shares_read
     return {name: np.array(after[name]) - np.array(before[name]) for name in before}
@@ -144,7 +155,7 @@ def read_atlas(work: Work) -> Atlas:
     """The atlas, with the causal effects that were measured."""
     atlas = load_atlas(work.folders["atlas"] / "atlas.safetensors")
     effects: dict[str, np.ndarray] = {}
-    for path in sorted(work.folders["effects"].glob("*.safetensors")):
+    for path in work.pieces("effects").names("*.safetensors"):
         for name, change in load_tensors(path).items():
             table = effects.setdefault(name, np.full((len(atlas.density), len(change)), np.nan, np.float32))
             table[int(path.stem)] = change
@@ -160,15 +171,25 @@ def fit_sweeps(work: Work) -> None:
     everything = [(p, name, c) for p in range(len(config.sweeps)) for name in config.swept for c in controls]
     plan = work.processes.share(everything)
     base: Baseline | None = None
-    for number, (p, name, control) in enumerate(plan):
+    pieces = work.pieces("sweeps")
+
+    def measure(p: int, name: str, control: Control | None, points: Workspace, bar: Progress) -> SweepResult:
+        nonlocal base
+        wanted, (drawing, sweeping) = _sweep_request(work, config.sweeps[p], config.sweep_images), bar.parts((1, 9))
+        if base is None or base.request != wanted:
+            base = observe_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size, progress=drawing)
+        return _sweep(work, base, settings[name], control, points, sweeping)
+
+    for (p, name, control), bar in zip(plan, work.progress.parts(len(plan)), strict=True):
         stem = f"{p:02d}-{name}{'' if control is None else f'-{control}'}"
-        if not (work.folders["sweeps"] / f"{stem}.json").is_file():
-            wanted = _sweep_request(work, config.sweeps[p], config.sweep_images)
-            if base is None or base.request != wanted:
-                base = observe_baseline(work.model, wanted, work.classifier, batch_size=config.batch_size)
-            result = _sweep(work, base, settings[name], control, work.folders["sweeps"] / stem)
-            save_sweep(result, work.folders["sweeps"], stem)
-        work.progress.step(number + 1, len(plan))
+        make = partial(measure, p, name, control, pieces.part(f"{stem}-points"), bar)
+        pieces.keep(stem, make, lambda path, result: save_sweep(result, path, SWEEP, lossless=True), bar)
+
+
+def read_sweeps(work: Work) -> list[SweepResult]:
+    """The finished sweeps, in the order of their prompts."""
+    folders = work.pieces("sweeps").names("[0-9]*")
+    return [load_sweep(path, SWEEP, Missing({})) for path in folders if (path / f"{SWEEP}.json").is_file()]
 
 
 def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:
@@ -176,7 +197,9 @@ def _sweep_request(work: Work, prompt: str | None, n: int) -> GenerationRequest:
     return request(work.model, prompt, seeds, work.config.n_steps, work.config.guidance_scale)
 
 
-def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None, keep: Path) -> SweepResult:
+def _sweep(
+    work: Work, base: Baseline, setting: Setting, control: Control | None, keep: Workspace, progress: Progress
+) -> SweepResult:
     attribution, seed = read_attributions(work)[setting.attribute], work.config.seed
     sae, activity = read_sae(work), read_atlas(work).activity
     points = measure_setting(
@@ -190,6 +213,7 @@ def _sweep(work: Work, base: Baseline, setting: Setting, control: Control | None
         change=lambda own: own if control is None else control_intervention(own, control, activity, seed),
         batch_size=work.config.batch_size,
         keep=keep,
+        progress=progress,
     )
     return collect(
         points,

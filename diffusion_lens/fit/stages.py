@@ -102,7 +102,7 @@ def sample(work: Work) -> None:
 
 
 def _draw(work: Work, wanted: GenerationRequest, progress: Progress) -> dict[str, np.ndarray]:
-    drawn = generate(work.model, wanted, batch_size=work.config.batch_size, on_step=progress.step)
+    drawn = generate(work.model, wanted, batch_size=work.config.batch_size, progress=progress)
     return {"images": drawn.images}
 
 
@@ -211,7 +211,7 @@ def fit_sae(work: Work) -> None:
         hook_name=work.model.hook_name,
         spatial=work.model.spatial,
         device=work.model.device,
-        on_step=work.progress.step,
+        progress=work.progress,
         checkpoint=work.folders["sae"] / "training.pt",
     )
     sae.save(work.folders["sae"] / "sae")

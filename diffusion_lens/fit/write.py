@@ -10,14 +10,13 @@ from diffusion_lens.base.transaction import Change, changing
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.probes import save_probes
 from diffusion_lens.fit.config import FitConfig
-from diffusion_lens.fit.measure import read_atlas, read_settings
+from diffusion_lens.fit.measure import read_atlas, read_settings, read_sweeps
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.judging.described import save_classifier
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.model.stored import open_stored
 from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, commit_whole, content
-from diffusion_lens.results.measurement_files import Missing
-from diffusion_lens.results.records import load_sweeps, save_atlas, save_attributions, save_sweep
+from diffusion_lens.results.records import save_atlas, save_attributions, save_sweep
 
 OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
 PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
@@ -44,7 +43,7 @@ def _write_parts(work: Work, change: Change) -> list[str]:
     save_attributions(out / "attribution.safetensors", read_attributions(work))
     save_atlas(out / "atlas.safetensors", read_atlas(work))
     _write_examples(work, out / "examples")
-    for number, sweep in enumerate(load_sweeps(work.folders["sweeps"], Missing(classifier.confusion))):
+    for number, sweep in enumerate(read_sweeps(work)):
         suffix = "-control" if sweep.is_control else ""
         save_sweep(sweep, out / "sweeps", f"{number:03d}-{sweep.attribute.name}{suffix}")
     _write_log(work, out / "fit")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.precision import mixed_precision
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribute, LensError, Predictions, Reading
 from diffusion_lens.base.validity import discard, find_constant
 from diffusion_lens.base.weights import weights_digest
@@ -223,14 +224,14 @@ def train_heads(
     seed: int = 0,
     device: str | torch.device = "cpu",
     augment: Augmentation | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     widths: tuple[int, int, int, int] = (32, 64, 80, 112),
 ) -> HeadsClassifier:
     """Train a ``HeadsClassifier`` on ``images uint8[N, S, S, 3]``, ``labels int64[N, attribute]`` (−1 = unknown).
 
     AdamW with a one-cycle learning rate, summed cross entropies of all heads. ``augment`` defaults to
     ``mild_augmentation``, which keeps the reading right on generated images that are softer or noisier than
-    drawn ones. ``on_step(done, n_steps)`` may raise to stop. Call ``calibrate`` on held-out images next.
+    drawn ones. Call ``calibrate`` on held-out images next.
     """
     pixels = check_images(images)
     _check_labels(labels, attributes, len(pixels))
@@ -251,8 +252,8 @@ def train_heads(
         loss.backward()
         optimiser.step()
         schedule.step()
-        if on_step is not None:
-            on_step(step + 1, n_steps)
+        if progress is not None:
+            progress.step(step + 1, n_steps)
     return _finish(config, network, device)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import numpy as np
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import (
     Attribute,
     Attribution,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from diffusion_lens.measuring.observe import Baseline
     from diffusion_lens.methods.protocol import Fitted
     from diffusion_lens.model.custom import EditFunction
-    from diffusion_lens.model.generate import Edit, OnLatents, OnStep, Trajectory
+    from diffusion_lens.model.generate import Edit, OnLatents, Trajectory
 
 AnyEdit: TypeAlias = "Intervention | Edit | EditSpec | EditFunction"
 """What can be given as one edit: an intervention, an edit, one as data, or a function ``(h, context) -> h``."""
@@ -113,7 +114,7 @@ class DiffusionLens(LensFolder):
         edit: AnyEdit | None = None,
         capture: bool = False,
         batch_size: int = 16,
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
         start: Trajectory | None = None,
         on_latents: OnLatents | None = None,
     ) -> Generation:
@@ -122,9 +123,9 @@ class DiffusionLens(LensFolder):
         ``prompt`` is a text with ``seeds``, or a finished request. ``edit`` may also be data (``EditSpec``) or a
         function ``(h, context) -> h`` of your own: ``h [n, c, y, x]`` is the bottleneck of the images
         ``context.seeds`` at step ``context.index`` (``model.custom.FunctionEdit`` takes a window and a sampler).
-        ``capture`` keeps the bottleneck of every step (float16). ``on_step(done, total)`` may raise
-        ``generate.Cancelled``; ``start`` is a recorded trajectory; ``on_latents`` sees each batch's request and
-        latents before they are decoded.
+        ``capture`` keeps the bottleneck of every step (float16). ``progress`` may be cancelled at every step;
+        ``start`` is a recorded trajectory; ``on_latents`` sees each batch's request and latents before they are
+        decoded.
         """
         from diffusion_lens.model.generate import Capture, generate
 
@@ -134,7 +135,7 @@ class DiffusionLens(LensFolder):
             edit=self._one_edit(edits, edit),
             capture=Capture() if capture else None,
             batch_size=batch_size,
-            on_step=on_step,
+            progress=progress,
             start=start,
             on_latents=on_latents,
         )
@@ -155,7 +156,7 @@ class DiffusionLens(LensFolder):
         fitted: Fitted | Path | str | None = None,
         edit: AnyEdit | None = None,
         batch_size: int = 16,
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
     ) -> Generation:
         """Draw a generation's or a measurement's images again; equal bit for bit on the same machine.
 
@@ -167,7 +168,7 @@ class DiffusionLens(LensFolder):
             again = self.edit_of(result.edit, fitted=fitted)
         if (None if again is None else again.spec) != result.edit:
             raise LensError("This is another edit than the result's; give the one that it was drawn with.")
-        return self.generate(result.request, edit=again, batch_size=batch_size, on_step=on_step)
+        return self.generate(result.request, edit=again, batch_size=batch_size, progress=progress)
 
     def edit_of(self, spec: EditSpec, *, fitted: Fitted | Path | str | None = None) -> Edit:
         """The edit that a spec describes.
@@ -310,7 +311,7 @@ class DiffusionLens(LensFolder):
         target_shares: Mapping[str, float] | None = None,
         batch_size: int = 16,
         n_examples: int = 8,
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[SweepPoint]:
         """Measure each strength on the same seeds, one point as soon as it is drawn.
 
@@ -318,7 +319,7 @@ class DiffusionLens(LensFolder):
             attribute: a steerable attribute (its shipped setting) or a ``FeatureSet`` (steered in the shipped mode).
             betas: the shipped grid by default; ``seeds``: ``range(n)`` by default.
             control: ``random`` steers as many features as active, drawn at random, ``flip`` the two poles exchanged.
-            baseline, target_shares, batch_size, n_examples, on_step: see ``sweep.sweep_points``.
+            baseline, target_shares, batch_size, n_examples, progress: see ``sweep.sweep_points``.
         """
         from diffusion_lens.measuring.sweep import sweep_points
 
@@ -334,7 +335,7 @@ class DiffusionLens(LensFolder):
         read = {a.name: a for a in self.classifier.attributes}
         return sweep_points(
             self.model, request, edit_at, chosen, self.classifier, read[name], target, baseline=baseline,
-            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, on_step=on_step,
+            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, progress=progress,
         )  # fmt: skip
 
     def sweep(
@@ -352,14 +353,14 @@ class DiffusionLens(LensFolder):
         target_shares: Mapping[str, float] | None = None,
         batch_size: int = 16,
         n_examples: int = 8,
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
     ) -> SweepResult:
         """All of ``sweep_points`` as one result."""
         request = prompt if isinstance(prompt, GenerationRequest) else self.request(prompt, seeds_of(n, seeds))
         name, target = self._goal(attribute, target)
         points = self.sweep_points(
             request, attribute, target, betas, control=control, control_seed=control_seed, baseline=baseline,
-            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, on_step=on_step,
+            target_shares=target_shares, batch_size=batch_size, n_examples=n_examples, progress=progress,
         )  # fmt: skip
         return collect(
             points,
@@ -380,12 +381,12 @@ class DiffusionLens(LensFolder):
         betas: Sequence[float] | None = None,
         n: int = 100,
         seeds: Seeds | None = None,
-        on_step: OnStep | None = None,
+        progress: Progress | None = None,
     ) -> Balance:
         """The strength (and its interval) at which the corrected share of ``target`` meets ``target_share``."""
         from diffusion_lens.measuring.balance import balance
 
-        result = self.sweep(prompt, attribute_name, target, betas, n=n, seeds=seeds, on_step=on_step)
+        result = self.sweep(prompt, attribute_name, target, betas, n=n, seeds=seeds, progress=progress)
         return balance(result, self.classifier.confusion[attribute_name], target_share=target_share)
 
     def _goal(self, attribute: str | FeatureSet, target: str | None) -> tuple[str, str]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Fault, Generation, GenerationRequest, Predictions
 from diffusion_lens.base.validity import discard, faults_of, require_valid
 from diffusion_lens.judging.classify import Classifier
-from diffusion_lens.model.generate import Edit, OnStep, Trajectory, generate_batches, record_trajectory
+from diffusion_lens.model.generate import Edit, Trajectory, generate_batches, record_trajectory
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.measurement import NO_IMAGES, Measurement
 
@@ -28,7 +29,7 @@ def observe(
     start: Trajectory | None = None,
     batch_size: int = 16,
     n_examples: int = 8,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     on_batch: OnBatch | None = None,
 ) -> Measurement:
     """Draw a request, batch by batch, and read each batch in one pass of the classifier.
@@ -37,13 +38,13 @@ def observe(
         reference: the unedited run of the same request, for everything that is measured against it.
         start: a recorded unedited run from which an edited one restarts, bit for bit as from noise.
         n_examples: images kept, the first ones.
-        on_step: called with (steps done, steps in total); may raise ``Cancelled``.
+        progress: of the drawing; may be cancelled at every step.
 
     Raises:
         LensError: what ``generate`` refuses, a reference of another request or classifier, or no image that shows
             anybody.
     """
-    parts = generate_batches(model, request, edit=edit, batch_size=batch_size, on_step=on_step, start=start)
+    parts = generate_batches(model, request, edit=edit, batch_size=batch_size, progress=progress, start=start)
     return read(parts, request, classifier, reference=reference, n_examples=n_examples, on_batch=on_batch)
 
 
@@ -123,12 +124,14 @@ def observe_baseline(
     restart_steps: Sequence[int] = (),
     batch_size: int = 16,
     n_examples: int = 8,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Baseline:
     """Draw and read the unedited images; keep the latents before ``restart_steps`` for edited runs."""
     steps = sorted({step for step in restart_steps if step > 0})
     if not steps:
-        found = observe(model, request, None, classifier, batch_size=batch_size, n_examples=n_examples, on_step=on_step)
+        found = observe(
+            model, request, None, classifier, batch_size=batch_size, n_examples=n_examples, progress=progress
+        )
         return Baseline(found)
-    start = record_trajectory(model, request, steps=steps, batch_size=batch_size, on_step=on_step)
+    start = record_trajectory(model, request, steps=steps, batch_size=batch_size, progress=progress)
     return Baseline(read([start.generation], request, classifier, n_examples=n_examples), start)

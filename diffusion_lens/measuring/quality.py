@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from diffusion_lens.base.checkpoints import read_state_dict
 from diffusion_lens.base.files import save_tensors
 from diffusion_lens.base.pictures import SUFFIXES, open_image
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import MAX_IMAGES, LensError
 from diffusion_lens.base.weights import weight_file
 from diffusion_lens.judging.calibration import softmax
@@ -159,11 +160,11 @@ def load_statistics(path: Path | str, *, source: str = INCEPTION) -> FeatureStat
 
 
 def folder_statistics(
-    folder: Path | str, source: FeatureSource, *, on_step: Callable[[int, int], None] | None = None
+    folder: Path | str, source: FeatureSource, *, progress: Progress | None = None
 ) -> FeatureStatistics:
     """Statistics of all images directly in ``folder``, of any sizes; read a few at a time.
 
-    ``on_step`` is called with (images read, in total).
+    ``progress`` counts images.
     """
     folder = Path(folder)
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
@@ -175,18 +176,16 @@ def folder_statistics(
         # The order within a chunk does not matter to a mean and a covariance.
         for shape in sorted({image.shape for image in images}):
             rows.append(source.features(np.stack([image for image in images if image.shape == shape])))
-        if on_step is not None:
-            on_step(min(first + CHUNK, len(paths)), len(paths))
+        if progress is not None:
+            progress.step(min(first + CHUNK, len(paths)), len(paths))
     return FeatureStatistics.of(np.concatenate(rows), source.name)
 
 
-def load_reference(
-    path: Path | str, source: FeatureSource, *, on_step: Callable[[int, int], None] | None = None
-) -> FeatureStatistics:
+def load_reference(path: Path | str, source: FeatureSource, *, progress: Progress | None = None) -> FeatureStatistics:
     """Statistics of a folder of images, or from a statistics file; ``LensError`` where they are not of ``source``."""
     path = Path(path)
     if path.is_dir():
-        return folder_statistics(path, source, on_step=on_step)
+        return folder_statistics(path, source, progress=progress)
     if not path.exists():
         raise LensError(f"There is no folder of images and no statistics file at {path}; check the path.")
     found = load_statistics(path, source=source.name)

@@ -7,14 +7,14 @@ The unedited images are drawn and read once. Edited runs restart from them where
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, as_number
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.measuring.observe import Baseline, observe, observe_baseline
-from diffusion_lens.model.generate import Edit, OnStep
+from diffusion_lens.model.generate import Edit
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results import stats
 from diffusion_lens.results.sweeps import SweepPoint
@@ -35,7 +35,7 @@ def sweep_points(
     target_shares: Mapping[str, float] | None = None,
     batch_size: int = 16,
     n_examples: int = 8,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[SweepPoint]:
     """Measure every β in rising order, each as soon as it is drawn.
 
@@ -44,7 +44,7 @@ def sweep_points(
         attribute: the steered attribute as the classifier knows it; ``target`` one of its classes.
         baseline: an unedited run of the same request to share; drawn first where missing.
         target_shares: label → share that FD is measured from; ``None`` is uniform.
-        on_step: called with (steps done, steps in total) over the whole sweep; may raise ``Cancelled``.
+        progress: of the whole sweep; a run that restarts late counts as any other.
 
     Raises:
         LensError: before anything is drawn, for repeated or missing β, an attribute the classifier does not
@@ -60,7 +60,7 @@ def sweep_points(
     goal = _target_vector(attribute, target_shares)
     edits = [make_edit(beta) for beta in grid]
     n_runs = sum(edit is not None for edit in edits) + (baseline is None)
-    progress = _Progress(on_step, n_runs, request.n_steps * -(-len(request.seeds) // batch_size))
+    bars = iter((progress or Progress()).parts(n_runs))
 
     def points() -> Iterator[SweepPoint]:
         base = baseline or observe_baseline(
@@ -70,40 +70,18 @@ def sweep_points(
             restart_steps=[e.window[0] for e in edits if e is not None and e.window is not None],
             batch_size=batch_size,
             n_examples=n_examples,
-            on_step=progress.next_run(),
+            progress=next(bars),
         )
         for beta, edit in zip(grid, edits, strict=True):
             measured = base.measurement.against(base.measurement)
             if edit is not None:
                 measured = observe(
                     model, request, edit, classifier, reference=base.measurement, start=base.start,
-                    batch_size=batch_size, n_examples=n_examples, on_step=progress.next_run(),
+                    batch_size=batch_size, n_examples=n_examples, progress=next(bars),
                 )  # fmt: skip
             yield SweepPoint(measured, attribute, goal, beta=beta)
 
     return points()
-
-
-@dataclass
-class _Progress:
-    """Counts the steps of all runs of a sweep as one."""
-
-    on_step: OnStep | None
-    n_runs: int
-    steps_per_run: int
-    begun: int = 0
-
-    def next_run(self) -> OnStep | None:
-        """The callback for the run that begins now; a run that restarts late counts its fewer steps in full."""
-        if self.on_step is None:
-            return None
-        report, before = self.on_step, self.begun * self.steps_per_run
-        self.begun += 1
-
-        def step(done: int, total: int) -> None:
-            report(before + round(done / total * self.steps_per_run), self.n_runs * self.steps_per_run)
-
-        return step
 
 
 def _check_grid(betas: Sequence[float]) -> list[float]:

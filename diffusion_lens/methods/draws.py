@@ -95,7 +95,7 @@ class Draws:
             request(self.model, prompt, seeds, self.n_steps, self.guidance_scale),
             capture=Capture(),
             batch_size=len(seeds),
-            on_step=progress.step,
+            progress=progress,
             max_bytes=2**40,
         )
         activations = run.generation.activations

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors
 from diffusion_lens.base.processes import ALONE, Processes
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Activations, GenerationRequest, LensError
@@ -139,16 +139,17 @@ def collect_to(
         "spec": spec.model_dump(), "plan": asdict(sizes), "batch_size": batch_size, "n_shards": len(batches),
         "fingerprint": _fingerprint(model, requests, spec, batch_size),
     }  # fmt: skip
-    if (folder / STORE_FILE).exists():
-        if read_json(folder / STORE_FILE) != description:
-            raise LensError(f"{folder} holds activations made with other settings; choose another folder.")
-    else:
-        write_json(folder / STORE_FILE, description)
+    shards = Workspace(folder)
+    shards.claim(
+        Path(STORE_FILE).stem,
+        description,
+        f"{folder} holds activations made with other settings; choose another folder.",
+    )
     mine = processes.share(list(enumerate(batches)))
     header = {"fingerprint": str(description["fingerprint"])}
     for (number, batch), part in zip(mine, (progress or Progress()).parts(len(mine)), strict=True):
         draw, save = partial(_draw, model, *batch, spec, sizes, part), partial(_save_shard, header=header)
-        Workspace(folder).keep(_shard(folder, number).name, draw, save, part)
+        shards.keep(_shard(folder, number).name, draw, save, part)
     processes.wait()
     return ActivationStore(folder)
 
@@ -165,7 +166,11 @@ class ActivationStore:
     chunk_bytes: int = CHUNK_BYTES
 
     def __post_init__(self) -> None:
-        missing = [i for i in range(self._description["n_shards"]) if not _shard(self.folder, i).exists()]
+        missing = [
+            i
+            for i in range(self._description["n_shards"])
+            if not Workspace(self.folder).has(_shard(self.folder, i).name)
+        ]
         if missing:
             raise LensError(f"{self.folder} is unfinished: {len(missing)} shards are missing; collect again to resume.")
 
@@ -235,7 +240,7 @@ def _draw(
         return BatchRun(model, part, capture=capture).read(told)
 
     last = wanted[-1] + 1
-    activations, *others = in_batches(model.room, request, len(request.seeds), last, read, progress.step)
+    activations, *others = in_batches(model.room, request, len(request.seeds), last, read, progress)
     if others:
         h = np.concatenate([activations.h, *(part.h for part in others)])
         activations = replace(activations, h=h, seeds=request.seeds)

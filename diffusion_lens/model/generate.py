@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.progress import Cancelled
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError, Seeds, as_seeds, as_whole
 from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
-from diffusion_lens.model.memory import OnStep, in_batches
+from diffusion_lens.model.memory import in_batches
 from diffusion_lens.model.pipelines import DiffusionModel
 
 __all__ = [
-    "Cancelled", "Capture", "Edit", "OnLatents", "OnStep", "StepContext", "Trajectory",
+    "Capture", "Edit", "OnLatents", "StepContext", "Trajectory",
     "generate", "generate_batches", "join", "record_trajectory", "request",
 ]  # fmt: skip
 
@@ -42,13 +42,13 @@ def generate(
     edit: Edit | None = None,
     capture: Capture | None = None,
     batch_size: int = 16,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     start: Trajectory | None = None,
     on_latents: OnLatents | None = None,
 ) -> Generation:
     """One image per seed of ``request``; see ``generate_batches`` for the arguments and errors."""
     parts = generate_batches(
-        model, request, edit=edit, capture=capture, batch_size=batch_size, on_step=on_step, start=start,
+        model, request, edit=edit, capture=capture, batch_size=batch_size, progress=progress, start=start,
         on_latents=on_latents,
     )  # fmt: skip
     return join(list(parts), request)
@@ -61,17 +61,17 @@ def generate_batches(
     edit: Edit | None = None,
     capture: Capture | None = None,
     batch_size: int = 16,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     start: Trajectory | None = None,
     on_latents: OnLatents | None = None,
 ) -> Iterator[Generation]:
     """The same, one ``Generation`` per batch as soon as it is drawn; where memory runs out, the batch is halved once.
 
     Args:
-        on_step: called with (steps done, steps in total) over all batches; may raise ``Cancelled``.
+        progress: of all batches; may be cancelled at every step.
         start: an unedited run of the same request (or of more seeds): the edited run restarts at its latest recorded
             step before the first edited one. Bit-identical to a run from noise in the same batches.
-        on_latents: called before each batch is decoded, with its request and latents; may raise ``Cancelled``. Not
+        on_latents: called before each batch is decoded, with its request and latents; may raise. Not
             called where nothing is drawn.
 
     Raises:
@@ -88,7 +88,7 @@ def generate_batches(
     def draw(part: GenerationRequest, told: Callable[[int], None]) -> Generation:
         return BatchRun(model, part, edit, capture, restart, first or 0).draw(told, on_latents=on_latents)
 
-    yield from in_batches(model.room, request, batch_size, request.n_steps - (first or 0), draw, on_step)
+    yield from in_batches(model.room, request, batch_size, request.n_steps - (first or 0), draw, progress)
 
 
 def record_trajectory(
@@ -98,7 +98,7 @@ def record_trajectory(
     steps: Sequence[int] | None = None,
     capture: Capture | None = None,
     batch_size: int = 16,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
     max_bytes: int = TRAJECTORY_BYTES,
     on_latents: OnLatents | None = None,
 ) -> Trajectory:
@@ -121,7 +121,7 @@ def record_trajectory(
 
         return BatchRun(model, part, capture=capture).draw(told, keep, on_latents), latents, states
 
-    parts = list(in_batches(model.room, request, batch_size, request.n_steps, draw, on_step))
+    parts = list(in_batches(model.room, request, batch_size, request.n_steps, draw, progress))
     latents = {i: torch.cat([x[i] for _, x, _ in parts]) for i in parts[0][1]}
     states = {i: tuple(state for _, _, s in parts for state in s[i]) for i in parts[0][2]}
     return Trajectory(join([drawn for drawn, _, _ in parts], request), latents, states)

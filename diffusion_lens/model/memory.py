@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import torch
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import GenerationRequest
 
 T = TypeVar("T")
 Draw = Callable[[GenerationRequest, Callable[[int], None]], T]
 """Draws one batch; told how to report its own steps."""
-OnStep = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -57,21 +57,22 @@ class Room:
 
 
 def in_batches(
-    room: Room, request: GenerationRequest, batch_size: int, steps: int, draw: Draw[T], on_step: OnStep | None = None
+    room: Room, request: GenerationRequest, batch_size: int, steps: int, draw: Draw[T], progress: Progress | None = None
 ) -> Iterator[T]:
     """``draw`` the request's seeds, ``batch_size`` at a time, in order; one result per batch.
 
     Where memory runs out, the batch is halved once and drawn again; a second time the error is raised. The results
     are those of the smaller ``batch_size`` from that batch on.
-    ``on_step(done, total)``: ``steps`` per batch; both shrink or grow with the batches.
+    ``progress``: ``steps`` per batch; their number grows where batches shrink.
     """
+    bar = progress or Progress()
     size, may_halve, done, offset, n = room.fits(batch_size), True, 0, 0, len(request.seeds)
     while offset < n:
         part = replace(request, seeds=request.seeds[offset : offset + size])
         total = (done + -(-(n - offset) // size)) * steps
         full = False
         try:
-            result = draw(part, _progress(on_step, done * steps, total))
+            result = draw(part, _steps_after(bar, done * steps, total))
         except Exception as error:
             full = may_halve and len(part.seeds) > 1 and is_out_of_memory(error)
             if not full:
@@ -83,5 +84,5 @@ def in_batches(
         offset, done = offset + len(part.seeds), done + 1
 
 
-def _progress(on_step: OnStep | None, done: int, total: int) -> Callable[[int], None]:
-    return lambda steps: on_step(done + steps, total) if on_step is not None else None
+def _steps_after(progress: Progress, done: int, total: int) -> Callable[[int], None]:
+    return lambda steps: progress.step(done + steps, total)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.precision import mixed_precision
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.portraits.networks import make_autoencoder
 
 
@@ -56,7 +55,7 @@ def train_autoencoder(
     *,
     device: torch.device,
     start: AutoencoderTiny | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> AutoencoderTiny:
     """Train on ``uint8[n, 64, 64, 3]`` pictures; latents are held near zero mean and unit variance per channel.
 
@@ -83,8 +82,8 @@ def train_autoencoder(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if on_step and (step % 50 == 49 or step + 1 == config.n_steps):
-            on_step(step + 1, config.n_steps, float(loss.detach()))
+        if progress and (step % 50 == 49 or step + 1 == config.n_steps):
+            progress.step(step + 1, config.n_steps, f"loss {float(loss.detach()):.4f}")
     return model.eval().to(memory_format=torch.contiguous_format)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import SIZE, VARIATION, Variation, draw
 
@@ -53,7 +54,7 @@ def draw_many(
     balanced: bool = False,
     variation: Variation = VARIATION,
     workers: int | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Drawings:
     """Draw ``n`` portraits with seeds ``first_seed, first_seed + 1, …``.
 
@@ -67,10 +68,10 @@ def draw_many(
     task = partial(_draw_chunk, balanced=balanced, variation=variation)
     workers = workers or os.cpu_count() or 1
     if workers == 1 or len(chunks) == 1:
-        _collect(map(task, chunks), images, labels, captions, on_step)
+        _collect(map(task, chunks), images, labels, captions, progress)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            _collect(pool.map(task, chunks), images, labels, captions, on_step)
+            _collect(pool.map(task, chunks), images, labels, captions, progress)
     return Drawings(images, labels, tuple(captions))
 
 
@@ -79,7 +80,7 @@ def _collect(
     images: np.ndarray,
     labels: np.ndarray,
     captions: list[str],
-    on_step: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     at = 0
     for chunk_images, chunk_labels, chunk_captions in parts:
@@ -87,5 +88,5 @@ def _collect(
         images[at:stop], labels[at:stop] = chunk_images, chunk_labels
         captions += chunk_captions
         at = stop
-        if on_step:
-            on_step(at, len(images))
+        if progress:
+            progress.step(at, len(images))

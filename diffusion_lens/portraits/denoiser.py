@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.precision import mixed_precision, short_attention
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits.emphasis import Emphasis
 from diffusion_lens.portraits.networks import (
@@ -125,7 +125,7 @@ def train_denoiser(
     start: Denoiser | None = None,
     emphasis: Emphasis | None = None,
     checkpoint_every: int = 500,
-    on_step: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Denoiser:
     """Train on latents ``[n, 8, 16, 16]`` and their captions; returns the moving averages.
 
@@ -190,8 +190,8 @@ def train_denoiser(
         done = step + 1
         if checkpoint is not None and (done % checkpoint_every == 0 or done == config.n_steps):
             save_state(checkpoint, parameters, ema, optimiser, done)
-        if on_step and (done % 50 == 0 or done == config.n_steps):
-            on_step(done, config.n_steps, float(loss.detach()))
+        if progress and (done % 50 == 0 or done == config.n_steps):
+            progress.step(done, config.n_steps, f"loss {float(loss.detach()):.4f}")
     for handle in (*silenced, *([reading.handle] if reading else ())):
         handle.remove()
     ema.copy_to(parameters)

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from diffusion_lens.base.config import StrictConfig
 from diffusion_lens.base.precision import mixed_precision, short_attention
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits.denoiser import (
     denoising_loss,
@@ -288,7 +289,7 @@ def train_transformer(
     emphasis: Emphasis | None = None,
     checkpoint_every: int = 200,
     stop_after: int | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> TransformerParts:
     """Train on latents ``[n, 8, 16, 16]`` and their captions; returns the moving averages.
 
@@ -327,8 +328,8 @@ def train_transformer(
         done = step + 1
         if checkpoint is not None and (done % checkpoint_every == 0 or done == last):
             save_state(checkpoint, parameters, ema, optimiser, done)
-        if on_step and (done % 50 == 0 or done == last):
-            on_step(done, config.n_steps, float(loss.detach()))
+        if progress and (done % 50 == 0 or done == last):
+            progress.step(done, config.n_steps, f"loss {float(loss.detach()):.4f}")
     ema.copy_to(parameters)
     for module in parts.modules:
         module.eval()
@@ -353,7 +354,7 @@ def sample_transformer(
     pipe: StableDiffusion3Pipeline,
     prompt: str,
     seeds: range,
-    on_step: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     n_steps: int,
     batch_size: int = 64,
@@ -371,5 +372,5 @@ def sample_transformer(
             output_type="np",
         ).images
         yield (images * 255).round().astype(np.uint8)
-        if on_step:
-            on_step(first + len(part), len(seeds))
+        if progress:
+            progress.step(first + len(part), len(seeds))

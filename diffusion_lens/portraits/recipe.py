@@ -19,8 +19,9 @@ from diffusers import AutoencoderTiny, LDMPipeline, StableDiffusion3Pipeline, St
 from torch import Tensor
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import atomic_folder, load_metadata, load_tensors, read_json, save_tensors, write_json
 from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
@@ -51,7 +52,6 @@ MAX_MATCH = 10_000
 DRAWN_AT_ONCE = 20_000
 N_STEPS = 16
 
-Report = Callable[[str, int, int], None]
 Nets = Denoiser | TransformerParts
 
 
@@ -103,38 +103,30 @@ class Paths:
         return self.work / name
 
 
-def autoencoder_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> AutoencoderTiny:
+def autoencoder_stage(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> AutoencoderTiny:
     """Train the autoencoder, or read the one in the work folder."""
     if (paths.autoencoder / "config.json").exists():
         return AutoencoderTiny.from_pretrained(paths.autoencoder).to(device).eval()
-    n = min(config.n_drawings, 40_000)
-    images = _drawings(n, 0, report).to(device)
-    model = train_autoencoder(
-        images, config.autoencoder, device=device, on_step=lambda i, m, _: report("autoencoder", i, m)
-    )
-    model.save_pretrained(paths.autoencoder)
+    drawing, training = progress.parts((1, 9), ("drawing", "autoencoder"))
+    drawn = draw_many(min(config.n_drawings, 40_000), first_seed=0, progress=drawing).images
+    model = train_autoencoder(torch.from_numpy(drawn).to(device), config.autoencoder, device=device, progress=training)
+    with atomic_folder(paths.autoencoder) as partial:
+        model.save_pretrained(partial)
     return model
 
 
-def _drawings(n: int, first_seed: int, report: Report) -> Tensor:
-    return torch.from_numpy(draw_many(n, first_seed=first_seed, on_step=lambda i, m: report("drawing", i, m)).images)
-
-
 def latents_stage(
-    config: RecipeConfig, paths: Paths, vae: AutoencoderTiny, device: torch.device, report: Report
+    config: RecipeConfig, paths: Paths, vae: AutoencoderTiny, device: torch.device, progress: Progress
 ) -> Tensor:
     """Latents ``float16[n_drawings, 8, 16, 16]`` of the training drawings; those in the work folder, if ``vae``'s."""
     wanted = {"of": weights_digest(vae, str(config.n_drawings))}
     if paths.latents.is_file() and load_metadata(paths.latents) == wanted:
         return torch.from_numpy(load_tensors(paths.latents)["latents"])
     parts = []
-    for first in range(0, config.n_drawings, DRAWN_AT_ONCE):
-        n = min(DRAWN_AT_ONCE, config.n_drawings - first)
-
-        def told(done: int, _: int, first: int = first) -> None:
-            report("drawing", first + done, config.n_drawings)
-
-        images = draw_many(n, first_seed=first, on_step=told).images
+    starts = range(0, config.n_drawings, DRAWN_AT_ONCE)
+    sizes = [min(DRAWN_AT_ONCE, config.n_drawings - first) for first in starts]
+    for first, n, bar in zip(starts, sizes, progress.parts(sizes), strict=True):
+        images = draw_many(n, first_seed=first, progress=bar).images
         parts.append(encode_all(vae, torch.from_numpy(images), device=device).cpu())
     latents = torch.cat(parts)
     save_tensors(paths.latents, {"latents": latents}, wanted)
@@ -145,7 +137,7 @@ def denoiser_stage(
     config: RecipeConfig,
     paths: Paths,
     device: torch.device,
-    report: Report,
+    progress: Progress,
     *,
     unconditional: bool = False,
     resume: bool = False,
@@ -159,17 +151,18 @@ def denoiser_stage(
     every prompt are drawn from it first, and drawings that it makes too seldom are shown more often; what it was so
     taught is written beside the new pipeline, and another match goes on from there.
     """
-    taught = _to_teach(config, paths, device, report, start, match, ("",) if unconditional else world.PROMPTS)
+    name = "unconditional" if unconditional else "pipeline"
+    matching, decoder, drawing, training = progress.parts((2, 2, 1, 9), (None, None, "drawing", name))
+    taught = _to_teach(config, paths, device, matching, start, match, ("",) if unconditional else world.PROMPTS)
     before, vae = (None, None) if start is None else open_parts(start)
     if isinstance(before, TransformerParts):
         raise LensError(f"{start} holds a transformer; train it further as --stage mmdit.")
     if before is not None and unconditional and before.text_encoder is not None:
         before = without_text(before, config.unconditional.shape, config.unconditional.seed)
-    vae = autoencoder_stage(config, paths, device, report) if vae is None else vae.to(device)
-    name = "unconditional" if unconditional else "pipeline"
+    vae = autoencoder_stage(config, paths, device, decoder) if vae is None else vae.to(device)
     labels, captions = describe(config.n_drawings, first_seed=0)
     nets = train_denoiser(
-        latents_stage(config, paths, vae, device, report).to(device),
+        latents_stage(config, paths, vae, device, drawing).to(device),
         list(captions),
         config.unconditional if unconditional else config.denoiser,
         device=device,
@@ -177,7 +170,7 @@ def denoiser_stage(
         resume=resume,
         start=before,
         emphasis=None if taught is None else emphasise(labels, captions, taught),
-        on_step=lambda i, m, loss: report(f"{name} (loss {loss:.4f})", i, m),
+        progress=training,
     )
     return _finish(nets, vae, paths.pipeline(name), taught)
 
@@ -186,7 +179,7 @@ def transformer_stage(
     config: RecipeConfig,
     paths: Paths,
     device: torch.device,
-    report: Report,
+    progress: Progress,
     *,
     resume: bool = False,
     start: Path | None = None,
@@ -202,11 +195,12 @@ def transformer_stage(
     parts = before if isinstance(before, TransformerParts) else None
     if match and parts is None:
         raise LensError(f"{start} holds no transformer to match; name one that --stage mmdit wrote.")
-    taught = _to_teach(config, paths, device, report, start, match, world.PROMPTS)
-    vae = autoencoder_stage(config, paths, device, report) if vae is None else vae.to(device)
+    matching, decoder, drawing, training = progress.parts((2, 2, 1, 9), (None, None, "drawing", "mmdit"))
+    taught = _to_teach(config, paths, device, matching, start, match, world.PROMPTS)
+    vae = autoencoder_stage(config, paths, device, decoder) if vae is None else vae.to(device)
     labels, captions = describe(config.n_drawings, first_seed=0)
     parts = train_transformer(
-        latents_stage(config, paths, vae, device, report),
+        latents_stage(config, paths, vae, device, drawing),
         captions,
         config.mmdit,
         device=device,
@@ -214,7 +208,7 @@ def transformer_stage(
         resume=resume,
         start=parts,
         emphasis=None if taught is None else emphasise(labels, captions, taught),
-        on_step=lambda i, m, loss: report(f"mmdit (loss {loss:.4f})", i, m),
+        progress=training,
     )
     return _finish(parts, vae, paths.pipeline("mmdit"), taught)
 
@@ -223,14 +217,14 @@ def _to_teach(
     config: RecipeConfig,
     paths: Paths,
     device: torch.device,
-    report: Report,
+    progress: Progress,
     start: Path | None,
     match: int,
     prompts: Sequence[str],
 ) -> dict[str, Shares] | None:
     if start is None or not match:
         return None
-    return {**teach(drawn_shares(config, paths, device, report, start, match, prompts), match, read_taught(start))}
+    return {**teach(drawn_shares(config, paths, device, progress, start, match, prompts), match, read_taught(start))}
 
 
 def _finish(nets: Nets, vae: AutoencoderTiny, folder: Path, taught: dict[str, Shares] | None) -> Path:
@@ -291,7 +285,7 @@ def drawn_shares(
     config: RecipeConfig,
     paths: Paths,
     device: torch.device,
-    report: Report,
+    progress: Progress,
     folder: Path,
     n: int,
     prompts: Sequence[str],
@@ -301,14 +295,15 @@ def drawn_shares(
     Corrected for its error, undecided images left out, on seeds that nothing else is drawn from. A pipeline without
     prompts draws the empty one. Raises ``LensError`` where it cannot draw the others.
     """
-    classifier = classifier_stage(config, paths, device, report)
+    judging, drawing = progress.parts((1, 3))
+    classifier = classifier_stage(config, paths, device, judging)
     draw = _sampler(folder, device, any(prompts))
     found: dict[str, Shares] = {}
-    for place, prompt in enumerate(prompts):
+    names = [f"shares of prompt {place + 1} of {len(prompts)}" for place in range(len(prompts))]
+    for place, (prompt, bar) in enumerate(zip(prompts, drawing.parts(len(prompts), names), strict=True)):
         first = MATCH_SEED + place * MAX_MATCH
-        told = partial(report, f"shares of prompt {place + 1} of {len(prompts)}")
         wanted = GenerationRequest(prompt, tuple(range(first, first + n)), N_STEPS, 1.0, folder.name)
-        parts = (Generation(images, wanted) for images in draw(prompt, range(first, first + n), told))
+        parts = (Generation(images, wanted) for images in draw(prompt, range(first, first + n), bar))
         counted = read(parts, wanted, classifier, n_examples=0)
         found[prompt] = {
             a.name: np.array([share.corrected for share in counted[a.name].shares]) for a in world.ATTRIBUTES
@@ -316,7 +311,7 @@ def drawn_shares(
     return found
 
 
-Sampler = Callable[[str, range, Callable[[int, int], None]], Iterator[np.ndarray]]
+Sampler = Callable[[str, range, Progress], Iterator[np.ndarray]]
 
 
 def _sampler(folder: Path, device: torch.device, prompted: bool) -> Sampler:
@@ -327,9 +322,9 @@ def _sampler(folder: Path, device: torch.device, prompted: bool) -> Sampler:
     if not model.is_text and prompted:
         raise LensError(f"{folder} takes no prompt; match it as --stage unconditional.")
 
-    def draw(prompt: str, seeds: range, told: Callable[[int, int], None]) -> Iterator[np.ndarray]:
+    def draw(prompt: str, seeds: range, progress: Progress) -> Iterator[np.ndarray]:
         wanted = request(model, prompt if model.is_text else None, seeds, N_STEPS)
-        for part in generate_batches(model, wanted, batch_size=64, on_step=told):
+        for part in generate_batches(model, wanted, batch_size=64, progress=progress):
             yield part.images
 
     return draw
@@ -363,20 +358,21 @@ def export_stage(config: RecipeConfig, paths: Paths, name: str) -> Path:
     return save_pipeline(load_average(checkpoint, shape), vae, paths.pipeline(name))
 
 
-def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, report: Report) -> HeadsClassifier:
+def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> HeadsClassifier:
     """Train the judge on fresh balanced drawings, half of them seen through the autoencoder as samples are.
 
     Their colours vary more than the world's; its error is measured on the world's own.
     """
     if (paths.classifier / "config.json").exists():
         return HeadsClassifier.load(paths.classifier)
-    vae = autoencoder_stage(config, paths, device, report)
+    decoder, drawing, training = progress.parts((2, 1, 4), (None, "balanced drawings", "classifier"))
+    vae = autoencoder_stage(config, paths, device, decoder)
     train = draw_many(
         config.n_classifier,
         first_seed=CLASSIFIER_SEED,
         balanced=True,
         variation=WIDE,
-        on_step=lambda i, m: report("balanced drawings", i, m),
+        progress=drawing,
     )
     images = train.images.copy()
     half = len(images) // 2
@@ -391,11 +387,12 @@ def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, r
         lr=2e-3,
         seed=0,
         device=device,
-        on_step=lambda i, m: report("classifier", i, m),
+        progress=training,
     )
     held = draw_many(config.n_held_out, first_seed=HELD_OUT_SEED, balanced=True)
     classifier = calibrate(classifier, held.images, held.labels)
-    classifier.save(paths.classifier)
+    with atomic_folder(paths.classifier) as partial:
+        classifier.save(partial)
     return classifier
 
 

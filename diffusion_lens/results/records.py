@@ -34,15 +34,17 @@ from diffusion_lens.results.measurement_files import (
 )
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
+POINT = "point"
 
-def save_point(point: SweepPoint, folder: Path, stem: str) -> None:
+
+def save_point(folder: Path, point: SweepPoint) -> None:
     """Write one point with its reference, examples lossless; ``load_point`` gives it back, labels for readings."""
-    save_measured(folder, stem, _point_values(point), [point.measurement], lossless=True)
+    save_measured(folder, POINT, _point_values(point), [point.measurement], lossless=True)
 
 
-def load_point(folder: Path, stem: str) -> SweepPoint:
+def load_point(folder: Path) -> SweepPoint:
     """Read what ``save_point`` wrote."""
-    values, (measurement,) = load_measured(folder, stem)
+    values, (measurement,) = load_measured(folder, POINT)
     return _point(values, measurement)
 
 
@@ -55,10 +57,10 @@ def _point(values: Mapping[str, Any], measurement: Measurement) -> SweepPoint:
     return SweepPoint(measurement, from_plain(Attribute, values["attribute"]), target, beta=float(values["beta"]))
 
 
-def save_sweep(result: SweepResult, folder: Path, stem: str) -> None:
-    """Write a sweep with every reading (examples lossy)."""
+def save_sweep(result: SweepResult, folder: Path, stem: str, *, lossless: bool = False) -> None:
+    """Write a sweep with every reading; examples lossy, for a lens, or as they are."""
     values, measurements = sweep_values(result)
-    save_measured(folder, stem, values, measurements)
+    save_measured(folder, stem, values, measurements, lossless=lossless)
 
 
 def sweep_values(result: SweepResult) -> tuple[dict[str, Any], list[Measurement]]:
@@ -167,12 +169,6 @@ def recorded_in_0_4(agreement: Mapping[str, Any], changes: Any, shares: Mapping[
         tuple(from_plain(Change, change) for change in changes),
         {name: tuple(map(float, own)) for name, own in shares.items()},
     )
-
-
-def load_sweeps(folder: Path, missing: Missing) -> tuple[SweepResult, ...]:
-    """Every sweep of a folder, by file name."""
-    stems = sorted(path.stem for path in folder.glob("[0-9]*.json") if not path.stem.endswith("-examples"))
-    return tuple(load_sweep(folder, stem, missing) for stem in stems)
 
 
 def save_attributions(path: Path, attributions: dict[str, Attribution]) -> None:

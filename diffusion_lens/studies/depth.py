@@ -7,8 +7,8 @@ scale, with and without mid-block bypass. Minority → majority flips are counte
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +17,26 @@ from diffusers import AutoencoderTiny
 from pydantic import Field, model_validator
 
 from diffusion_lens.base.config import StrictConfig
-from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.files import write_json
 from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import Attribute, EditSpec, LensError, Predictions
+from diffusion_lens.base.progress import Progress
+from diffusion_lens.base.types import Attribute, EditSpec, Predictions
+from diffusion_lens.base.workspace import Workspace, digest
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.bypass import BypassEdit, BypassOptions
-from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.generate import request
 from diffusion_lens.model.pipelines import DiffusionModel, load_model
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import encode_all
 from diffusion_lens.portraits.data import draw_many
-from diffusion_lens.portraits.denoiser import DenoiserTrainConfig, train_denoiser
+from diffusion_lens.portraits.denoiser import Denoiser, DenoiserTrainConfig, train_denoiser
 from diffusion_lens.portraits.networks import DenoiserConfig
 from diffusion_lens.portraits.recipe import save_pipeline
 from diffusion_lens.results import metrics, stats
 from diffusion_lens.results.depth import DepthPoint, DepthResult, Flips
+from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.results.measurement_files import load_measured, save_measured
-
-OnStage = Callable[[str, int, int], None]
 
 
 class DepthConfig(StrictConfig):
@@ -103,24 +103,28 @@ def run_depth(
     work: Path,
     *,
     device: torch.device,
-    on_stage: OnStage | None = None,
+    progress: Progress | None = None,
 ) -> DepthResult:
     """Train every depth, draw from each, measure; every finished training and drawing in ``work`` is read back.
 
-    ``on_stage(stage, done, total)`` may raise to stop. Raises ``LensError`` where ``work`` holds another experiment.
+    ``progress`` tells the trainings and drawings by name. Raises ``LensError`` where ``work`` holds another experiment.
     """
-    _claim(work, config, classifier)
-    _train_all(config, vae, work, device, on_stage)
+    pieces = Workspace(work)
+    identity = [config.model_dump(mode="json", exclude={"batch_size"}), classifier.classifier_id]
+    refusal = f"{work} holds another depth experiment; choose a new folder, or the same settings."
+    pieces.claim("config", identity, refusal)
+    training, drawing = (progress or Progress()).parts(2)
+    _train_all(config, vae, pieces, device, training)
+    settings = [(b, p, scale) for b in (False, True) for p in config.prompts for scale in config.guidance_scales]
+    bars = iter(drawing.parts(len(config.shapes) * len(settings)))
     readings: dict[tuple[str, bool, str, float], dict[str, Predictions]] = {}
     sizes: dict[str, int] = {}
     for name in config.shapes:
-        model = load_model(_folder(work, name), device=device, offline=True)
+        model = load_model(pieces.path(_pipeline(name)), device=device, offline=True)
         sizes[name] = sum(p.numel() for p in model.unet.parameters())
-        for bypassed in (False, True):
-            for prompt in config.prompts:
-                for scale in config.guidance_scales:
-                    found = _read(config, model, classifier, work, (name, bypassed, prompt, scale), on_stage)
-                    readings[name, bypassed, prompt, scale] = found
+        for setting in settings:
+            found = _read(config, model, classifier, pieces.part("readings"), (name, *setting), next(bars))
+            readings[(name, *setting)] = found
     result = DepthResult(
         tuple(_points(config, readings, classifier)), tuple(_flips(config, readings)), sizes,
         config.model_dump(mode="json"), classifier.classifier_id,
@@ -130,34 +134,39 @@ def run_depth(
 
 
 def _train_all(
-    config: DepthConfig, vae: AutoencoderTiny, work: Path, device: torch.device, on_stage: OnStage | None
+    config: DepthConfig, vae: AutoencoderTiny, pieces: Workspace, device: torch.device, progress: Progress
 ) -> None:
-    missing = [name for name in config.shapes if not (_folder(work, name) / "planted.json").is_file()]
+    missing = [name for name in config.shapes if not pieces.has(_pipeline(name))]
     if not missing:
+        progress.found()
         return
-    drawings = draw_many(config.n_drawings, first_seed=0, on_step=_step(on_stage, "drawing"))
+    drawing, *bars = progress.parts((1, *(4 for _ in missing)), ("drawing", *missing))
+    drawings = draw_many(config.n_drawings, first_seed=0, progress=drawing)
     latents = encode_all(vae, torch.from_numpy(drawings.images), device=device)
-    for name in missing:
-        checkpoint = work / f"checkpoint-{_slug(name)}"
-        nets = train_denoiser(
+
+    def train(name: str, bar: Progress) -> Denoiser:
+        checkpoint = pieces.part(f"checkpoint-{_slug(name)}")
+        return train_denoiser(
             latents,
             list(drawings.captions),
             config.train.model_copy(update={"shape": config.shapes[name]}),
             device=device,
-            checkpoint=checkpoint,
-            resume=(checkpoint / "state.safetensors").is_file(),
-            on_step=_training_step(on_stage, name),
+            checkpoint=checkpoint.folder,
+            resume=checkpoint.has("state.safetensors"),
+            progress=bar,
         )
-        save_pipeline(nets, vae, _folder(work, name))
+
+    for name, bar in zip(missing, bars, strict=True):
+        pieces.keep(_pipeline(name), partial(train, name, bar), lambda path, nets: save_pipeline(nets, vae, path))
 
 
 def _read(
     config: DepthConfig,
     model: DiffusionModel,
     classifier: Classifier,
-    work: Path,
+    pieces: Workspace,
     where: tuple[str, bool, str, float],
-    on_stage: OnStage | None,
+    progress: Progress,
 ) -> dict[str, Predictions]:
     """What the classifier reads in one setting's images, drawn once and kept."""
     name, bypassed, prompt, scale = where
@@ -165,17 +174,19 @@ def _read(
         scale = config.guidance_scales[0]
         where = (name, bypassed, prompt, scale)
     wanted = [a.name for a in classifier.attributes if a.name in config.attributes]
-    path = work / "readings" / f"{hashlib.sha256(repr(where).encode()).hexdigest()[:16]}.json"
-    if not path.is_file():
+
+    def make() -> Measurement:
         seeds = range(config.first_seed, config.first_seed + config.n)
-        edit: Edit | None = _bypass(config) if bypassed else None
-        stage = f"{name}{', bypassed' if bypassed else ''}, guidance {scale:g}"
-        found = observe(
-            model, request(model, prompt, seeds, config.n_steps, scale), edit, classifier, n_examples=0,
-            batch_size=config.batch_size, on_step=_step(on_stage, stage),
+        return observe(
+            model, request(model, prompt, seeds, config.n_steps, scale), _bypass(config) if bypassed else None,
+            classifier, n_examples=0, batch_size=config.batch_size, progress=bar,
         )  # fmt: skip
-        save_measured(path.parent, path.stem, {}, [found])
-    _, (found,) = load_measured(path.parent, path.stem)
+
+    bar = progress.part(1.0, f"{name}{', bypassed' if bypassed else ''}, guidance {scale:g}")
+    found = pieces.piece(
+        digest(where), make, lambda path, made: save_measured(path, "reading", {}, [made]),
+        lambda path: load_measured(path, "reading")[1][0], bar,
+    )  # fmt: skip
     return {name: found.readings[name] for name in wanted}
 
 
@@ -242,16 +253,8 @@ def _title(depth: str, bypassed: bool) -> str:
     return f"{depth}, bypassed" if bypassed else depth
 
 
-def _claim(work: Path, config: DepthConfig, classifier: Classifier) -> None:
-    path = work / "config.json"
-    told = [config.model_dump(mode="json", exclude={"batch_size"}), classifier.classifier_id]
-    if path.is_file() and read_json(path) != told:
-        raise LensError(f"{work} holds another depth experiment; choose a new folder, or the same settings.")
-    write_json(path, told)
-
-
-def _folder(work: Path, name: str) -> Path:
-    return work / f"pipeline-{_slug(name)}"
+def _pipeline(name: str) -> str:
+    return f"pipeline-{_slug(name)}"
 
 
 def _slug(name: str) -> str:
@@ -262,13 +265,3 @@ def _bypass(config: DepthConfig) -> BypassEdit:
     options = config.bypass_options
     spec = EditSpec.of_custom("mid-block bypass", config.bypass, options.model_dump(mode="json"))
     return BypassEdit(config.bypass, options, spec)
-
-
-def _step(on_stage: OnStage | None, stage: str) -> Callable[[int, int], None] | None:
-    return None if on_stage is None else lambda done, total: on_stage(stage, done, total)
-
-
-def _training_step(on_stage: OnStage | None, name: str) -> Callable[[int, int, float], None] | None:
-    if on_stage is None:
-        return None
-    return lambda done, total, loss: on_stage(f"{name} (loss {loss:.4f})", done, total)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_lens.base.edits import describe
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Change, Intervention, LensError, Predictions, Sampler
 from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.protocol import Target, target_shares
-from diffusion_lens.model.generate import OnStep, request
+from diffusion_lens.model.generate import request
 from diffusion_lens.results import metrics
 from diffusion_lens.results.joint import TOGETHER, JointResult, JointTable
 from diffusion_lens.results.measurement import Measurement
@@ -95,12 +96,9 @@ def steer_together(
     draw_seed: int = 0,
     sampler: Sampler | None = None,
     batch_size: int = 16,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> JointResult:
-    """Draw unsteered, every attribute alone, all together, and all in reverse order, on the same seeds.
-
-    ``on_step(steps done, steps in total)`` over all runs may raise.
-    """
+    """Draw unsteered, every attribute alone, all together, and all in reverse order, on the same seeds."""
     if len(steers) < 2:
         raise LensError("Steering together takes at least two attributes.")
     manifest = lens.manifest
@@ -116,16 +114,10 @@ def steer_together(
     )
     edits: dict[str, FeatureEdit | None] = {"": None, **alone, TOGETHER: both, "reversed": backwards}
     found: dict[str, Measurement] = {}
-    steps = manifest.n_steps * -(-len(wanted.seeds) // batch_size)
-    for number, (name, edit) in enumerate(edits.items()):
-
-        def report(done: int, _: int, before: int = number * steps) -> None:
-            if on_step is not None:
-                on_step(before + done, len(edits) * steps)
-
+    for (name, edit), bar in zip(edits.items(), (progress or Progress()).parts(len(edits)), strict=True):
         found[name] = observe(
             lens.model, wanted, edit, lens.classifier, reference=found.get(""), batch_size=batch_size, n_examples=0,
-            on_step=report,
+            progress=bar,
         )  # fmt: skip
     return _result(lens, prompt, steers, found, alone, both)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from diffusion_lens.base.progress import Status
 from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
 from diffusion_lens.steering.settings import describe_setting
@@ -48,34 +49,26 @@ class Event:
     results: tuple[SweepResult, ...]
 
 
-class Meter:
-    """Adds up progress over several runs and tells of it now and then."""
+class Teller:
+    """Makes events of a job's progress, now and then, with everything measured so far."""
 
-    def __init__(self, n_runs: int, emit: Callable[[Event], None]) -> None:
+    def __init__(self, emit: Callable[[Event], None]) -> None:
         self.results: tuple[SweepResult, ...] = ()
-        self._n_runs = n_runs
-        self._before = 0.0
-        self._now = 0.0
-        self._runs = 1
         self._emit = emit
-        self._began = self._told = time.monotonic()
+        self._share = 0.0
+        self._left: float | None = None
+        self._last = time.monotonic()
 
-    def phase(self, runs: int) -> None:
-        """The next ``runs`` runs begin."""
-        self._before, self._now, self._runs = self._before + self._now, 0.0, runs
-
-    def tell(self, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of this phase."""
-        self._now = self._runs * done / max(total, 1)
-        if time.monotonic() - self._told >= TELL_EVERY:
+    def hear(self, status: Status) -> None:
+        """Of every step; few of them become events."""
+        self._share, self._left = status.share, status.seconds_left
+        if time.monotonic() - self._last >= TELL_EVERY:
             self.send()
 
     def send(self) -> None:
-        """Tell now."""
-        self._told = time.monotonic()
-        share = min(1.0, (self._before + self._now) / self._n_runs)
-        left = (self._told - self._began) * (1 - share) / share if share > 0.02 else None
-        self._emit(Event(share, left, self.results))
+        """An event now."""
+        self._last = time.monotonic()
+        self._emit(Event(self._share, self._left, self.results))
 
 
 def stream(job: Callable[[Callable[[T], None]], None], stop: Callable[[], None]) -> Iterator[T]:
@@ -106,7 +99,7 @@ def stream(job: Callable[[Callable[[T], None]], None], stop: Callable[[], None])
 def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Preview[Row] | Picture]:
     """The picture of a view, after its previews where a tiny autoencoder shows them; closing it ends the drawing.
 
-    Raises ``LensError`` for a view that cannot be drawn and ``Stopped`` when the visitor ended it.
+    Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor ended it.
     """
     if not studio.previews:
         yield studio.draw(view, visitor)
@@ -120,7 +113,7 @@ def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Preview[Row] 
 
 
 def sweep_events(studio: Studio, visitor: str, job: SweepJob, purpose: str = "sweep") -> Iterator[Event]:
-    """Measure strength by strength; raises ``LensError`` for a bad job and ``Stopped`` when stopped.
+    """Measure strength by strength; raises ``LensError`` for a bad job and ``Cancelled`` when stopped.
 
     It can be stopped as soon as this returns, before the first strength is asked for.
     """
@@ -207,25 +200,25 @@ def _sweep(studio: Studio, owner: str, flag: threading.Event, job: SweepJob, emi
     setting = lens.setting(job.attribute)
     edited = sum(beta != setting.identity for beta in job.betas)
     controls: Sequence[Control | None] = (None, *job.controls)
-    meter = Meter(1 + edited * len(controls), emit)
+    teller = Teller(emit)
     request = lens.request(job.prompt, range(job.n))
-    with studio.work(owner, urgent=False, tell=meter.tell, flag=flag) as on_step:
+    with studio.work(owner, urgent=False, tell=teller.hear, flag=flag) as progress:
+        unedited, *bars = progress.parts((1, *(edited for _ in controls)))
         base = observe_baseline(
             lens.model, request, lens.classifier, restart_steps=setting.window[:1] if setting.window else (),
-            batch_size=BATCH, n_examples=EXAMPLES, on_step=on_step,
+            batch_size=BATCH, n_examples=EXAMPLES, progress=unedited,
         )  # fmt: skip
         finished: tuple[SweepResult, ...] = ()
-        for control in controls:
-            meter.phase(edited)
+        for control, bar in zip(controls, bars, strict=True):
             points: list[SweepPoint] = []
             for point in lens.sweep_points(
                 request, job.attribute, job.target, job.betas, control=control, baseline=base, batch_size=BATCH,
-                n_examples=EXAMPLES, on_step=on_step,
+                n_examples=EXAMPLES, progress=bar,
             ):  # fmt: skip
                 points.append(point)
-                meter.results = (*finished, _result(studio, job, control, points))
-                meter.send()
-            finished = meter.results
+                teller.results = (*finished, _result(studio, job, control, points))
+                teller.send()
+            finished = teller.results
 
 
 def _result(studio: Studio, job: SweepJob, control: Control | None, points: Sequence[SweepPoint]) -> SweepResult:

@@ -20,10 +20,6 @@ PATIENCE = 4.0
 MAX_VISITORS = 1000
 
 
-class Stopped(Exception):
-    """Raised inside a generation whose visitor stopped it or left."""
-
-
 class Turn:
     """Somebody's hold on the lane."""
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from diffusion_lens.base.progress import Progress
+from diffusion_lens.base.progress import Cancelled, Status
 from diffusion_lens.base.types import LensError
 from diffusion_lens.results.comparison import CompareConfig, Comparison
 from diffusion_lens.studio.jobs import TELL_EVERY, Event, stream
-from diffusion_lens.studio.lane import Stopped
 from diffusion_lens.studio.state import View, check
 from diffusion_lens.studio.studio import Picture, Recent, Row, Studio, import_engine
 
@@ -177,7 +176,7 @@ class MethodBench:
         return 1 / USUAL_SPEED if base is None or not base.seconds_per_image else base.seconds_per_image
 
     def events(self, visitor: str, view: View, wish: Wish) -> Iterator[News]:
-        """Fit where needed, then draw; raises ``LensError`` for a bad wish and ``Stopped`` when stopped.
+        """Fit where needed, then draw; raises ``LensError`` for a bad wish and ``Cancelled`` when stopped.
 
         It can be stopped as soon as this returns.
         """
@@ -210,7 +209,7 @@ class MethodBench:
     ) -> Fitted:  # fmt: skip
         while not self._fitting.acquire(timeout=TELL_EVERY):
             if flag.is_set():
-                raise Stopped
+                raise Cancelled
             emit(News(0.0, None, (), "Another visitor's fit goes first …"))
         try:
             again = self.known(view, wish)
@@ -225,24 +224,24 @@ class MethodBench:
         began = told = time.monotonic()
         emit(News(0.0, expected, (), f"Fitting {method.name} …"))
 
-        def tell(done: int, total: int) -> None:
+        def tell(status: Status) -> None:
             nonlocal told
             now = time.monotonic()
             if now - began > 2 * MAX_FIT_SECONDS:
                 raise LensError(f"The fit of {method.name} took too long and was stopped; choose fewer iterations.")
             if now - told >= TELL_EVERY:
-                told, share = now, done / max(total, 1)
-                left = (now - began) * (1 - share) / share if share > 0.02 else expected
-                emit(News(share, left, (), f"Fitting {method.name}: {share:.0%}"))
+                told, left = now, status.seconds_left
+                text = f"Fitting {method.name}: {status.share:.0%}"
+                emit(News(status.share, expected if left is None else left, (), text))
 
         if flag.is_set():
-            raise Stopped
-        with self.studio.work(owner, urgent=False, tell=tell, flag=flag) as on_step:
+            raise Cancelled
+        with self.studio.work(owner, urgent=False, tell=tell, flag=flag) as progress:
             lens, draws = self._private()
             options = method.options.parse(json.loads(wish.options), where=f"the options of {method.name}")
             fitted = method.fit(
                 lens, view.attribute, self.target(method, view, wish), options, prompts=draws.prompts,
-                seeds=draws.seeds, progress=Progress(lambda s: on_step(round(1000 * s.share), 1000)), draws=draws,
+                seeds=draws.seeds, progress=progress, draws=draws,
             )  # fmt: skip
         return self._fits.put(self._key(view, wish), replace(fitted, lens=self.studio.lens))
 
@@ -269,11 +268,11 @@ class MethodBench:
         began = time.monotonic()
         request = lens.request(view.prompt, view.seeds)
         # Urgent work gives way to nobody: while weights are changed, no other visitor's step may run.
-        with self.studio.work(f"{visitor}:methods", urgent=True, flag=flag) as on_step:
+        with self.studio.work(f"{visitor}:methods", urgent=True, flag=flag) as progress:
             images, ratio = picture.before.images, None
             if wish.strength:
                 edit = fitted.edit(wish.strength)
-                made = lens.generate(request, edit, batch_size=len(request.seeds), on_step=on_step)
+                made = lens.generate(request, edit, batch_size=len(request.seeds), progress=progress)
                 images, ratio = made.images, made.activation_ratio
             read = lens.classify(images)
         own = read[view.attribute]

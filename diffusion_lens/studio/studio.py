@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
+from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import EditSpec, GenerationRequest, LensError, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.as_json import sweep_json
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 from diffusion_lens.steering.settings import control_intervention, describe_setting
-from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.lane import Lane, Stops
 from diffusion_lens.studio.previews import Preview, Sight
 from diffusion_lens.studio.state import View, check, interventions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusion_lens.model.generate import OnLatents, OnStep, Trajectory
+    from diffusion_lens.model.generate import OnLatents, Trajectory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -200,17 +201,17 @@ class Studio:
 
         ``on_preview`` is called with what a tiny autoencoder shows (see ``previews``) before images are decoded in
         full; they alone are measured and kept. ``flag``: see ``work``.
-        Raises ``LensError`` for a view that cannot be drawn and ``Stopped`` when the visitor ended it.
+        Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor ended it.
         """
         check(self.lens, view)
         began = time.monotonic()
         turns = interventions(self.lens, view)
         request = self.lens.request(view.prompt, view.seeds)
-        with self.work(f"{visitor}:draw", urgent=True, flag=flag) as on_step:
+        with self.work(f"{visitor}:draw", urgent=True, flag=flag) as progress:
             sight: Sight[Row] | None = None
             if on_preview is not None:
-                sight = Sight(self.lens.model, view, bool(turns), on_preview, lambda: on_step(0, 1))
-            base = self._base(request, on_step, sight.unedited() if sight else None)
+                sight = Sight(self.lens.model, view, bool(turns), on_preview, progress.check)
+            base = self._base(request, progress, sight.unedited() if sight else None)
             before = _row(base.start.generation.images, base.readings, view.attribute)
             edit = self.lens.edit(*turns) if turns else None
             key = (request, edit.spec.digest if edit else None)
@@ -219,7 +220,7 @@ class Studio:
                 drawn = (base.start.generation.images, base.readings, None)
                 if edit is not None:
                     made = self.lens.generate(
-                        request, edit, batch_size=len(request.seeds), on_step=on_step, start=base.start,
+                        request, edit, batch_size=len(request.seeds), progress=progress, start=base.start,
                         on_latents=sight.edited(before) if sight else None,
                     )  # fmt: skip
                     drawn = (made.images, self.lens.classify(made.images), made.activation_ratio)
@@ -228,14 +229,14 @@ class Studio:
         error = sight.error(before.images, after.images) if sight else None
         return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2], error)
 
-    def _base(self, request: GenerationRequest, on_step: OnStep, on_latents: OnLatents | None) -> Base:
+    def _base(self, request: GenerationRequest, progress: Progress, on_latents: OnLatents | None) -> Base:
         base = self._bases.get(request)
         if base is not None:
             return base
         from diffusion_lens.model.generate import record_trajectory
 
         start = record_trajectory(
-            self.lens.model, request, batch_size=len(request.seeds), on_step=on_step, max_bytes=BASE_BYTES,
+            self.lens.model, request, batch_size=len(request.seeds), progress=progress, max_bytes=BASE_BYTES,
             on_latents=on_latents,
         )  # fmt: skip
         return self._bases.put(request, Base(start, self.lens.classify(start.generation.images)))
@@ -246,10 +247,10 @@ class Studio:
         owner: str,
         *,
         urgent: bool,
-        tell: Callable[[int, int], None] | None = None,
+        tell: Callable[[Status], None] | None = None,
         flag: threading.Event | None = None,
-    ) -> Iterator[OnStep]:
-        """A turn on the lane; yields the step callback that gives way, tells of progress, and ends stopped work.
+    ) -> Iterator[Progress]:
+        """A turn on the lane; yields the progress of the work, which gives way at every step and ends when stopped.
 
         ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step. ``flag``: one that
         ``stops.start(owner)`` gave before, for whoever ends this work and no later one of the same owner.
@@ -258,15 +259,14 @@ class Studio:
         flag = flag or self.stops.start(owner)
         with self.lane.hold(urgent=urgent) as turn:
 
-            def on_step(done: int, total: int) -> None:
-                if flag.is_set():
-                    raise Stopped
+            def hear(status: Status) -> None:
                 if tell is not None:
-                    tell(done, total)
+                    tell(status)
                 turn.give_way()
 
-            on_step(0, 1)
-            yield on_step
+            progress = Progress(hear, stop=flag)
+            progress.check()
+            yield progress
 
     def _identity(self, view: View) -> float:
         return self.lens.settings[view.attribute].identity

@@ -54,6 +54,15 @@ def test_parts_by_weight_take_what_is_left_whatever_their_sum() -> None:
     assert shares(seen) == [0.2, 0.8, 1.0] and seen[-1].stage == "b"
 
 
+def test_work_of_unknown_length_takes_shares_of_what_is_left() -> None:
+    seen: list[Status] = []
+    work = Progress(seen.append)
+    for _ in range(3):
+        work.some(0.5, "one more").step(1, 1, note="loss 0.1")
+    assert shares(seen) == [0.5, 0.75, 0.875] and {status.stage for status in seen} == {"one more"}
+    assert [status.stage_share for status in seen] == [1.0] * 3 and seen[-1].note == "loss 0.1"
+
+
 def test_weights_of_more_than_all_are_cut_and_of_nothing_are_harmless() -> None:
     seen: list[Status] = []
     work = Progress(seen.append)

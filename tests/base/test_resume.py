@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from watching import steps
 
 from diffusion_lens.base.resume import Checkpoint
 from diffusion_lens.features import train_sae as train
@@ -36,10 +37,10 @@ def test_a_stopped_training_ends_where_an_undisturbed_one_does(tmp_path: Path, m
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
     whole, whole_log = train_sae(samples(), CONFIG, **PLACE)
     with pytest.raises(Stopped):
-        train_sae(samples(), CONFIG, **PLACE, checkpoint=tmp_path / "t.pt", on_step=stop_at(23))
+        train_sae(samples(), CONFIG, **PLACE, checkpoint=tmp_path / "t.pt", progress=steps(stop_at(23)))
     seen: list[int] = []
     resumed, log = train_sae(
-        samples(), CONFIG, **PLACE, checkpoint=tmp_path / "t.pt", on_step=lambda done, _: seen.append(done)
+        samples(), CONFIG, **PLACE, checkpoint=tmp_path / "t.pt", progress=steps(lambda done, _: seen.append(done))
     )
     assert seen[0] == 24
     assert resumed.sae_id == whole.sae_id

@@ -61,6 +61,13 @@ def test_other_settings_make_another_piece(tmp_path: Path) -> None:
     assert Workspace(tmp_path).part("sweep").folder == tmp_path / "sweep"
 
 
+def test_a_workspace_of_other_settings_is_refused(tmp_path: Path) -> None:
+    for _ in range(2):
+        Workspace(tmp_path).claim("settings", {"n": (1, 2)}, "other settings")
+    with pytest.raises(LensError, match=r"^other settings$"):
+        Workspace(tmp_path).claim("settings", {"n": (1, 3)}, "other settings")
+
+
 @pytest.mark.parametrize("error", [Cancelled, KeyboardInterrupt, RuntimeError])
 def test_work_that_is_stopped_keeps_nothing_by_halves(tmp_path: Path, error: type[BaseException]) -> None:
     def stopped(path: Path, value: object) -> None:

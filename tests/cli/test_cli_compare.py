@@ -63,7 +63,8 @@ def test_together_tells_what_each_steer_moves(run: Any) -> None:
     assert "glasses: none" in result.stdout and "together" in result.stdout and "order is reversed" in result.stderr
 
 
-def test_mistakes_are_one_sentence(run: Any) -> None:
+def test_mistakes_are_one_sentence(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("diffusion_lens.cli.dissect.assets_folder", lambda: tmp_path)  # nothing is bundled
     for words, message in (
         (("compare", "-m", "magic"), "no method"),
         (("compare", "-n", 3), "'n' is wrong"),

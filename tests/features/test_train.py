@@ -13,6 +13,7 @@ from sae_helpers import AGE, GENDER, random_maps, random_sae
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
+from watching import steps
 
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.features.raking import even_weights
@@ -173,7 +174,7 @@ def test_progress_and_cancelling() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_sae(planted(600)[0], config(n_steps=9), on_step=stop, **PLACE)
+        train_sae(planted(600)[0], config(n_steps=9), progress=steps(stop), **PLACE)
     assert seen == [(1, 9), (2, 9), (3, 9)]
 
 
@@ -190,8 +191,8 @@ def test_a_killed_training_goes_on_though_the_last_bits_of_its_samples_differ(
 
     asked: dict[str, Any] = {"checkpoint": tmp_path / "training.pt", **PLACE}
     with pytest.raises(KeyboardInterrupt):
-        train_sae(samples, config(n_steps=8), on_step=killed, **asked)
-    train_sae(samples * (1 + 1e-6), config(n_steps=8), on_step=lambda done, _: seen.append(done), **asked)
+        train_sae(samples, config(n_steps=8), progress=steps(killed), **asked)
+    train_sae(samples * (1 + 1e-6), config(n_steps=8), progress=steps(lambda done, _: seen.append(done)), **asked)
     assert seen == [6, 7, 8]
 
 

@@ -18,6 +18,7 @@ from measured import counted, measured
 from diffusion_lens.base.files import load_tensors, read_json
 from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import LensError, Predictions
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.features.atlas import AtlasConfig
 from diffusion_lens.features.train_sae import SAETrainConfig
 from diffusion_lens.fit.choose import ChooseConfig, Trial, best, candidates, choose_setting, judge, together
@@ -314,15 +315,15 @@ def test_a_setting_is_chosen_by_measuring_and_resumes(
     settings = list(candidates("gender", "male", grid))
     wanted = [request(tiny_lens.model, prompt, range(500, 516), STEPS, 2.0) for prompt in PROMPTS[:2]]
     parts = (tiny_lens.model, tiny_lens.sae, tiny_lens.attributions["gender"], tiny_lens.classifier, wanted, settings)
-    chosen, trials = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
+    chosen, trials = choose_setting(*parts, probes=tiny_lens.probes, keep=Workspace(tmp_path))
     assert len(trials) == 2 and chosen.n_seeds_chosen_on == 16
     assert "2 settings on 16 images per strength of 2 prompt(s)" in chosen.note
     assert chosen.n_features == best(trials).setting.n_features
-    (tmp_path / "0001-01" / "002.json").unlink()
-    again = choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)
+    shutil.rmtree(tmp_path / "0001-01" / "002")
+    again = choose_setting(*parts, probes=tiny_lens.probes, keep=Workspace(tmp_path))
     assert again[0] == chosen and repr(again[1]) == repr(trials)
     monkeypatch.setattr("diffusion_lens.fit.choose.observe_baseline", None)  # nothing is left to draw
-    assert choose_setting(*parts, probes=tiny_lens.probes, keep=tmp_path)[0] == chosen
+    assert choose_setting(*parts, probes=tiny_lens.probes, keep=Workspace(tmp_path))[0] == chosen
 
 
 def test_an_attribute_without_a_setting_gets_one_from_the_fit(tiny_fit_models: Models, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from watching import steps
 
 from diffusion_lens.base.types import Attribute, LensError, Predictions
 from diffusion_lens.judging.calibration import choose_threshold, confusion_counts, fit_temperature, softmax
@@ -182,7 +183,7 @@ def test_training_leaves_the_global_generator_alone_and_can_be_stopped() -> None
     images, labels = drawn(10, seed=0)
     before = torch.get_rng_state()
     with pytest.raises(Stop):
-        train_heads(images, labels, (COLOUR, SHAPE), n_steps=9, batch_size=4, widths=WIDTHS, on_step=stop)
+        train_heads(images, labels, (COLOUR, SHAPE), n_steps=9, batch_size=4, widths=WIDTHS, progress=steps(stop))
     assert seen == [(1, 9), (2, 9)]
     assert torch.equal(before, torch.get_rng_state())
 

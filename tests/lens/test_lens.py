@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 from lens_fixtures import PROMPTS, STEPS
 from safetensors.torch import load_file, save_file
+from watching import steps
 
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import GenerationRequest, Intervention, LensError
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.fit.run import Models
 from diffusion_lens.lens.folder import Parts
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.balance import balance
-from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.model.generate import generate, record_trajectory
 from diffusion_lens.model.stored import open_stored
 from diffusion_lens.results.manifest import read_manifest, write_manifest
 from diffusion_lens.steering.intervene import make_edit
@@ -183,7 +185,7 @@ def test_a_callback_stops_a_run(tiny_lens: DiffusionLens) -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        tiny_lens.generate(DOCTOR, seeds=SEEDS, on_step=stop)
+        tiny_lens.generate(DOCTOR, seeds=SEEDS, progress=steps(stop))
     assert len(tiny_lens.generate(DOCTOR, seeds=SEEDS).images) == len(SEEDS)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from measured import measured
 
+from diffusion_lens.base.progress import Cancelled, Progress, Status
 from diffusion_lens.base.types import (
     Attribute,
     EditSpec,
@@ -25,7 +26,7 @@ from diffusion_lens.measuring import observe
 from diffusion_lens.measuring.balance import balance, crossing
 from diffusion_lens.measuring.observe import observe_baseline, read
 from diffusion_lens.measuring.sweep import sweep_points
-from diffusion_lens.model.generate import Cancelled, StepContext, request
+from diffusion_lens.model.generate import StepContext, request
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results import metrics
 from diffusion_lens.results.measurement_files import Missing
@@ -69,7 +70,7 @@ class FakeWorld:
         *,
         edit: FakeEdit | None = None,
         batch_size: int = 16,
-        on_step: Any = None,
+        progress: Progress | None = None,
         start: Any = None,
     ) -> Iterator[Generation]:
         self.runs.append(edit.spec.custom.name if edit else None)
@@ -83,8 +84,8 @@ class FakeWorld:
             images[..., 1] = (u[:, 1] < 0.3)[:, None, None]
             images[:, 1::2, :, 2] = 9
             for step in range(request.n_steps):
-                if on_step is not None:
-                    on_step(batch * request.n_steps + step + 1, total)
+                if progress is not None:
+                    progress.step(batch * request.n_steps + step + 1, total)
             ratio = 1.0 + beta if edit else None
             yield Generation(images, replace(request, seeds=seeds), edit and edit.spec, activation_ratio=ratio)
 
@@ -169,17 +170,20 @@ def test_few_images_have_no_fid_and_batches_do_not_matter() -> None:
 
 
 def test_progress_counts_every_run_and_cancels() -> None:
-    seen: list[tuple[int, int]] = []
-    run(FakeWorld(), 20, [0.0, 1.0, 2.0], on_step=lambda done, total: seen.append((done, total)))
-    assert seen == [(i + 1, 18) for i in range(18)]  # 3 runs x 2 batches x 3 steps
+    seen: list[float] = []
+    run(FakeWorld(), 20, [0.0, 1.0, 2.0], progress=Progress(lambda status: seen.append(status.share)))
+    assert seen == pytest.approx([(i + 1) / 18 for i in range(18)])  # 3 runs x 2 batches x 3 steps
 
-    def stop(done: int, total: int) -> None:
-        if done == 8:
+    def stop(status: Status) -> None:
+        if status.share > 7.5 / 18:
             raise Cancelled
 
     kept = []
     with pytest.raises(Cancelled), drawn_by(FakeWorld()):
-        for point in sweep_points(MODEL, ask(20), edit_at, [0, 1, 2], PixelClassifier(), GENDER, "male", on_step=stop):
+        watched = Progress(stop)
+        for point in sweep_points(
+            MODEL, ask(20), edit_at, [0, 1, 2], PixelClassifier(), GENDER, "male", progress=watched
+        ):
             kept.append(point)
     assert [p.beta for p in result_of(kept).points] == [0]
 
@@ -363,8 +367,8 @@ def test_on_the_tiny_pipeline_restarts_are_bit_identical(text_model: DiffusionMo
             sweep_points(text_model, asked, make_edit, [0, 3.0, 6.0], BrightClassifier(), GENDER, "male", **given)
         )
 
-    seen: list[tuple[int, int]] = []
-    shared = points(on_step=lambda done, total: seen.append((done, total)))
+    seen: list[float] = []
+    shared = points(progress=Progress(lambda status: seen.append(status.share)))
     whole = observe_baseline(text_model, asked, BrightClassifier(), batch_size=3)
     assert whole.start is None
     kept = observe_baseline(text_model, asked, BrightClassifier(), batch_size=3, restart_steps=[2, 0])
@@ -375,4 +379,4 @@ def test_on_the_tiny_pipeline_restarts_are_bit_identical(text_model: DiffusionMo
         assert a.activation_ratio == pytest.approx(b.activation_ratio)
     assert shared[0].activation_ratio == 1 != shared[1].activation_ratio
     assert (shared[0].examples != shared[2].examples).any()
-    assert seen[-1] == (24, 24) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == pytest.approx(1.0) and seen == sorted(seen)

@@ -15,10 +15,11 @@ from conftest import latent_scheduler, make_pixel_pipeline, make_text_pipeline
 from diffusers import DDIMScheduler
 from edits import SAMPLERS, STEPS, Turn, ask, bend, hooks_in, nothing, stock
 from torch import Tensor
+from watching import steps
 
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import GenerationRequest, LensError, Sampler
 from diffusion_lens.model.generate import (
-    Cancelled,
     Capture,
     StepContext,
     generate,
@@ -230,7 +231,7 @@ def test_cancelling_at_every_step_leaves_nothing_behind(text_model: DiffusionMod
                     raise Cancelled
 
             with pytest.raises(Cancelled):
-                generate(text_model, asked, edit=Turn(bend, sampler), batch_size=1, on_step=on_step)
+                generate(text_model, asked, edit=Turn(bend, sampler), batch_size=1, progress=steps(on_step))
             assert done == list(range(1, stop + 1))
             assert hooks_in(text_model) == 0
     assert np.array_equal(generate(text_model, asked).images, plain)
@@ -287,7 +288,12 @@ def test_restarting_from_a_trajectory_is_bit_identical(kind: str, tiny_models: d
         edit = Turn(bend, sampler, window=(first, STEPS))
         calls: list[tuple[int, int]] = []
         restarted = generate(
-            model, asked, edit=edit, batch_size=2, start=start, on_step=lambda i, n, calls=calls: calls.append((i, n))
+            model,
+            asked,
+            edit=edit,
+            batch_size=2,
+            start=start,
+            progress=steps(lambda i, n, calls=calls: calls.append((i, n))),
         )
         assert np.array_equal(restarted.images, generate(model, asked, edit=edit, batch_size=2).images)
         assert len(calls) == 2 * (STEPS - first) and calls[-1] == (len(calls), len(calls))

@@ -19,14 +19,14 @@ from edits import Turn, ask, bend
 from torch import Tensor
 from typer.testing import CliRunner
 
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import GenerationRequest, LensError
 from diffusion_lens.cli.app import app
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.model.generate import Cancelled, generate, record_trajectory
+from diffusion_lens.model.generate import generate, record_trajectory
 from diffusion_lens.model.pipelines import load_model, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
 from diffusion_lens.studio import jobs, state
-from diffusion_lens.studio.lane import Stopped
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Studio
@@ -336,7 +336,7 @@ def test_stopped_at_the_preview_nothing_is_decoded_in_full_or_kept(studio: Studi
     decoded: list[int] = []
     vae = studio.lens.model.pipeline.vae
     hook = vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         studio.draw(view, "me", on_preview=lambda preview: studio.stops.stop("me:draw"))
     assert decoded == []
     picture = studio.draw(view, "me")

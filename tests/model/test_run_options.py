@@ -20,6 +20,7 @@ from edits import Turn, ask, bend, nothing, stock
 from torch import Tensor
 from typer.testing import CliRunner
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError, Sampler
 from diffusion_lens.cli.app import app
 from diffusion_lens.cli.options import RUN_FLAGS
@@ -270,7 +271,7 @@ def test_a_full_memory_halves_the_batch_once_says_so_and_goes_on(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         drawn = generate(
             model, asked, edit=Turn(full_beyond(4), "asymmetric"), batch_size=8, capture=Capture(),
-            on_step=lambda done, total: steps.append((done, total)),
+            progress=Progress(lambda s: steps.append((s.done, s.total))),
         )  # fmt: skip
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("Memory ran out with 8 images at once; going on with 4.")

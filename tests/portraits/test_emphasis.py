@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import load_model
@@ -167,7 +168,7 @@ def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> Non
     folder = recipe.save_pipeline(make_denoiser(TINY, 0), vae, tmp_path / "pipe")
     shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
     paths = recipe.Paths(tmp_path)
-    found = recipe.drawn_shares(recipe.RecipeConfig(), paths, device, lambda *_: None, folder, 3, world.PROMPTS)
+    found = recipe.drawn_shares(recipe.RecipeConfig(), paths, device, Progress(), folder, 3, world.PROMPTS)
     assert tuple(found) == world.PROMPTS
     for own in found.values():
         decided = [shares for shares in own.values() if np.isfinite(shares).all()]
@@ -176,7 +177,7 @@ def test_the_shares_of_a_pipeline_are_measured_per_prompt(tmp_path: Path) -> Non
     first = recipe.MATCH_SEED + place * recipe.MAX_MATCH
     model = load_model(folder, offline=True)
     images = generate(model, request(model, NURSE, range(first, first + 3), recipe.N_STEPS)).images
-    read = recipe.classifier_stage(recipe.RecipeConfig(), paths, device, lambda *_: None).predict(images)["gender"]
+    read = recipe.classifier_stage(recipe.RecipeConfig(), paths, device, Progress()).predict(images)["gender"]
     if read.counts.sum():
         corrected = found[NURSE]["gender"]
         assert corrected.argmax() == read.counts.argmax()
@@ -196,7 +197,7 @@ def test_a_model_without_prompts_is_matched_by_the_empty_one(
     plain = TINY.model_copy(update={"text_width": 0})
     folder = recipe.save_pipeline(make_denoiser(plain, 0), vae, tmp_path / "pipe")
     shutil.copytree(ASSETS / "portraits" / "classifier", tmp_path / "classifier")
-    asked = recipe.RecipeConfig(), recipe.Paths(tmp_path), device, lambda *_: None, folder, 2
+    asked = recipe.RecipeConfig(), recipe.Paths(tmp_path), device, Progress(), folder, 2
     assert tuple(recipe.drawn_shares(*asked, ("",))) == ("",)
     with pytest.raises(LensError, match="takes no prompt"):
         recipe.drawn_shares(*asked, world.PROMPTS)
@@ -218,7 +219,7 @@ def test_matching_goes_on_from_what_was_taught(tmp_path: Path, monkeypatch: pyte
 
     def stage(name: str, start: Path, match: int) -> Path:
         paths = recipe.Paths(tmp_path / name)
-        return recipe.denoiser_stage(config, paths, device, lambda *_: None, start=start, match=match)
+        return recipe.denoiser_stage(config, paths, device, Progress(), start=start, match=match)
 
     second = stage("second", first, 100)
     once = recipe.read_taught(second)

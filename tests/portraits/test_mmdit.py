@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.judging.classify import HeadsClassifier
 from diffusion_lens.portraits import recipe, world
@@ -204,10 +205,6 @@ def small() -> recipe.RecipeConfig:
     )
 
 
-def silent(*_: object) -> None:
-    return None
-
-
 def test_latents_are_made_once_for_an_autoencoder(
     small: recipe.RecipeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,11 +212,11 @@ def test_latents_are_made_once_for_an_autoencoder(
     torch.manual_seed(0)
     one, other = (make_autoencoder(16).eval() for _ in range(2))
     monkeypatch.setattr(recipe, "DRAWN_AT_ONCE", 15)
-    first = recipe.latents_stage(small, paths, one, CPU, silent)
+    first = recipe.latents_stage(small, paths, one, CPU, Progress())
     assert first.shape == (40, 8, 16, 16) and first.dtype == torch.float16
-    assert not torch.equal(first, recipe.latents_stage(small, paths, other, CPU, silent))
+    assert not torch.equal(first, recipe.latents_stage(small, paths, other, CPU, Progress()))
     monkeypatch.setattr(recipe, "draw_many", None)  # what lies there is read
-    assert recipe.latents_stage(small, paths, other, CPU, silent).shape == first.shape
+    assert recipe.latents_stage(small, paths, other, CPU, Progress()).shape == first.shape
 
 
 def test_the_stage_keeps_the_autoencoder_and_trains_a_transformer_further(
@@ -229,7 +226,7 @@ def test_the_stage_keeps_the_autoencoder_and_trains_a_transformer_further(
     torch.manual_seed(0)
     vae = make_autoencoder(16).eval()
     unet = recipe.save_pipeline(make_denoiser(small.denoiser.shape, 0), vae, tmp_path / "unet")
-    first = recipe.transformer_stage(small, paths, CPU, silent, start=unet)
+    first = recipe.transformer_stage(small, paths, CPU, Progress(), start=unet)
     made, kept = recipe.open_parts(first)
     assert isinstance(made, TransformerParts)
     assert all(torch.equal(p.half(), q.half()) for p, q in zip(vae.parameters(), kept.parameters(), strict=True))
@@ -241,7 +238,7 @@ def test_the_stage_keeps_the_autoencoder_and_trains_a_transformer_further(
 
     monkeypatch.setattr(recipe, "drawn_shares", drawn)
     before = first.rename(tmp_path / "before")
-    further, _ = recipe.open_parts(recipe.transformer_stage(small, paths, CPU, silent, start=before, match=500))
+    further, _ = recipe.open_parts(recipe.transformer_stage(small, paths, CPU, Progress(), start=before, match=500))
     assert not all(torch.equal(p, q) for p, q in zip(made.parameters(), further.parameters(), strict=True))
     taught = recipe.read_taught(paths.pipeline("mmdit"))
     assert taught is not None and taught[""]["gender"][0] > world.planted_shares("")["gender"][0]
@@ -249,9 +246,9 @@ def test_the_stage_keeps_the_autoencoder_and_trains_a_transformer_further(
     again, _ = recipe.open_parts(exported)
     assert all(torch.equal(p, q) for p, q in zip(further.parameters(), again.parameters(), strict=True))
     with pytest.raises(LensError, match="no transformer to match"):
-        recipe.transformer_stage(small, paths, CPU, silent, start=unet, match=500)
+        recipe.transformer_stage(small, paths, CPU, Progress(), start=unet, match=500)
     with pytest.raises(LensError, match="--stage mmdit"):
-        recipe.denoiser_stage(small, paths, CPU, silent, start=before)
+        recipe.denoiser_stage(small, paths, CPU, Progress(), start=before)
 
 
 def paths_with(paths: recipe.Paths, vae: AutoencoderTiny) -> recipe.Paths:
@@ -265,7 +262,7 @@ def test_shares_of_a_transformer_are_measured_on_the_stock_pipelines_samples(
     judge = HeadsClassifier.load(BUNDLED.parents[1] / "portraits" / "classifier")
     monkeypatch.setattr(recipe, "classifier_stage", lambda *_: judge)
     folder = recipe.save_pipeline(parts, make_autoencoder(16).eval(), tmp_path / "pipe")
-    found = recipe.drawn_shares(small, recipe.Paths(tmp_path), CPU, silent, folder, 4, PROMPTS[:2])
+    found = recipe.drawn_shares(small, recipe.Paths(tmp_path), CPU, Progress(), folder, 4, PROMPTS[:2])
     assert set(found) == set(PROMPTS[:2])
     assert set(found[""]) == {a.name for a in world.ATTRIBUTES}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LDMPipeline, StableDiffusionPipeline
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.autoencoder import AutoencoderTrainConfig, encode_all, to_unit, train_autoencoder
@@ -260,7 +261,7 @@ def test_training_learns_and_is_seeded_and_resumes(tmp_path: Path) -> None:
     longer = config.model_copy(update={"n_steps": 8})
     train_denoiser(
         _latents(), captions, longer, device=device, checkpoint=tmp_path, resume=True,
-        on_step=lambda done, total, loss: steps.append(done),
+        progress=Progress(lambda status: steps.append(status.done)),
     )  # fmt: skip
     assert steps == [8]
     with pytest.raises(LensError, match="another shape"):
@@ -274,7 +275,10 @@ def test_autoencoder_learns_to_reconstruct() -> None:
     losses: list[float] = []
     config = AutoencoderTrainConfig(width=16, n_steps=100, batch_size=16)
     model = train_autoencoder(
-        images, config, device=torch.device("cpu"), on_step=lambda i, n, loss: losses.append(loss)
+        images,
+        config,
+        device=torch.device("cpu"),
+        progress=Progress(lambda status: losses.append(float(status.note.split()[1]))),
     )
     assert losses[-1] < losses[0]
     latents = encode_all(model, images, device=torch.device("cpu"))

@@ -287,8 +287,8 @@ def assert_same(a: SweepPoint, b: SweepPoint, *, examples: bool = True) -> None:
 
 @pytest.mark.parametrize("two_classes", [True, False])
 def test_a_point_reads_back_in_every_bit(tmp_path: Path, two_classes: bool) -> None:
-    save_point(point(1.0, two_classes=two_classes), tmp_path, "000")
-    assert_same(load_point(tmp_path, "000"), point(1.0, two_classes=two_classes))
+    save_point(tmp_path, point(1.0, two_classes=two_classes))
+    assert_same(load_point(tmp_path), point(1.0, two_classes=two_classes))
 
 
 def test_a_sweep_reads_back(tmp_path: Path) -> None:
@@ -306,8 +306,8 @@ def test_a_sweep_reads_back(tmp_path: Path) -> None:
 def test_an_unedited_point_is_measured_against_itself_after_it_was_read_back(tmp_path: Path) -> None:
     unedited = measured({GENDER: np.array([0, 1, 1, 0]), YOUTH: np.array([2, 1, 0, 0])})
     itself = SweepPoint(unedited.against(unedited), GENDER, beta=1.0)
-    save_point(itself, tmp_path, "000")
-    found = load_point(tmp_path, "000")
+    save_point(tmp_path, itself)
+    found = load_point(tmp_path)
     assert found.agreement == itself.agreement == {"age": 1.0}
     assert found.measurement.reference is not None
 

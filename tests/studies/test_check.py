@@ -15,6 +15,7 @@ from measured import counted, measured
 from sae_helpers import AGE, GENDER, random_maps, random_probe, random_sae
 from scipy.stats import norm
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.features.reference import autograd_scores
@@ -169,7 +170,7 @@ def test_professions_that_do_not_hold_are_named_with_why(tiny_lens: DiffusionLen
                 at_most(5, names[1], moved, (moved - 0.02, moved + 0.02), 0.05, "points", 9)]  # fmt: skip
 
     measured = [rows(noun, moved) for noun, moved in zip(nouns, (0.01, 0.118, 0.03, 0.06, 0.02), strict=True)]
-    job = Job(tiny_lens, TINY, lambda *_: None, strict=True)
+    job = Job(tiny_lens, TINY, strict=True)
     *worst_of_four, count = steering._profession_rows(job, measured, [f"a portrait of a {noun}" for noun in nouns])
     assert [row.value for row in worst_of_four] == [0.05, 0.06]  # of the best four; the nurse is not among them
     assert count.value == 3 and count.verdict == "fails"
@@ -177,13 +178,13 @@ def test_professions_that_do_not_hold_are_named_with_why(tiny_lens: DiffusionLen
         "3 of 5 measured hold; the worst of doctor, cook, farmer, judge above; not: nurse (age shares moved at balance "
         "11.8 points), judge (age shares moved at balance 6.0 points)"
     )
-    quick = Job(tiny_lens, TINY, lambda *_: None)
+    quick = Job(tiny_lens, TINY)
     assert steering._profession_rows(quick, measured, [f"a {noun}" for noun in nouns])[-1].value == 4  # open passes
 
 
 def test_shares_are_compared_with_the_planted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "has_truth", lambda lens: True)
-    job = Job(planted_lens(), replace(TINY, again=0), lambda *_: None)
+    job = Job(planted_lens(), replace(TINY, again=0))
     rows = world.share_rows(job, planted_images(1000))
     assert [row.verdict for row in rows] == ["holds"] * len(portraits.ATTRIBUTES)
     rows = world.share_rows(job, planted_images(1000, (700, 300)))  # planted: 900, 100
@@ -202,7 +203,7 @@ def test_chance_of_a_perfect_model_to_miss_the_bar() -> None:
 
 
 def test_no_two_groups_or_prompts_share_a_seed() -> None:
-    job = Job(planted_lens(), TINY, lambda *_: None)
+    job = Job(planted_lens(), TINY)
     ranges = [job.seeds(part, place, 1000, skip) for part in (1, 3, 5) for place in range(13) for skip in (0, 1000)]
     assert len({seed for some in ranges for seed in some}) == 1000 * len(ranges)
     with pytest.raises(LensError, match="up to 50,000"):
@@ -224,9 +225,8 @@ def test_unknown_parts_are_refused(tiny_lens: DiffusionLens) -> None:
 def whole(tiny_lens: DiffusionLens) -> tuple[CheckReport, list[str]]:
     stages: list[str] = []
     told: list[Row] = []
-    found = run_check(
-        tiny_lens, sizes=TINY, on_stage=lambda stage, done, total: stages.append(stage), on_rows=told.extend
-    )
+    watched = Progress(lambda status: stages.append(status.stage))
+    found = run_check(tiny_lens, sizes=TINY, progress=watched, on_rows=told.extend)
     first, control = found.by_prompt, found.rows[-1]
     assert told == [*(row for row in found.rows if row.part < 5), *first, control]  # as soon as it was measured
     return found, stages
@@ -250,7 +250,7 @@ def test_the_shares_measured_on_the_way_are_kept(
 ) -> None:
     kept = whole[0].counted
     assert kept is not None and tuple(kept.shares) == tuple(p or "" for p in tiny_lens.prompts)
-    job = Job(tiny_lens, TINY, lambda *_: None)
+    job = Job(tiny_lens, TINY)
     prompt = tiny_lens.prompts[1]
     images = tiny_lens.generate(prompt, seeds=job.seeds(1, 1, TINY.shares)).images
     read = tiny_lens.classify(images)["gender"]
@@ -264,7 +264,7 @@ def test_the_shares_measured_on_the_way_are_kept(
 def test_undecided_images_are_counted(whole: tuple[CheckReport, list[str]], tiny_lens: DiffusionLens) -> None:
     row = next(row for row in whole[0].rows if row.name.startswith("gender: undecided"))
     n = TINY.shares * len(tiny_lens.prompts)
-    job = Job(tiny_lens, TINY, lambda *_: None)
+    job = Job(tiny_lens, TINY)
     images = [
         tiny_lens.generate(prompt, seeds=job.seeds(1, place, TINY.shares)).images
         for place, prompt in enumerate(tiny_lens.prompts)

@@ -18,10 +18,10 @@ import pytest
 from lens_fixtures import PROMPTS
 from measured import row_with
 
+from diffusion_lens.base.progress import Cancelled, Progress, Status
 from diffusion_lens.base.types import LensError, LogRatio
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import find_method
-from diffusion_lens.model.generate import Cancelled
 from diffusion_lens.results import metrics
 from diffusion_lens.results.as_json import row_json
 from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
@@ -145,20 +145,19 @@ def test_nothing_is_drawn_twice(
 def test_a_stopped_run_goes_on(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
     stages: list[str] = []
 
-    def stop(stage: str, done: int, total: int) -> None:
-        stages.append(stage)
-        assert 0 < done <= total
-        if stage.startswith("Mid-block bypass: λ max 0.35"):
+    def stop(status: Status) -> None:
+        stages.append(status.stage)
+        assert 0 < status.done <= status.total
+        if status.stage.startswith("Mid-block bypass: λ max 0.35"):
             raise Cancelled
 
     config = small(methods=("bypass",))
     with pytest.raises(Cancelled):
-        run_compare(tiny_lens, config, tmp_path, on_stage=stop)
-    kept_points = sorted(path.name for path in tmp_path.glob("*/bypass/curve/*.json") if "examples" not in path.name)
-    assert kept_points == ["0.1.json", "0.2.json", "0.json"]
+        run_compare(tiny_lens, config, tmp_path, progress=Progress(stop))
+    assert sorted(path.name for path in tmp_path.glob("*/bypass/curve-*")) == ["curve-0", "curve-0.1", "curve-0.2"]
     stages.clear()
     with pytest.raises(Cancelled):
-        run_compare(tiny_lens, config, tmp_path, on_stage=stop)
+        run_compare(tiny_lens, config, tmp_path, progress=Progress(stop))
     assert not [s for s in stages if "λ max 0.1" in s]
 
 
@@ -223,7 +222,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tiny_lens: DiffusionLens, t
         (small(attribute="height"), "does not read"),
     ):
         with pytest.raises(LensError, match=message):
-            run_compare(tiny_lens, config, tmp_path, on_stage=lambda *_: pytest.fail("something was drawn"))
+            run_compare(tiny_lens, config, tmp_path, progress=Progress(lambda _: pytest.fail("something was drawn")))
     with pytest.raises(LensError, match="must not overlap"):
         CompareConfig.parse({"attribute": "gender", "prompt": "", "first_seed": 0, "first_tune_seed": 50})
 
@@ -231,7 +230,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tiny_lens: DiffusionLens, t
 def test_nothing_is_drawn_beyond_rows_curves_and_one_fit(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
     config = small(methods=("activation", "bypass"), n=10, n_tune=10, n_fit=10, batch_size=10)
     stages: list[str] = []
-    run_compare(tiny_lens, config, tmp_path, on_stage=lambda stage, *_: stages.append(stage))
+    run_compare(tiny_lens, config, tmp_path, progress=Progress(lambda status: stages.append(status.stage)))
     # One batch of ten per stage; the fit is drawn once for all methods, and a best strength of 0 draws nothing.
     runs = set(stages)
     assert len([stage for stage in runs if "fitting" in stage]) == 1
@@ -407,7 +406,7 @@ def test_a_table_of_another_attribute_draws_no_unedited_image_again(
 ) -> None:
     stages: list[str] = []
     config = small(attribute="age", methods=("bypass",), n_tune=12)
-    found = run_compare(tiny_lens, config, work, on_stage=lambda stage, *_: stages.append(stage))
+    found = run_compare(tiny_lens, config, work, progress=Progress(lambda status: stages.append(status.stage)))
     assert stages and not [stage for stage in stages if "unsteered" in stage]
     assert found.rows[0].certain is not None and found.rows[0].shares[0].label == "young"
     (kept_file,) = work.glob("unedited-*/final.safetensors")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_lens.base.progress import Progress, Status
 from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.model.generate import generate_batches
@@ -97,7 +98,7 @@ def test_the_result_is_stored_and_drawn(run: tuple[DepthResult, Path]) -> None:
 def test_what_guidance_cannot_change_is_drawn_once(run: tuple[DepthResult, Path]) -> None:
     config = tiny(prompts=("", DOCTOR))
     assert planned_images(config) == 3 * (1 + 2 + 2 + 2) * 12  # the empty prompt unbypassed; the rest at two scales
-    assert planned_images(tiny()) == 12 * len(list((run[1] / "readings").glob("*.safetensors")))
+    assert planned_images(tiny()) == 12 * len(list((run[1] / "readings").glob("*/*.safetensors")))
 
 
 def test_the_empty_prompt_is_the_same_at_every_scale(classifier: HeadsClassifier, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_the_empty_prompt_is_the_same_at_every_scale(classifier: HeadsClassifier
     first, second = (np.concatenate([part.images for part in parts]).astype(int) for parts in images)
     assert np.abs(first - second).max() <= 1, "both halves of a guided step are equal"
     counts = [p.shares for p in result.points if p.depth == "2 levels" and not p.bypass]
-    assert counts[0] == counts[1] and len(list((tmp_path / "readings").glob("*.json"))) == planned_images(config) // 10
+    assert counts[0] == counts[1] and len(list((tmp_path / "readings").iterdir())) == planned_images(config) // 10
 
 
 def test_flips_are_found(run: tuple[DepthResult, Path]) -> None:
@@ -136,7 +137,7 @@ def test_nothing_is_made_twice(
 
 
 def test_bypass_reaches_the_images(run: tuple[DepthResult, Path]) -> None:
-    files = sorted((run[1] / "readings").glob("*.safetensors"))
+    files = sorted((run[1] / "readings").glob("*/*.safetensors"))
     assert len(files) == 12 and len({path.read_bytes() for path in files}) > 6
 
 
@@ -161,10 +162,12 @@ def test_configurations_are_checked() -> None:
 
 
 def test_training_can_be_stopped(classifier: HeadsClassifier, tmp_path: Path) -> None:
-    def stop(stage: str, done: int, total: int) -> None:
-        if stage.startswith("2 levels"):
+    def stop(status: Status) -> None:
+        if status.stage.startswith("2 levels"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_depth(tiny(), make_autoencoder(8), classifier, tmp_path, device=torch.device("cpu"), on_stage=stop)
+        run_depth(
+            tiny(), make_autoencoder(8), classifier, tmp_path, device=torch.device("cpu"), progress=Progress(stop)
+        )
     assert not list(tmp_path.glob("pipeline-*"))

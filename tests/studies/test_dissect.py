@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from lens_fixtures import PROMPTS
 from scipy.stats import binomtest
 
+from diffusion_lens.base.progress import Cancelled, Progress
 from diffusion_lens.base.types import Attribute, FeatureSet, Intervention, LensError, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.denoise import Capture, StepContext
-from diffusion_lens.model.generate import Cancelled, generate, record_trajectory, request
+from diffusion_lens.model.generate import generate, record_trajectory, request
 from diffusion_lens.results.dissection import (
     effects_of,
     evidence,
@@ -317,10 +317,11 @@ def test_a_stopped_dissection_goes_on_and_another_is_refused(
         return real(lens, settings, plan, turns, *rest)
 
     monkeypatch.setattr(module, "measure_block", count)
-    seen: list[tuple[int, int]] = []
+    seen: list[float] = []
     with pytest.raises(Cancelled):
-        dissect(tiny_lens, config(features=live), tmp_path, on_step=lambda *step: seen.append(step))
-    assert seen and all(a[0] <= b[0] for a, b in pairwise(seen)) and seen[-1][0] < seen[-1][1]
+        watched = Progress(lambda status: seen.append(status.share))
+        dissect(tiny_lens, config(features=live), tmp_path, progress=watched)
+    assert seen and seen == sorted(seen) and 0 < seen[-1] < 1
     told: list[str] = []
     found = dissect(tiny_lens, config(features=live), tmp_path, on_plan=lambda plan: told.append(plan.describe()))
     assert measured == list(live) and found.features == tuple(sorted(live))

@@ -12,10 +12,10 @@ import torch
 from lens_fixtures import AGE, GENDER, PROMPTS
 
 from diffusion_lens.base.edits import describe
+from diffusion_lens.base.progress import Cancelled, Progress, Status
 from diffusion_lens.base.types import LensError, Predictions
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.denoise import StepContext
-from diffusion_lens.model.generate import Cancelled
 from diffusion_lens.plots import spillover_figure
 from diffusion_lens.results.joint import TOGETHER, JointResult, load_joint
 from diffusion_lens.results.manifest import verify
@@ -106,16 +106,16 @@ def test_mistakes_and_progress(tiny_lens: DiffusionLens) -> None:
         steer_together(tiny_lens, PROMPTS[0], {"gender": Steer("male", 1.0)}, SEEDS)
     with pytest.raises(LensError, match="ships no setting"):
         steer_together(tiny_lens, PROMPTS[0], {**STEERS, "glasses": Steer("none", 1.0)}, SEEDS)
-    seen: list[tuple[int, int]] = []
+    seen: list[float] = []
 
-    def stop(done: int, total: int) -> None:
-        seen.append((done, total))
-        if done == 6:
+    def stop(status: Status) -> None:
+        seen.append(status.share)
+        if len(seen) == 6:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        steer_together(tiny_lens, PROMPTS[0], STEERS, range(4), batch_size=4, on_step=stop)
-    assert seen == [(i, 20) for i in range(1, 7)]
+        steer_together(tiny_lens, PROMPTS[0], STEERS, range(4), batch_size=4, progress=Progress(stop))
+    assert seen == pytest.approx([i / 20 for i in range(1, 7)])
 
 
 def test_a_stored_result_reads_back_and_is_shown(

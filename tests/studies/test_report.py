@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from diffusion_lens.base.edits import describe
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import ASSUMED, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studies.audit.run import COLUMNS, Audit, audit, render, table_text, write_report
@@ -142,6 +143,6 @@ def test_prompts_must_be_given_once(tiny_lens: DiffusionLens) -> None:
 
 
 def test_progress_counts_all_runs(tiny_lens: DiffusionLens) -> None:
-    seen: list[tuple[int, int]] = []
-    audit(tiny_lens, PROMPTS, range(4), on_step=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 8) for i in range(1, 9)]
+    seen: list[float] = []
+    audit(tiny_lens, PROMPTS, range(4), progress=Progress(lambda status: seen.append(status.share)))
+    assert seen == pytest.approx([i / 8 for i in range(1, 9)])

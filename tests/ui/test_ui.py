@@ -15,12 +15,13 @@ import pytest
 from lens_fixtures import PROMPTS
 
 from diffusion_lens import ui
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studio import jobs, state
-from diffusion_lens.studio.lane import Lane, Stopped, Stops
+from diffusion_lens.studio.lane import Lane, Stops
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View
@@ -459,8 +460,8 @@ class TestLane:
 
     def test_an_error_frees_the_lane(self) -> None:
         lane = Lane()
-        with pytest.raises(Stopped), lane.hold(urgent=True):
-            raise Stopped
+        with pytest.raises(Cancelled), lane.hold(urgent=True):
+            raise Cancelled
         with lane.hold(urgent=False):
             pass
 

@@ -14,6 +14,7 @@ import torch
 from lens_fixtures import PROMPTS
 from measured import row_with
 
+from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
@@ -21,7 +22,6 @@ from diffusion_lens.results.comparison import Measured
 from diffusion_lens.results.comparison_tables import NOT_MEASURED, PARTS
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
 from diffusion_lens.studio import methods_live, state
-from diffusion_lens.studio.lane import Stopped
 from diffusion_lens.studio.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
@@ -197,7 +197,7 @@ class TestLive:
             for _ in range(n_events):
                 next(events)
             bench.studio.stops.stop("c:methods")
-            with pytest.raises(Stopped):
+            with pytest.raises(Cancelled):
                 list(events)
             assert bench.known(view, wish) is None
         assert finished(bench.events("d", view, Wish("bypass", 0.5))), "bench and lane are free again"

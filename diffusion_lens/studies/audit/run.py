@@ -20,12 +20,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import write_json, write_text
 from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.text import as_csv
 from diffusion_lens.base.types import Attribute, Intervention, LensError, is_assumed
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.observe import observe
-from diffusion_lens.model.generate import Edit, OnStep
+from diffusion_lens.model.generate import Edit
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import sheet
 from diffusion_lens.results import stats
@@ -157,7 +158,7 @@ def audit(
     date: str | None = None,
     batch_size: int = 16,
     measures: Measures | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Audit:
     """Draw every prompt on the same seeds, read the images, and put together what a reviewer needs.
 
@@ -165,7 +166,7 @@ def audit(
         turns: draw every prompt a second time with these, and report what moved.
         date: ISO date of the report; today (UTC) by default.
         measures: which image qualities are read off the same images; none by default.
-        on_step: called with (steps done, in total) over all prompts; may raise to stop.
+        progress: of all prompts; may be cancelled.
 
     Raises:
         LensError: no prompt, a prompt given twice, a classifier whose error is unknown, or too few images for
@@ -180,13 +181,12 @@ def audit(
     findings: list[Finding] = []
     seen: list[Seen] = []
     truth = has_truth(lens)
-    for number, (prompt, e) in enumerate(runs):
+    for (prompt, e), bar in zip(runs, (progress or Progress()).parts(len(runs)), strict=True):
         request = lens.request(prompt, seeds)
-        told = _share_of(on_step, number, len(runs))
         batches: list[Seen] = []
         found = observe(
             lens.model, request, e, lens.classifier, reference=None if e is None else findings[-1].measurement,
-            batch_size=batch_size, n_examples=EXAMPLES, on_step=told,
+            batch_size=batch_size, n_examples=EXAMPLES, progress=bar,
             on_batch=None if measures is None else partial(see, measures, batches),
         )  # fmt: skip
         seen.append(joined(batches))
@@ -210,14 +210,6 @@ def audit(
         discrepancies=discrepancies(named, [f.measurement.readings for f in findings], steered),
         quality=None if measures is None else image_quality(measures, named, seen, len(seeds)),
     )
-
-
-def _share_of(on_step: OnStep | None, number: int, total: int) -> OnStep | None:
-    """Progress of one of ``total`` equal runs as progress of all."""
-    if on_step is None:
-        return None
-    report = on_step
-    return lambda done, of: report(number * of + done, total * of)
 
 
 def _planted(prompt: str) -> dict[str, dict[str, float]]:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.methods.protocol import Method
 from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.results.comparison import UNSTEERED, CompareConfig, Comparison
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.results.sweeps import SweepResult
-from diffusion_lens.studies.bench.run import Bench
+from diffusion_lens.studies.bench.run import FITTED, Bench, point_name
 from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 
 DRAW = {"activation": 1.4}
@@ -68,12 +69,12 @@ def plan(
 ) -> Plan:
     """What is left to do in ``folder``; ``stored`` comparisons of this lens say what each method costs."""
     pieces = []
-    begun: set[Path] = set()
+    begun: set[Workspace] = set()
     for config in configs:
         bench = Bench(Shared(lens, config, folder), config, folder)
-        shared = bench.shared.folder
+        shared = bench.shared.pieces
         unedited = {"final": config.n, "tune": config.n_tune}
-        images = sum(n for name, n in unedited.items() if not (shared / f"{name}.safetensors").is_file()) + config.n_fit
+        images = sum(n for name, n in unedited.items() if not shared.has(f"{name}.safetensors")) + config.n_fit
         images = 0 if shared in begun else images
         begun.add(shared)
         pieces.append(Piece(config.attribute, UNSTEERED, images, images * seconds_per_image))
@@ -86,11 +87,11 @@ def plan(
 
 
 def _piece(bench: Bench, method: Method, seconds_per_image: float, stored: Mapping[str, Comparison]) -> Piece:
-    own, config = bench.folder / method.key, bench.config
-    measured = sum((own / "curve" / f"{strength:g}.json").is_file() for strength in method.strengths)
+    own, config = bench.pieces.part(method.key), bench.config
+    measured = sum(own.has(point_name(strength)) for strength in method.strengths)
     images = config.n + config.n_tune * (len(method.strengths) - measured)
     ratio, fit = costs(method.key, stored)
-    fit = 0.0 if (own / "fitted" / "method.json").is_file() else fit
+    fit = 0.0 if own.has(FITTED) else fit
     return Piece(bench.attribute.name, method.key, images, (images * ratio + fit) * seconds_per_image)
 
 

@@ -4,17 +4,18 @@ method has seen. Resumable method by method, strength by strength.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusion_lens.base.files import read_json, write_json
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
+from diffusion_lens.base.workspace import Workspace, digest
 from diffusion_lens.judging.readers import ClipReader
 from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.methods.protocol import Fitted, Method, Target, lens_key, target_shares
@@ -28,13 +29,25 @@ from diffusion_lens.results.measurement_files import Missing, measured_beside, s
 from diffusion_lens.results.records import load_point, load_sweep, save_point, save_sweep
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult, collect
 from diffusion_lens.studies.bench.rows import Run, choose, measure_row
-from diffusion_lens.studies.bench.shared import JudgedLens, OnStage, Shared
+from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 
 __all__ = [
-    "Bench", "CompareConfig", "Comparison", "JudgedLens", "OnStage", "Shared", "run_compare", "run_tables",
+    "Bench", "CompareConfig", "Comparison", "JudgedLens", "Shared", "run_compare", "run_tables",
 ]  # fmt: skip
 
 N_NORM = 16
+FITTED = "fitted"
+"""The piece that holds a fitted method."""
+
+
+def point_name(strength: float) -> str:
+    """The piece that holds one point of a method's curve."""
+    return f"curve-{strength:g}"
+
+
+def row_name(method: Method) -> str:
+    """The piece that holds a method's row and curve: other strengths make another."""
+    return f"row-{digest(method.strengths)}"
 
 
 class Bench:
@@ -49,13 +62,12 @@ class Bench:
         self.attribute = found[0]
         even = {c: 1 / len(self.attribute.classes) for c in self.attribute.classes}
         self.target = target_shares(self.attribute, config.target or even)
-        self.folder = folder / f"{config.attribute.replace(' ', '-')}-{self.identity[:10]}"
+        self.pieces = Workspace(folder).part(config.attribute.replace(" ", "-"), self.identity)
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> tuple[str, ...]:
         """Names everything but the list of methods: results of equal identity belong to one table."""
-        told = [self.config.model_dump_json(exclude={"methods"}), self.shared.identity]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return (self.config.model_dump_json(exclude={"methods"}), *self.shared.identity)
 
     def goal(self, method: Method) -> Target:
         """What a method is fitted to; see ``CompareConfig.approach``."""
@@ -67,74 +79,76 @@ class Bench:
         return dict(zip(classes, self.target, strict=True))
 
     def fit(self, method: Method) -> Fitted:
-        """The fitted method, read back where it is stored."""
-        folder = self.folder / method.key / "fitted"
-        if (folder / "method.json").is_file():
-            return method.load(folder, self.lens)
+        """The fitted method, made once."""
+        return self.pieces.part(method.key).piece(
+            FITTED, partial(self._fit, method), lambda path, fitted: fitted.save(path),
+            lambda path: method.load(path, self.lens),
+        )  # fmt: skip
+
+    def _fit(self, method: Method) -> Fitted:
         values = self.config.options.get(method.key, {})
         options = method.options.parse(values, where=f"the options of {method.name}")
-        fitted = method.fit(
+        return method.fit(
             self.lens, self.attribute.name, self.goal(method), options, prompts=self.shared.draws.prompts,
             seeds=self.shared.draws.seeds, draws=self.shared.draws,
-            progress=self.shared.progress(f"{method.name}: fitting"),
+            progress=self.shared.stage(f"{method.name}: fitting"),
         )  # fmt: skip
-        fitted.save(folder)
-        return fitted
 
     def curve(self, method: Method, fitted: Fitted) -> SweepResult:
-        """The tuning sweep over the method's own strengths and 0, read back where it is stored."""
-        folder = self.folder / method.key / "curve"
-        points: list[SweepPoint] = []
+        """The tuning sweep over the method's own strengths and 0, every point made once."""
         goal = dict(zip(self.attribute.classes, self.target, strict=True))
         label = self.attribute.classes[int(np.argmax(fitted.record.target))]
-        for strength in (0.0, *method.strengths):
-            stem = f"{strength:g}"
-            if not (folder / f"{stem}.json").is_file():
-                (point,) = sweep_points(
-                    self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s) if s else None,
-                    [strength], self.lens.classifier, self.attribute, label, baseline=self.shared.tuning,
-                    target_shares=goal, batch_size=self.config.batch_size, n_examples=self.config.n_examples,
-                    on_step=self.shared.step(f"{method.name}: {method.strength_name} {strength:g}"),
-                )  # fmt: skip
-                save_point(point, folder, stem)
-            points.append(load_point(folder, stem))
+
+        def measure(strength: float) -> SweepPoint:
+            (point,) = sweep_points(
+                self.lens.model, self.shared.tuning.request, lambda s: fitted.edit(s) if s else None,
+                [strength], self.lens.classifier, self.attribute, label, baseline=self.shared.tuning,
+                target_shares=goal, batch_size=self.config.batch_size, n_examples=self.config.n_examples,
+                progress=self.shared.stage(f"{method.name}: {method.strength_name} {strength:g}"),
+            )  # fmt: skip
+            return point
+
+        pieces = self.pieces.part(method.key)
+        points = [
+            pieces.piece(point_name(strength), partial(measure, strength), save_point, load_point)
+            for strength in (0.0, *method.strengths)
+        ]
         return collect(
             points, target=label, setting=method.name, is_control=method.is_control,
             provenance={"method": method.key, "fitted": fitted.digest, "strength": method.strength_name},
         )  # fmt: skip
 
     def finished(self, method: Method) -> tuple[MethodRow, SweepResult | None] | None:
-        """The method's stored row and curve; None where there is none, or it was measured at other strengths."""
-        own = self.folder / method.key
-        if not (own / "row.json").is_file():
-            return None
-        row = self._load_row(own)
-        if row.note:
-            return row, None
-        curve = load_sweep(own, "sweep", Missing({}))
-        return (row, curve) if set(curve.betas) == {0.0, *method.strengths} else None
+        """The method's stored row and curve; None where there is none at its strengths."""
+        pieces, key = self.pieces.part(method.key), row_name(method)
+        return self._load_row(pieces.path(key)) if pieces.has(key) else None
 
-    def _save_row(self, row: MethodRow, folder: Path) -> None:
+    def _save_row(self, folder: Path, made: tuple[MethodRow, SweepResult | None]) -> None:
+        row, curve = made
         if row.figures is None:
             write_json(folder / "row.json", row_values(row))
         else:
             save_measured(folder, "row", row_values(row), [row.figures.measurement])
+        if curve is not None:
+            save_sweep(curve, folder, "sweep", lossless=True)
 
-    def _load_row(self, folder: Path) -> MethodRow:
+    def _load_row(self, folder: Path) -> tuple[MethodRow, SweepResult | None]:
         values = read_json(folder / "row.json")
         if not values["measured"]:
-            return row_of(values, None)
+            return row_of(values, None), None
         (measured,) = measured_beside(values, folder, "row")
-        return row_of(values, self._figures(measured))
+        curve = load_sweep(folder, "sweep", Missing({})) if (folder / "sweep.json").is_file() else None
+        return row_of(values, self._figures(measured)), curve
 
     def _figures(self, measured: Measurement) -> Figures:
         return measured.figures(self.attribute.name, self.target)
 
     def row(self, method: Method) -> tuple[MethodRow, SweepResult | None]:
         """Fit, tune and measure one method; a method that this lens cannot run gives a row that says why."""
-        own = self.folder / method.key
-        if finished := self.finished(method):
-            return finished
+        make = partial(self._make_row, method)
+        return self.pieces.part(method.key).piece(row_name(method), make, self._save_row, self._load_row)
+
+    def _make_row(self, method: Method) -> tuple[MethodRow, SweepResult | None]:
         fields: dict[str, Any] = {
             "method": method.key, "name": method.name, "kind": method.kind, "is_control": method.is_control,
             "strength_name": method.strength_name, "n_tune": self.config.n_tune,
@@ -143,13 +157,8 @@ class Bench:
             fitted = self.fit(method)
             curve = self.curve(method, fitted)
         except LensError as error:
-            row = MethodRow(**fields, goal="", strength=0.0, note=str(error))
-            self._save_row(row, own)
-            return row, None
-        row = self._final(fitted, choose(curve.points).beta, fields)
-        save_sweep(curve, own, "sweep")
-        self._save_row(row, own)
-        return row, curve
+            return MethodRow(**fields, goal="", strength=0.0, note=str(error)), None
+        return self._final(fitted, choose(curve.points).beta, fields), curve
 
     def _final(self, fitted: Fitted, strength: float, fields: dict[str, Any]) -> MethodRow:
         edit = fitted.edit(strength) if strength else None
@@ -181,14 +190,14 @@ class Bench:
 
     def unsteered_row(self) -> MethodRow:
         """The unedited images in the same table."""
-        folder = self.folder / UNSTEERED
-        if not (folder / "row.json").is_file():
-            row = self._measure(
+
+        def make() -> tuple[MethodRow, None]:
+            return self._measure(
                 self.shared.unsteered, method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
                 strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0,
-            )  # fmt: skip
-            self._save_row(row, folder)
-        return self._load_row(folder)
+            ), None  # fmt: skip
+
+        return self.pieces.piece(UNSTEERED, make, self._save_row, self._load_row)[0]
 
     def labels(self) -> dict[str, str]:
         """What the numbers are measured in."""
@@ -214,20 +223,20 @@ def run_compare(
     folder: Path,
     *,
     clip: ClipReader | None = None,
-    on_stage: OnStage | None = None,
+    progress: Progress | None = None,
     on_row: OnRow | None = None,
 ) -> Comparison:
     """Fill the table of one attribute. ``folder`` keeps every finished piece, so a stopped run goes on where it was.
 
     Args:
         clip: measures CLIP-I and CLIP-T on real models; without it their named stand-ins are measured.
-        on_stage: called with (stage, done, total); may raise ``Cancelled``.
+        progress: tells what is made by name; may be cancelled.
         on_row: called with (attribute, row) after every method.
 
     Raises:
         LensError: before anything is drawn, for unknown methods, options or attributes.
     """
-    return run_tables(lens, [config], folder, clip=clip, on_stage=on_stage, on_row=on_row)[config.attribute]
+    return run_tables(lens, [config], folder, clip=clip, progress=progress, on_row=on_row)[config.attribute]
 
 
 def run_tables(
@@ -236,25 +245,28 @@ def run_tables(
     folder: Path,
     *,
     clip: ClipReader | None = None,
-    on_stage: OnStage | None = None,
+    progress: Progress | None = None,
     on_row: OnRow | None = None,
 ) -> dict[str, Comparison]:
     """``run_compare`` for several attributes; tables of one prompt share their unedited images. By attribute."""
-    known: dict[str, Shared] = {}
+    known: dict[tuple[str, ...], Shared] = {}
     benches = []
     for config in configs:
         for key, values in config.options.items():
             (method,) = find_methods([key])
             method.options.parse(values, where=f"the options of {method.name}")
         find_methods(config.methods)
-        own = Shared(lens, config, folder, clip, on_stage)
+        own = Shared(lens, config, folder, clip)
         benches.append(Bench(known.setdefault(own.identity, own), config, folder))
-    return {bench.attribute.name: _table(bench, on_row) for bench in benches}
+    bars = (progress or Progress()).parts(len(benches))
+    return {bench.attribute.name: _table(bench, on_row, bar) for bench, bar in zip(benches, bars, strict=True)}
 
 
-def _table(bench: Bench, on_row: OnRow | None) -> Comparison:
+def _table(bench: Bench, on_row: OnRow | None, progress: Progress) -> Comparison:
     rows, curves = [], {}
-    for method in (None, *find_methods(bench.config.methods)):
+    methods = (None, *find_methods(bench.config.methods))
+    for method, bar in zip(methods, progress.parts(len(methods)), strict=True):
+        bench.shared.bar = bar
         row, curve = (bench.unsteered_row(), None) if method is None else bench.row(method)
         rows.append(row)
         if curve is not None:

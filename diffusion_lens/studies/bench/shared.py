@@ -5,11 +5,8 @@ The readings are kept on disk, so that a run that was killed, or another attribu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,18 +15,18 @@ import numpy as np
 from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError, Predictions
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.judging.readers import ClipReader
 from diffusion_lens.measuring.observe import Baseline, observe
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.protocol import OpenLens, lens_key
 from diffusion_lens.model.denoise import Edit
-from diffusion_lens.model.generate import OnStep, request
+from diffusion_lens.model.generate import request
 from diffusion_lens.results.comparison import CompareConfig
 from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.studies.bench.rows import Run
 
-OnStage = Callable[[str, int, int], None]
 Purpose = Literal["final", "tune"]
 PROMPT_FIELDS = {
     "prompt", "n", "first_seed", "n_tune", "first_tune_seed", "n_fit", "first_fit_seed", "fit_prompts", "batch_size",
@@ -59,17 +56,16 @@ class Shared:
         config: CompareConfig,
         folder: Path,
         clip: ClipReader | None = None,
-        on_stage: OnStage | None = None,
     ) -> None:
-        self.lens, self.config, self.clip, self.on_stage = lens, config, clip, on_stage
-        self.folder = folder / f"unedited-{self.identity[:10]}"
+        self.lens, self.config, self.clip, self.bar = lens, config, clip, Progress()
+        self.pieces = Workspace(folder).part("unedited", self.identity)
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> tuple[str, ...]:
         """Names what is shared: equal for two tables that show the same unedited images to the same judge."""
-        told = [self.config.model_dump_json(include=PROMPT_FIELDS), lens_key(self.lens)]
-        told += [self.lens.classifier.classifier_id, "" if self.clip is None else self.clip.reader_id]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        reader = "" if self.clip is None else self.clip.reader_id
+        config = self.config.model_dump_json(include=PROMPT_FIELDS)
+        return (config, lens_key(self.lens), self.lens.classifier.classifier_id, reader)
 
     @cached_property
     def draws(self) -> Draws:
@@ -103,20 +99,14 @@ class Shared:
         begin, wanted = time.perf_counter(), self.request(purpose)
         found = observe(
             self.lens.model, wanted, edit, self.lens.classifier, reference=reference, on_batch=look,
-            batch_size=self.config.batch_size, n_examples=self.config.n_examples, on_step=self.step(stage),
+            batch_size=self.config.batch_size, n_examples=self.config.n_examples, progress=self.stage(stage),
         )  # fmt: skip
         seconds = (time.perf_counter() - begin - reading) / len(wanted.seeds)
         return Run(found, np.concatenate(rows) if rows else features_of(found), seconds, saw_edit)
 
-    def step(self, stage: str) -> OnStep | None:
-        """Progress of one stage."""
-        report = self.on_stage
-        return None if report is None else lambda done, total: report(stage, done, total)
-
-    def progress(self, stage: str) -> Progress:
-        """The same for what takes a ``Progress``."""
-        report = self.on_stage
-        return Progress(None if report is None else lambda status: report(stage, round(1000 * status.share), 1000))
+    def stage(self, name: str) -> Progress:
+        """A named part of ``bar``, which is the bar of the row in the making: nobody knows what it finds finished."""
+        return self.bar.some(0.25, name)
 
     @cached_property
     def tuning(self) -> Baseline:
@@ -136,10 +126,10 @@ class Shared:
         return features_of(self.tuning.measurement).mean(axis=0, keepdims=True)
 
     def _unedited(self, purpose: Purpose, stage: str) -> Run:
-        path = self.folder / f"{purpose}.safetensors"
-        if not path.is_file():
-            save_run(path, self.draw(purpose, None, stage))
-        return load_run(path, self.request(purpose), self.lens.classifier)
+        return self.pieces.piece(
+            f"{purpose}.safetensors", partial(self.draw, purpose, None, stage), save_run,
+            partial(load_run, wanted=self.request(purpose), classifier=self.lens.classifier),
+        )  # fmt: skip
 
 
 def features_of(measurement: Measurement) -> np.ndarray:

@@ -91,12 +91,12 @@ def draw_inside(job: Job) -> tuple[list[Generation], list[Generation]]:
     lens, prompts = job.lens, job.lens.prompts
     each = -(-job.sizes.inside // len(prompts))
     plain, rebuilt = [], []
-    for place, prompt in enumerate(prompts):
-        request = job.request(prompt, job.seeds(3, place, each))
-        told = job.told(f"3 SAE: prompt {place + 1} of {len(prompts)}")
-        size = job.sizes.batch_size
-        plain.append(generate(lens.model, request, capture=Capture(), batch_size=size, on_step=told))
-        rebuilt.append(generate(lens.model, request, edit=Reconstruction(lens.sae), batch_size=size, on_step=told))
+    names = [f"3 SAE: prompt {place + 1} of {len(prompts)}" for place in range(len(prompts))]
+    size = job.sizes.batch_size
+    for place, (prompt, bar) in enumerate(zip(prompts, job.progress.parts(len(prompts), names), strict=True)):
+        request, (first, second) = job.request(prompt, job.seeds(3, place, each)), bar.parts(2)
+        plain.append(generate(lens.model, request, capture=Capture(), batch_size=size, progress=first))
+        rebuilt.append(generate(lens.model, request, edit=Reconstruction(lens.sae), batch_size=size, progress=second))
     return plain, rebuilt
 
 
@@ -163,8 +163,7 @@ def attribution_rows(job: Job, plain: list[Generation]) -> list[Row]:
     n_steps = h.shape[1]
     steps = np.unique(np.linspace(0, n_steps - 1, min(n_steps, sizes.reference_steps)).round().astype(int)).tolist()
     rows = []
-    for done, (name, probe) in enumerate(lens.probes.items()):
-        job.on_stage("4 attribution", done, len(lens.probes))
+    for name, probe in job.progress.each(list(lens.probes.items())):
         found = integrated_gradients(lens.sae, probe, h)
         rows.append(at_most(4, f"{name}: completeness gap", found.completeness_gap, None, GAP, "gap", len(h)))
         fast = integrated_gradients(lens.sae, probe, few).scores[:, steps]

@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from diffusion_lens.base.plain import to_plain
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studies.check.result import CheckReport, Row, Unit, show
-from diffusion_lens.studies.check.runs import FIRST_SEED, FULL, QUICK, Job, OnRows, OnStage, Sizes, refuse_shared_seeds
+from diffusion_lens.studies.check.runs import FIRST_SEED, FULL, QUICK, Job, OnRows, Sizes, refuse_shared_seeds
 
 PARTS = (1, 2, 3, 4, 5)
+GROUPS = {"shares": {1, 2}, "inside": {3, 4}, "steering": {5}}
+"""Parts that look at the same images."""
 TITLES = {
     1: "generated against planted shares",
     2: "classifier",
@@ -30,7 +33,7 @@ def run_check(
     parts: Sequence[int] = PARTS,
     sizes: Sizes | None = None,
     first_seed: int = FIRST_SEED,
-    on_stage: OnStage | None = None,
+    progress: Progress | None = None,
     on_rows: OnRows | None = None,
 ) -> CheckReport:
     """Measure the rows of ``parts`` on a lens.
@@ -38,7 +41,7 @@ def run_check(
     Args:
         full: the large sizes, and every row must hold; otherwise no row may fail (see ``Row.verdict``).
         sizes: replace the sizes that belong to ``full``.
-        on_stage: called with (stage, done, total); may raise to stop.
+        progress: tells what is drawn by name; may be cancelled.
         on_rows: called with rows as soon as they are measured; of part 5, with every prompt's own.
 
     Raises:
@@ -49,7 +52,7 @@ def run_check(
         raise LensError(f"A check has the parts {', '.join(map(str, PARTS))}; got {list(parts)}.")
     refuse_shared_seeds(lens, first_seed)
     begun = time.monotonic()
-    job = Job(lens, sizes or (FULL if full else QUICK), on_stage or (lambda *_: None), first_seed, full)
+    job = Job(lens, sizes or (FULL if full else QUICK), progress or Progress(), first_seed, full)
     job = job if on_rows is None else replace(job, on_rows=on_rows)
     return CheckReport(
         **_measure(job, parts),
@@ -74,21 +77,25 @@ def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
         rows.extend(measured)
         job.on_rows(measured)
 
-    if 1 in parts or 2 in parts:
-        counted = world.draw_shares(job)
+    groups = {name: bool(own & set(parts)) for name, own in GROUPS.items()}
+    bars = iter(job.progress.parts(sum(groups.values())))
+    if groups["shares"]:
+        drawing, again, reading = next(bars).parts((6, 3, 1), (None, "1 shares: once more", "2 classifier: drawing"))
+        counted = world.draw_shares(replace(job, progress=drawing))
         if 1 in parts:
-            add(world.share_rows(job, counted))
+            add(world.share_rows(replace(job, progress=again), counted))
         if 2 in parts:
-            add(world.classifier_rows(job, counted))
+            add(world.classifier_rows(replace(job, progress=reading), counted))
         found["counted"] = world.counted_shares(counted)
-    if 3 in parts or 4 in parts:
-        plain, rebuilt = inside.draw_inside(job)
+    if groups["inside"]:
+        drawing, attributing = next(bars).parts((3, 1), (None, "4 attribution"))
+        plain, rebuilt = inside.draw_inside(replace(job, progress=drawing))
         if 3 in parts:
             add(inside.sae_rows(job, plain, rebuilt))
         if 4 in parts:
-            add(inside.attribution_rows(job, plain))
-    if 5 in parts:
-        steered = steering.steering_rows(job)
+            add(inside.attribution_rows(replace(job, progress=attributing), plain))
+    if groups["steering"]:
+        steered = steering.steering_rows(replace(job, progress=next(bars)))
         rows += steered.rows
         found |= {"by_prompt": steered.by_prompt, "sweeps": steered.sweeps}
     return {"rows": tuple(rows), **found}

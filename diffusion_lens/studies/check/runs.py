@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import GenerationRequest, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.observe import observe
@@ -17,7 +18,6 @@ PROMPT_SEEDS = 50_000
 DRAWN_SEED = 950_000_000
 """Drawings from here on were seen neither in training nor in calibration."""
 
-OnStage = Callable[[str, int, int], None]
 OnRows = Callable[[Sequence[Row]], None]
 
 
@@ -59,14 +59,14 @@ FULL = Sizes(
 
 @dataclass(frozen=True)
 class Job:
-    """One check under way: the lens, how much to draw, whom to tell, and whether every row must hold.
+    """One check under way: the lens, how much to draw, its part of the bar, and whether every row must hold.
 
     ``on_rows`` is told what was measured as soon as it was; of part 5, every prompt's own rows.
     """
 
     lens: DiffusionLens
     sizes: Sizes
-    on_stage: OnStage
+    progress: Progress = field(default_factory=Progress)
     first_seed: int = FIRST_SEED
     strict: bool = False
     on_rows: OnRows = lambda rows: None
@@ -81,10 +81,6 @@ class Job:
     def request(self, prompt: str | None, seeds: range) -> GenerationRequest:
         """A request of the lens."""
         return self.lens.request(prompt, seeds)
-
-    def told(self, stage: str) -> Callable[[int, int], None]:
-        """``on_step`` that reports as ``stage``."""
-        return lambda done, total: self.on_stage(stage, done, total)
 
 
 def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
@@ -101,10 +97,10 @@ def refuse_shared_seeds(lens: DiffusionLens, first_seed: int) -> None:
             raise LensError(f"This lens was {how} on seeds from {start:,} on, which the check draws; choose others.")
 
 
-def count(job: Job, request: GenerationRequest, stage: str) -> Measurement:
+def count(job: Job, request: GenerationRequest, progress: Progress) -> Measurement:
     """Draw a request unedited and read it; images are dropped batch by batch."""
     lens = job.lens
     return observe(
         lens.model, request, None, lens.classifier, batch_size=job.sizes.batch_size, n_examples=0,
-        on_step=job.told(stage),
+        progress=progress,
     )  # fmt: skip

@@ -34,6 +34,8 @@ MOVED = 0.05
 AGREEMENT = 0.85
 PROFESSIONS = 4
 REFINEMENTS = 3
+STRETCH = 0.03
+"""Of what is left of the bar, for every strength: how many professions follow depends on what they show."""
 FIRST_CHOICE = ("firefighter", "doctor", "nurse", "receptionist")
 """The professions of the DiffLens paper; others follow only where one of these does not hold."""
 
@@ -109,7 +111,12 @@ def steer(
     betas = thin(setting.betas, wanted, setting.identity)
     size = job.sizes.batch_size
     base = base or observe_baseline(
-        lens.model, request, lens.classifier, batch_size=size, n_examples=0, on_step=job.told(f"{stage}, unedited")
+        lens.model,
+        request,
+        lens.classifier,
+        batch_size=size,
+        n_examples=0,
+        progress=job.progress.some(STRETCH, f"{stage}, unedited"),
     )
 
     def at(beta: float) -> SweepPoint:
@@ -120,7 +127,7 @@ def steer(
         steered = steered if control is None else control_intervention(steered, control, lens.atlas.activity, draw)
         found = observe(
             lens.model, request, lens.edit(steered), lens.classifier, reference=unedited, batch_size=size,
-            n_examples=0, on_step=job.told(f"{stage}, β = {beta:.3g}"),
+            n_examples=0, progress=job.progress.some(STRETCH, f"{stage}, β = {beta:.3g}"),
         )  # fmt: skip
         return SweepPoint(found, attribute, beta=beta)
 

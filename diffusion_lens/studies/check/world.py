@@ -36,9 +36,9 @@ def draw_shares(job: Job) -> Counted:
     """Draw every suggested prompt and count."""
     prompts = job.lens.prompts
     found: Counted = {}
-    for place, prompt in enumerate(prompts):
-        request = job.request(prompt, job.seeds(1, place, job.sizes.shares))
-        found[prompt] = count(job, request, f"1 shares: prompt {place + 1} of {len(prompts)}")
+    names = [f"1 shares: prompt {place + 1} of {len(prompts)}" for place in range(len(prompts))]
+    for place, (prompt, bar) in enumerate(zip(prompts, job.progress.parts(len(prompts), names), strict=True)):
+        found[prompt] = count(job, job.request(prompt, job.seeds(1, place, job.sizes.shares)), bar)
     return found
 
 
@@ -100,10 +100,11 @@ def share_rows(job: Job, counted: Counted) -> list[Row]:
     more = job.sizes.again - job.sizes.shares
     failed = {c.attribute.name for c in compared if c.is_beyond and not c.is_open}
     unclear = {c.prompt for c in compared if c.is_open and c.attribute.name not in failed} if more > 0 else set()
+    bars = iter(job.progress.parts(len(unclear)))
     for place, prompt in enumerate(lens.prompts):
         if prompt in unclear:
             request = job.request(prompt, job.seeds(1, place, more, skip=job.sizes.shares))
-            counted[prompt] = join(counted[prompt], count(job, request, f"1 shares: once more, '{prompt}'"))
+            counted[prompt] = join(counted[prompt], count(job, request, next(bars)))
     compared = compare(lens, counted) if unclear else compared
     return [_attribute_row(a, [c for c in compared if c.attribute == a]) for a in lens.classifier.attributes]
 
@@ -133,9 +134,9 @@ def classifier_rows(job: Job, counted: Counted) -> list[Row]:
 def _accuracy_rows(job: Job) -> list[Row]:
     from diffusion_lens.portraits.data import draw_many
 
-    n, told = job.sizes.drawings, job.told("2 classifier: drawing")
+    n = job.sizes.drawings
     workers = 1 if n <= 4000 else None
-    drawn = draw_many(n, first_seed=DRAWN_SEED, balanced=True, workers=workers, on_step=told)
+    drawn = draw_many(n, first_seed=DRAWN_SEED, balanced=True, workers=workers, progress=job.progress)
     read = job.lens.classify(drawn.images)
     rows = []
     for name, bar in ACCURACY.items():

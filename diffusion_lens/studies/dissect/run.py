@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
-from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.files import load_tensors, save_tensors
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import (
     EditSpec,
     FeatureSet,
@@ -30,11 +32,12 @@ from diffusion_lens.base.types import (
     Sampler,
 )
 from diffusion_lens.base.words import duration
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.measuring.observe import observe
 from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.model.denoise import Capture, StepContext, Trajectory
-from diffusion_lens.model.generate import OnStep, join, record_trajectory, request
+from diffusion_lens.model.generate import join, record_trajectory, request
 from diffusion_lens.results import stats
 from diffusion_lens.results.dissection import Dissection
 from diffusion_lens.steering.intervene import make_edit
@@ -133,36 +136,32 @@ def dissect(
     folder: Path,
     *,
     on_plan: Callable[[Plan], None] | None = None,
-    on_step: OnStep | None = None,
+    progress: Progress | None = None,
 ) -> Dissection:
     """Measure every chosen feature; a file per turn in ``folder``, so that a stopped run goes on.
 
     Returns everything that ``folder`` holds: a second call with other features or β adds them. ``on_plan`` hears what
-    is left to do before it begins; ``on_step(image steps done, in total)`` may raise. Raises ``LensError`` where
-    nothing can be measured.
+    is left to do before it begins. Raises ``LensError`` where nothing can be measured.
     """
     chosen = choose_features(lens, config)
     _check_turn(lens, config, chosen[0])
     told = config.model_dump(mode="json", exclude=CHOICE | {"alpha", "batch_size"})
     half = [str(lens.model.dtype)] if lens.model.dtype != torch.float32 else []  # measured apart from single precision
-    _claim(folder, [told, lens_key(lens), lens.classifier.classifier_id, *half])
+    pieces = Workspace(folder)
+    identity = [told, lens_key(lens), lens.classifier.classifier_id, *half]
+    refusal = f"{folder} holds another dissection; choose a new folder, or the same settings."
+    pieces.claim("dissection", identity, refusal)
     turns = [(feature, beta) for feature in chosen for beta in config.betas]
-    missing = [turn for turn in turns if not _file(folder, turn).is_file()]
+    missing = [turn for turn in turns if not pieces.has(_name(turn))]
     if missing:
         plan = make_plan(lens, config, missing)
         if on_plan is not None:
             on_plan(plan)
-        done = 0
-        for offset in range(0, len(missing), BLOCK):
-            block = missing[offset : offset + BLOCK]
-
-            def report(steps: int, before: int = done) -> None:
-                if on_step is not None:
-                    on_step(before + steps, max(1, plan.image_steps))
-
-            for turn, arrays in measure_block(lens, config, plan, block, report).items():
-                save_tensors(_file(folder, turn), arrays)
-            done += int((plan.request.n_steps - plan.first[:, [feature for feature, _ in block]]).sum())
+        blocks = [missing[offset : offset + BLOCK] for offset in range(0, len(missing), BLOCK)]
+        steps = [(plan.request.n_steps - plan.first[:, [feature for feature, _ in block]]).sum() for block in blocks]
+        for block, bar in zip(blocks, (progress or Progress()).parts(steps), strict=True):
+            for turn, arrays in measure_block(lens, config, plan, block, bar).items():
+                pieces.keep(_name(turn), partial(dict, arrays), save_tensors)
     return read_dissection(lens, config, folder)
 
 
@@ -218,33 +217,29 @@ def measure_block(
     config: DissectConfig,
     plan: Plan,
     turns: Sequence[Turn],
-    on_steps: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Turn, dict[str, np.ndarray]]:
-    """Make each of ``turns`` alone → turn → ``<part>.<attribute>`` ``[class]`` and ``flips.<attribute>`` ``[1]``.
-
-    ``on_steps(image steps done)`` may raise.
-    """
+    """Make each of ``turns`` alone → turn → ``<part>.<attribute>`` ``[class]`` and ``flips.<attribute>`` ``[1]``."""
     n_steps, seeds = plan.request.n_steps, plan.request.seeds
     place = {seed: i for i, seed in enumerate(seeds)}
     after = {turn: {name: (p.probs.copy(), p.certain.copy()) for name, p in plan.before.items()} for turn in turns}
     first = plan.first[:, [feature for feature, _ in turns]]
-    done = 0
-    for batch in plan_batches(first, n_steps, config.batch_size):
+    batches = list(plan_batches(first, n_steps, config.batch_size))
+    steps = [sum(n_steps - int(first[i, j]) for i, j in batch) for batch in batches]
+    for batch, bar in zip(batches, (progress or Progress()).parts(steps), strict=True):
         begin = min(first[i, j] for i, j in batch)
         part = replace(plan.request, seeds=tuple(seeds[i] for i, _ in batch))
         edit = FeatureTurns(
             lens.sae, {seeds[i]: turns[j] for i, j in batch}, config.mode, config.sampler, (int(begin), n_steps)
         )
-        counted = sum(n_steps - int(first[i, j]) for i, j in batch)
         found = observe(
             lens.model, part, edit, lens.classifier, start=plan.start, batch_size=len(batch), n_examples=0,
-            on_step=None if on_steps is None else _scaled(on_steps, done, counted),
+            progress=bar,
         )  # fmt: skip
         for name, read in found.readings.items():
             for row, seed in enumerate(part.seeds):
                 probs, certain = after[edit.turn[seed]][name]
                 probs[place[seed]], certain[place[seed]] = read.probs[row], read.certain[row]
-        done += counted
     return {turn: _compare(plan, turn[0], after[turn]) for turn in turns}
 
 
@@ -265,10 +260,6 @@ def plan_batches(first: np.ndarray, n_steps: int, size: int) -> Iterator[list[tu
             open_batches.remove(room)
             yield room
     yield from open_batches
-
-
-def _scaled(on_steps: Callable[[int], None], before: int, counted: int) -> OnStep:
-    return lambda done, total: on_steps(before + round(counted * done / total))
 
 
 def _compare(plan: Plan, feature: int, after: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -306,10 +297,11 @@ def paired_effects(before: Predictions, after: Predictions) -> np.ndarray:
 def read_dissection(lens: JudgedLens, config: DissectConfig, folder: Path) -> Dissection:
     """Collect what ``dissect`` measured, all that ``folder`` holds."""
     classes = {a.name: a.classes for a in lens.classifier.attributes}
-    done = sorted(_turn(path) for path in folder.glob("[0-9]*.safetensors"))
+    pieces = Workspace(folder)
+    done = sorted(_turn(path) for path in pieces.names("[0-9]*.safetensors"))
     if not done:
         raise LensError(f"No feature has been dissected in {folder} yet.")
-    rows = [load_tensors(_file(folder, turn)) for turn in done]
+    rows = [load_tensors(pieces.path(_name(turn))) for turn in done]
     betas = sorted({beta for _, beta in done}, reverse=True)
 
     def table(part: str) -> dict[str, np.ndarray]:
@@ -353,15 +345,8 @@ def _alone(sae: SparseAutoencoder, feature: int, mode: Mode, beta: float, sample
     return Intervention.at_beta(FeatureSet((feature,), (0.0,), "", "", sae.sae_id), mode, beta, sampler=sampler)
 
 
-def _claim(folder: Path, identity: list[object]) -> None:
-    path = folder / "dissection.json"
-    if path.is_file() and read_json(path) != identity:
-        raise LensError(f"{folder} holds another dissection; choose a new folder, or the same settings.")
-    write_json(path, identity)
-
-
-def _file(folder: Path, turn: Turn) -> Path:
-    return folder / f"{turn[0]:06d}_{turn[1]!r}.safetensors"
+def _name(turn: Turn) -> str:
+    return f"{turn[0]:06d}_{turn[1]!r}.safetensors"
 
 
 def _turn(path: Path) -> Turn:
