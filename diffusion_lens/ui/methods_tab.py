@@ -20,8 +20,8 @@ from diffusion_lens.ui.gpu import lent
 
 INTRO = (
     "Which way of steering works best, how well, and what does it cost? Every method is fitted on the same images, "
-    "tuned on the same seeds by the same rule, and judged on others by a classifier that none of them has seen. Where "
-    "a method beats DiffLens, the table says so."
+    "tuned on the same seeds by the same rule, and judged on others by the lens's image classifier. On the bundled "
+    "lens that classifier also labelled what the probes learned from. Where a method beats DiffLens, the table says so."
 )
 TRY = ("2", "Try one", "on the prompt and seeds of Explore, beside DiffLens")
 TABLE = ("1", "Compare", "all methods at their best setting")

@@ -1,5 +1,7 @@
-"""The bench: every method on the same prompt and seeds, tuned alike on other seeds, judged by a classifier that no
-method has seen. Resumable method by method, strength by strength.
+"""The bench: every method on the same prompt and seeds, tuned alike on other seeds, judged by the lens's classifier.
+
+No method is given that classifier, but the bundled lens's probes learned from its labels. Resumable method by method,
+strength by strength.
 """
 
 from __future__ import annotations
