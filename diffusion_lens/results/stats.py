@@ -74,6 +74,7 @@ def imprecise_interval(
     statistic: Callable[[np.ndarray], np.ndarray],
     counts: np.ndarray,
     *,
+    more: Sequence[int] | None = None,
     level: float = 0.95,
     n_draws: int = 2000,
     seed: int = 0,
@@ -81,15 +82,17 @@ def imprecise_interval(
     """Interval of ``statistic``, a function of shares ``[draw, class] → [draw]``, from ``counts [class]``.
 
     Shares are drawn from a Dirichlet distribution of the counts plus one more image, of the class that moves each end
-    furthest outwards: the imprecise Dirichlet model (Walley 1996) with s = 1. For one share this is the exact interval
-    of ``share_interval``. Its low end is not for a distance, which no draw puts at 0: see ``metrics.fd_interval``.
+    furthest outwards (one of ``more``, if given): the imprecise Dirichlet model (Walley 1996) with s = 1. For one share
+    this is the exact interval of ``share_interval``. Its low end is not for a distance, which no draw puts at 0: see
+    ``metrics.fd_interval``.
     """
     rng = np.random.default_rng(seed)
     gammas = rng.standard_gamma(np.asarray(counts, dtype=np.float64), size=(n_draws, len(counts)))
-    more = rng.standard_exponential(n_draws)[:, None]
-    total = gammas.sum(axis=1, keepdims=True) + more
+    one = rng.standard_exponential(n_draws)[:, None]
+    total = gammas.sum(axis=1, keepdims=True) + one
     tails = (1 - level) / 2, (1 + level) / 2
-    ends = [np.quantile(statistic((gammas + more * row) / total), tails) for row in np.eye(len(counts))]
+    places = np.eye(len(counts))[slice(None) if more is None else list(more)]
+    ends = [np.quantile(statistic((gammas + one * place) / total), tails) for place in places]
     return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
 
 
