@@ -668,8 +668,8 @@ class Atlas(Short):
         near_images: images on which it nearly fired: never among the k, highest before the cut ``[d_sae, r]``.
         labels: one short text per feature (``""``: none), made as ``label_source`` says.
         layout: how ``xy`` was made, e.g. ``umap``.
-        effects: attribute → change of its class shares when this feature alone is turned, ``[d_sae, class]``,
-            NaN where not measured; ``effect_source`` says how far it was turned, and on what.
+        effects: attribute → change of its class shares when this feature alone is steered, ``[d_sae, class]``,
+            NaN where not measured; ``effect_source`` says how far it was steered, and on what.
     """
 
     xy: np.ndarray
@@ -714,7 +714,7 @@ class FeatureCard(Short):
 
     Attributes:
         attribution: attribute → class → score summed over steps; ``rank``: attribute → class → place (1 is first).
-        effects: attribute → class → change of share when this feature alone is turned (empty: not measured).
+        effects: attribute → class → change of share when this feature alone is steered (empty: not measured).
     """
 
     id: int

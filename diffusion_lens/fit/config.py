@@ -36,8 +36,8 @@ class FitConfig(StrictConfig):
             else images count alike, and an attribute's probe also learns what comes with it under the prompts.
         attribution_images: images per attribute that integrated gradients are averaged over.
         pool_images: images of the atlas.
-        settings: shipped turns; attributes without one get theirs by ``choose``.
-        effect_features, effect_images: per class, how many top features are turned alone, on how many images;
+        settings: how attributes are steered; those without one get theirs by ``choose``.
+        effect_features, effect_images: per class, how many top features are steered alone, on how many images;
             0 leaves causal effects out.
         sweep_attributes: what is swept (empty: every attribute).
         sweep_prompts: prompts swept with ``sweep_images`` images per strength from ``sweep_first_seed`` on.

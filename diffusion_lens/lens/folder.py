@@ -189,7 +189,7 @@ class LensFolder:
 
     @property
     def settings(self) -> Mapping[str, Setting]:
-        """Attribute → the shipped turn."""
+        """Attribute → how the lens steers it."""
         return self.manifest.settings
 
     @property

@@ -52,7 +52,7 @@ class RandomFeatures(_SaeControl):
     name = "Control: random features"
     source = "ours"
     explanation = (
-        "Turns as many SAE features as DiffLens does, drawn at random among those as active, just as far. What this "
+        "Steers as many SAE features as DiffLens does, drawn at random among those as active, just as far. What this "
         "moves, any push of that size would move: the chosen features' effect is what goes beyond it (our control)."
     )
 
@@ -69,7 +69,7 @@ class SignFlip(_SaeControl):
     name = "Control: poles exchanged"
     source = "ours"
     explanation = (
-        "Turns the features of the opposite pole instead of the target's, so the share should move the other way. If "
+        "Steers the features of the opposite pole instead of the target's, so the share should move the other way. If "
         "it does not, the features carry no direction (our control)."
     )
 

@@ -16,7 +16,7 @@ from diffusion_lens.model.denoise import Edit
 
 
 class DiffLensOptions(SaeOptions):
-    """Which attribution ranks the features, and how they are turned."""
+    """Which attribution ranks the features, and how they are steered."""
 
     attribution: Literal["shipped", "fitted"] = Field(
         "shipped", title="Attribution", description="The lens's own, or one on the images drawn for this fit."
@@ -61,7 +61,7 @@ class DiffLens(Method):
 
 
 class DiffLensHeld(DiffLens):
-    """The same turns, with the lens's other attributes held still."""
+    """The same edits, with the lens's other attributes held still."""
 
     key = "difflens-hold"
     name = "DiffLens, others held"

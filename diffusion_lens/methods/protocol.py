@@ -73,7 +73,7 @@ class OpenLens(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Setting]:
-        """Attribute → shipped turn."""
+        """Attribute → how the lens steers it."""
 
 
 class MethodOptions(StrictConfig):
@@ -192,7 +192,7 @@ class Method(ABC):
     """One way of steering.
 
     Attributes:
-        key: its name on the command line. name: as shown. kind: what it turns.
+        key: its name on the command line. name: as shown. kind: what it edits.
         source, explanation: shown beside it; the explanation names its source and says what is our working form.
         options: the declared options. strengths: a grid for tuning, 0 left out; ``strength_name`` says what it is.
         aim: ``class`` steers each image to a class drawn for it, ``distribution`` pushes the whole set towards

@@ -16,7 +16,7 @@ from diffusion_lens.model.denoise import Edit
 
 
 class SaeLrpOptions(SaeOptions):
-    """Which rule carries relevance back, and how features are turned."""
+    """Which rule carries relevance back, and how features are steered."""
 
     rule: Rule = Field("zplus", title="Rule", description="z⁺ of deep Taylor decomposition, or the ε-rule.")
 

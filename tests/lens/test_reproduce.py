@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +82,31 @@ def test_all_these_edits_differ(tiny_lens: DiffusionLens) -> None:
     assert set(interventions(tiny_lens)) == set(NAMES)
     specs = [tiny_lens.edit(*given).spec for given in interventions(tiny_lens).values()]
     assert len(set(specs)) == len({spec.digest for spec in specs}) == len(NAMES)
+
+
+SHIPPED = """
+from diffusion_lens.lens.lens import DiffusionLens
+lens = DiffusionLens.from_pretrained("assets/portraits")
+for name, setting in lens.settings.items():
+    print(name, lens.edit(lens.intervention(name, setting.target, setting.betas[-1])).spec.digest)
+"""
+
+
+def test_digests_of_the_shipped_settings_are_the_same_in_every_process() -> None:
+    root = Path(__file__).resolve().parents[2]
+    told = []
+    for seed in ("1", "2"):  # of Python's own hashes, which must not matter
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-c", SHIPPED], capture_output=True, text=True, check=True, cwd=root, env=environment
+        )
+        told.append(dict(line.split() for line in done.stdout.splitlines()))
+    lens = DiffusionLens.from_pretrained(root / "assets" / "portraits")
+    own = {
+        name: lens.edit(lens.intervention(name, setting.target, setting.betas[-1])).spec.digest
+        for name, setting in lens.settings.items()
+    }
+    assert told[0] == told[1] == own and len({*own.values()}) == len(own) == 3
 
 
 @pytest.mark.parametrize("mode", ["scale", "add", "suppress"])
