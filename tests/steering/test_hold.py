@@ -126,6 +126,12 @@ def test_directions_far_weaker_than_the_strongest_are_rounding(weak: float, coun
     torch.testing.assert_close(found @ found.T, torch.diag((torch.arange(4) < count).float()))
 
 
+def test_the_strongest_direction_is_the_measure() -> None:
+    rows = torch.diag(torch.tensor([1.0, 0.5e-4, 0.0]))[:2]
+    found = _directions([torch.cat([rows, -rows])])
+    torch.testing.assert_close(found @ found.T, torch.diag(torch.tensor([1.0, 0.0, 0.0])))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_a_change_stays_in_its_own_precision(dtype: torch.dtype) -> None:
     hold, change = Hold((PROBES["age"],)), random_maps(2)
