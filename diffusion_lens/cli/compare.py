@@ -12,7 +12,7 @@ import typer
 from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.words import duration
-from diffusion_lens.cli.console import Bar, guarded, kept, progress, say, show_json, show_table
+from diffusion_lens.cli.console import Bar, guarded, kept, progress, say, show_json, show_table, stored
 from diffusion_lens.cli.options import (
     BatchOption,
     DeviceOption,
@@ -96,10 +96,8 @@ def compare(
     for comparison in found.values():
         if out is not None:
             _write(comparison, out)
-        if store:
-            say(f"Wrote {opened.store(comparison)}")
     plain = {name: [row_json(row) for row in comparison.rows] for name, comparison in found.items()}
-    with kept("compare", lambda: plain):
+    with stored(opened, found.values() if store else ()), kept("compare", lambda: plain):
         if as_json:
             show_json(plain)
             return

@@ -34,6 +34,8 @@ from diffusion_lens.cli.output import holds_unicode, keeping
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from diffusion_lens.lens.lens import DiffusionLens
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -61,6 +63,22 @@ def say(text: str) -> None:
     """One line for the person, on standard error; where nobody listens any more, nothing is said."""
     with suppress(OSError, ValueError):
         Screen(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stored(lens: DiffusionLens, results: Iterable[object]) -> Iterator[None]:
+    """Store results in a lens, then let the block print them; where they cannot be stored they are printed all the
+    same, and what is wrong is said last.
+    """
+    fault: LensError | None = None
+    try:
+        for result in results:
+            say(f"Wrote {lens.store(result)}")
+    except LensError as error:
+        fault = error
+    yield
+    if fault is not None:
+        raise fault
 
 
 def kept(name: str, values: Callable[[], Any]) -> AbstractContextManager[None]:

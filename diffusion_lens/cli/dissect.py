@@ -13,7 +13,7 @@ from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
 from diffusion_lens.cli import portraits
 from diffusion_lens.cli.compare import PromptOption, WorkOption
-from diffusion_lens.cli.console import guarded, kept, progress, say, show_json, show_table
+from diffusion_lens.cli.console import guarded, kept, progress, say, show_json, show_table, stored
 from diffusion_lens.cli.options import (
     BatchOption,
     DeviceOption,
@@ -99,12 +99,11 @@ def dissect(
         check_writable(opened.folder)
     with progress("dissecting") as bar:
         found = run(opened, config, work, on_plan=lambda plan: say(plan.describe()), progress=bar.work)
-    if store:
-        say(f"Wrote {opened.store(found)}")
-    if as_json:
-        show_json(to_plain(groups(found)))
-    else:
-        _show_groups(found)
+    with stored(opened, (found,) if store else ()):
+        if as_json:
+            show_json(to_plain(groups(found)))
+        else:
+            _show_groups(found)
 
 
 def _show_groups(found: Dissection) -> None:
@@ -164,9 +163,7 @@ def together(
             opened, _prompt(opened, prompt), steers, series.seeds, sampler=None if alike else "symmetric",
             batch_size=batch_of(opened, series.batch_size), progress=bar.work,
         )  # fmt: skip
-    if store:
-        say(f"Wrote {opened.store(result)}")
-    with kept("together", lambda: to_plain(result)):
+    with stored(opened, (result,) if store else ()), kept("together", lambda: to_plain(result)):
         if as_json:
             show_json(to_plain(result))
         else:

@@ -26,6 +26,7 @@ from diffusion_lens.cli.console import (
     share_row,
     show_json,
     show_table,
+    stored,
 )
 from diffusion_lens.cli.image_quality import QualityFlags
 from diffusion_lens.cli.options import (
@@ -97,9 +98,8 @@ def check(
         prompts = dict.fromkeys(sweep.request.prompt for sweep in report.sweeps)
         groups = [[s for s in report.sweeps if s.request.prompt == prompt] for prompt in prompts]
         save_html(html, "Sweeps of the check", [(sweep_figure(g), describe_sweep(g)) for g in groups])
-    if store and report.counted is not None:
-        say(f"Wrote {opened.store(report.counted)}")
-    with kept("check", lambda: plain_report(report)):
+    counted = (report.counted,) if store and report.counted is not None else ()
+    with stored(opened, counted), kept("check", lambda: plain_report(report)):
         if as_json:
             show_json(plain_report(report))
             say(report.summary)
