@@ -5,6 +5,7 @@ The network has torchvision's key names, so that FairFace's own file loads witho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from diffusion_lens.judging.calibration import softmax
 from diffusion_lens.judging.readers import BATCH_SIZE, LabelMap, Scores, empty_scores, map_text, pool_labels
 
 FAIRFACE_FILE = "res34_fair_align_multi_7_20190809.pt"
+NUMBER_OF_RACES = re.compile(r"(?<![0-9])([47])(?![0-9])")
+"""In a file's name."""
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "race": ("White", "Black", "Latino_Hispanic", "East Asian", "Southeast Asian", "Indian", "Middle Eastern"),
     "gender": ("Male", "Female"),
@@ -95,6 +98,19 @@ def _check_labels(label_map: LabelMap) -> None:
                 raise LensError(f"FairFace has no {name} '{label}'; it reads {own}.")
 
 
+def _check_races(file: str, label_map: LabelMap) -> None:
+    """FairFace's two files have the same shapes; the other one's first outputs are four races, and its name alone
+    tells. Raises ``LensError`` unless the file says that it reads seven, where races are read."""
+    races = NUMBER_OF_RACES.search(file)
+    if races is not None and races[1] != "7":
+        raise LensError(f"{file} is FairFace's file of four races, whose outputs are others; use {FAIRFACE_FILE}.")
+    if races is None and "race" in label_map:
+        raise LensError(
+            f"Nothing tells whether {file} reads FairFace's seven races or its four, which have the same outputs; give "
+            f"{FAIRFACE_FILE} under its own name (or …_7_….safetensors), or leave race out of the labels."
+        )
+
+
 def _stage(c: int, d: int, n: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(c, d, stride), *(BasicBlock(d, d, 1) for _ in range(n - 1)))
 
@@ -122,6 +138,7 @@ class FairFaceReader:
             network.load_state_dict(read_state_dict(weights), assign=True)
         except RuntimeError:
             raise LensError(f"{weights.name} is not FairFace's ResNet-34 with 18 outputs; fetch it again.") from None
+        _check_races(weights.name, label_map)
         network.eval().requires_grad_(False).to(device)
         return cls(network, label_map, weights_digest(network, map_text(label_map)), weights)
 

@@ -20,9 +20,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.base.weights import weight_file, weights_folder
 from diffusion_lens.judging.faces import face_crop, yunet_detector
-from diffusion_lens.judging.fairface import OUTPUTS, FairFaceReader, ResNet34
+from diffusion_lens.judging.fairface import OUTPUTS, PAPER_MAP, FairFaceReader, ResNet34
 from diffusion_lens.judging.photos import PhotoClassifier
-from diffusion_lens.judging.readers import FACES, ClipConfig, ClipReader, HubReader, Scores, pool_labels
+from diffusion_lens.judging.readers import FACES, ClipConfig, ClipReader, HubReader, LabelMap, Scores, pool_labels
 
 PROMPTS = {"gender": {"female": ("a woman", "a portrait of a woman"), "male": ("a man",)}}
 FACE_PROMPTS = dict(zip(FACES, (("an object",), ("a person",), ("people", "a group")), strict=True))
@@ -189,6 +189,22 @@ def test_fairface_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.
         FairFaceReader.load(evil)
     (tmp_path / "there").touch()
     assert weight_file("there", "nowhere") == tmp_path / "there"
+
+
+def test_fairface_files_of_four_and_seven_races_are_told_apart(fairface_network: ResNet34, tmp_path: Path) -> None:
+    def load(name: str, **labels: LabelMap) -> FairFaceReader:
+        torch.save(fairface_network.state_dict(), tmp_path / name)
+        return FairFaceReader.load(tmp_path / name, **labels)
+
+    for name in ("res34_fair_align_multi_4_20190809.pt", "fairface-4.pt", "FairFace4.pt"):
+        with pytest.raises(LensError, match=f"{name} is FairFace's file of four races"):
+            load(name)
+    for name in ("fairface.pt", "res34_20190807.pt"):
+        with pytest.raises(LensError, match="Nothing tells whether"):
+            load(name)
+        assert load(name, label_map={"gender": PAPER_MAP["gender"]}).attributes[0].name == "gender"
+    for name in ("res34_fair_align_multi_7_20190809.pt", "fairface_7.pth"):
+        assert [a.name for a in load(name).attributes] == ["gender", "age", "race"]
 
 
 @dataclass(frozen=True, eq=False)
