@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,11 @@ def convert_p2(
     checkpoint: Annotated[Path, typer.Argument(help="A guided-diffusion checkpoint, .pt or .safetensors.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the diffusers pipeline.")],
     config: Annotated[
-        Path | None, typer.Option(help="JSON with the model's settings; read off the checkpoint by default.")
+        Path | None,
+        typer.Option(
+            help="JSON with what the checkpoint cannot say: at least num_heads or num_head_channels; or p2, for the "
+            "published P2 models."
+        ),
     ] = None,
     keep_variance: Annotated[
         bool, typer.Option("--keep-variance", help="Keep the learned variance, for ancestral sampling.")
@@ -30,16 +34,21 @@ def convert_p2(
 ) -> None:
     """Turn a P2 or guided-diffusion U-Net into a folder that stock diffusers opens.
 
-    python -m diffusion_lens convert-p2 celebahq_p2.pt runs/p2
+    python -m diffusion_lens convert-p2 celebahq_p2.pt runs/p2 --config p2
     """
     from diffusion_lens.interop.convert_p2 import convert
-    from diffusion_lens.interop.p2_format import P2Config
+    from diffusion_lens.interop.p2_format import PUBLISHED, P2Config, untold
 
     if not checkpoint.is_file():
         raise LensError(f"There is no file {checkpoint}.")
-    settings = None if config is None else P2Config.load(config)
+    settings: dict[str, Any] = {}
+    if config is not None:
+        published = str(config) == PUBLISHED
+        settings = P2Config().model_dump() if published else P2Config.load(config).model_dump(exclude_unset=True)
     say("Converting…")
     convert(checkpoint, out, settings, keep_variance=keep_variance)
+    for name, value in untold(settings).items():
+        say(f"Assumed, since neither the checkpoint nor --config says it: {name} is {value}.")
     say(f"Wrote {out}; open it with diffusers, or name it as the model of a fit.")
 
 

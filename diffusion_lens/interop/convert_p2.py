@@ -12,7 +12,7 @@ and writes a ``DDPMPipeline`` with ``variance_type="learned_range"``, which read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,24 +186,26 @@ def _schedule(config: P2Config) -> dict[str, Any]:
     }
 
 
-def convert(checkpoint: Path, out: Path, config: P2Config | None = None, *, keep_variance: bool = False) -> Path:
+def convert(
+    checkpoint: Path, out: Path, config: P2Config | Mapping[str, Any] | None = None, *, keep_variance: bool = False
+) -> Path:
     """Convert a checkpoint file to a pipeline folder that stock diffusers opens and runs.
 
     Args:
         checkpoint: ``.pt`` (read with ``weights_only=True``) or ``.safetensors`` with the bare state dict.
         out: the folder to write; it must be new or empty. It also gets ``p2_config.json``, what it was made with.
-        config: the checkpoint's settings; read off the checkpoint where ``None``.
+        config: the checkpoint's settings, or by name those that it does not tell itself: at least its attention heads.
         keep_variance: keep the learned variance and write a ``DDPMPipeline`` (see the module's docstring).
 
     Returns:
         ``out``.
 
     Raises:
-        LensError: the checkpoint or config does not fit (one sentence), or ``out`` is in use.
+        LensError: heads that nobody told, the checkpoint or config does not fit (one sentence), or ``out`` is in use.
     """
     check_empty(out)
     state = read_state_dict(checkpoint)
-    config = config or infer_config(state)
+    config = config if isinstance(config, P2Config) else infer_config(state, config)
     unet = convert_unet(state, config)
     with atomic_folder(out) as partial:
         if keep_variance and config.learn_sigma:

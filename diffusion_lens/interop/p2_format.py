@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,10 @@ IMAGE_CHANNELS = 3
 NORM_GROUPS = 32
 # guided-diffusion's table of channel multipliers; the image size cannot be read from a fully convolutional U-Net.
 SIZE_OF_MULTIPLIERS = {(1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
+
+TRACELESS = ("use_new_attention_order", "noise_schedule", "diffusion_steps")
+PUBLISHED = "p2"
+"""What names the settings of the published P2 models (CelebA-HQ and FFHQ at 256)."""
 
 
 class P2Config(StrictConfig):
@@ -159,15 +163,18 @@ def source_keys(layer: Layer) -> list[str]:
     return [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
 
 
-def infer_config(state: dict[str, Tensor]) -> P2Config:
-    """Read the configuration off a checkpoint's names and shapes.
+def infer_config(state: dict[str, Tensor], told: Mapping[str, Any] | None = None) -> P2Config:
+    """Read the configuration off a checkpoint's names and shapes; ``told`` are settings by name, which come first.
 
-    What leaves no trace in them takes guided-diffusion's default: heads of 64 channels in the legacy order, a
-    linear schedule, and the image size that belongs to the channel multipliers.
+    Attention heads leave no trace: their number (``num_heads``) or their channels (``num_head_channels``) must be told.
+    See ``untold`` for what else leaves none and takes guided-diffusion's default.
 
     Raises:
-        LensError: the names are of another format, or the multipliers belong to no known image size.
+        LensError: the heads were not told, a setting is wrong, the names are of another format, or the multipliers
+            belong to no known image size.
     """
+    told = dict(told or {})
+    heads = {name: told[name] for name in ("num_heads", "num_head_channels") if name in told}
     try:
         base = state["time_embed.0.weight"].shape[1]
         ups = [_resampler_place(state, index) for index in range(_count(state, "output_blocks"))]
@@ -180,25 +187,38 @@ def infer_config(state: dict[str, Tensor]) -> P2Config:
         learn_sigma = state["out.2.weight"].shape[0] == 2 * IMAGE_CHANNELS
     except (KeyError, IndexError, ZeroDivisionError):
         raise LensError("This is no guided-diffusion U-Net checkpoint: its layers have other names.") from None
-    if multipliers not in SIZE_OF_MULTIPLIERS:
+    if not heads:
+        raise LensError(
+            "The checkpoint does not say how many attention heads it was trained with, and with another number it is "
+            "another model: give its settings, at least num_heads or num_head_channels, as JSON (--config FILE), or "
+            "--config p2 for those of the published P2 models (64 channels a head)."
+        )
+    if multipliers not in SIZE_OF_MULTIPLIERS and "image_size" not in told:
         raise LensError(
             f"The image size cannot be told from channel multipliers {multipliers}; give the checkpoint's "
             "configuration as a JSON file (--config)."
         )
-    size = SIZE_OF_MULTIPLIERS[multipliers]
-    return P2Config(
-        image_size=size,
-        num_channels=base,
-        num_res_blocks=n_res,
-        channel_mult=multipliers,
-        attention_resolutions=tuple(
-            size // 2**level for level, start in enumerate(starts) if f"input_blocks.{start}.1.qkv.weight" in state
-        ),
-        learn_sigma=learn_sigma,
-        use_scale_shift_norm=scale_shift,
-        resblock_updown=not any(name.endswith(".op.weight") for name in state),
-        class_cond="label_emb.weight" in state,
-    )
+    size = int(told.get("image_size") or SIZE_OF_MULTIPLIERS[multipliers])
+    attended = [level for level, start in enumerate(starts) if f"input_blocks.{start}.1.qkv.weight" in state]
+    seen: dict[str, Any] = {
+        "image_size": size,
+        "num_channels": base,
+        "num_res_blocks": n_res,
+        "channel_mult": multipliers,
+        "attention_resolutions": tuple(size // 2**level for level in attended),
+        "learn_sigma": learn_sigma,
+        "use_scale_shift_norm": scale_shift,
+        "resblock_updown": not any(name.endswith(".op.weight") for name in state),
+        "class_cond": "label_emb.weight" in state,
+        # In guided-diffusion, channels a head count where they are given.
+        "num_head_channels": -1,
+    }
+    return P2Config.parse({**seen, **told}, where="--config")
+
+
+def untold(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that leave no trace in a checkpoint and that were not told: name → the value that is assumed."""
+    return {name: P2Config.model_fields[name].default for name in TRACELESS if name not in told}
 
 
 def _count(state: dict[str, Tensor], group: str) -> int:

@@ -17,10 +17,12 @@ from p2_states import SMALL, build_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.cli.app import app
 from diffusion_lens.interop.convert_p2 import convert, convert_unet, drop_variance
-from diffusion_lens.interop.p2_format import P2Config, infer_config
+from diffusion_lens.interop.p2_format import P2Config, infer_config, untold
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -179,7 +181,7 @@ def test_a_wrong_attention_order_is_noticed() -> None:
 
 def test_full_size_celebahq_by_shape() -> None:
     state = build_state(P2Config(), device="meta")
-    config = infer_config(state)
+    config = infer_config(state, {"num_head_channels": 64})
     assert config == P2Config()
     unet = convert_unet(state, config)
     assert sum(p.numel() for p in unet.parameters()) == sum(t.numel() for t in state.values())
@@ -257,7 +259,57 @@ def test_conversion_leaves_the_global_random_state_alone() -> None:
 )
 def test_inference_inverts_construction(changes: dict[str, object]) -> None:
     config = P2Config().model_copy(update=changes)
-    assert infer_config(build_state(config, device="meta")) == config
+    assert infer_config(build_state(config, device="meta"), {"num_head_channels": 64}) == config
+
+
+@pytest.mark.parametrize("told", [None, {}, {"noise_schedule": "linear"}])
+def test_heads_are_never_guessed(told: dict[str, object] | None, tmp_path: Path) -> None:
+    state = build_state(P2Config(num_channels=32, channel_mult=(1, 2, 3, 4), image_size=64, num_head_channels=32))
+    with pytest.raises(LensError, match=r"attention heads.*--config p2"):
+        infer_config(state, told)
+    save_file(state, tmp_path / "c.safetensors")
+    with pytest.raises(LensError, match="num_heads or num_head_channels"):
+        convert(tmp_path / "c.safetensors", tmp_path / "out", told)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("told", [{"num_heads": 4}, {"num_heads": 2}, {"num_head_channels": 32}])
+def test_heads_that_are_told_make_the_model_that_was_trained(told: dict[str, int]) -> None:
+    shape = P2Config(
+        image_size=64, num_channels=32, channel_mult=(1, 2, 3, 4), attention_resolutions=(), resblock_updown=False
+    )
+    heads = {"num_head_channels": -1, **told}
+    trained, state = shape.model_copy(update=heads), build_state(shape)
+    config = infer_config(state, told)
+    assert config == trained
+    x, timesteps = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)), torch.tensor([500])
+    assert relative(run(convert_unet(state, config), x, timesteps)[0], twin(state, trained, x, timesteps)[0]) < 1e-5
+
+
+def test_what_is_told_comes_first_and_the_rest_is_said() -> None:
+    state = build_state(SMALL)
+    with pytest.raises(LensError, match="image size cannot be told"):
+        infer_config(state, {"num_head_channels": 32})
+    assert infer_config(state, {"num_head_channels": 32, "image_size": 16}) == SMALL
+    with pytest.raises(LensError, match="'num_headz' is wrong"):
+        infer_config(state, {"num_heads": 1, "image_size": 16, "num_headz": 1})
+    assert set(untold({"num_heads": 1})) == {"use_new_attention_order", "noise_schedule", "diffusion_steps"}
+    assert untold({"noise_schedule": "cosine"}).keys() == {"use_new_attention_order", "diffusion_steps"}
+
+
+def test_the_command_asks_and_says_what_it_assumes(tmp_path: Path) -> None:
+    save_file(build_state(SMALL), tmp_path / "c.safetensors")
+    words = ["convert-p2", str(tmp_path / "c.safetensors"), str(tmp_path / "out")]
+    asked = CliRunner().invoke(app, words)
+    assert asked.exit_code == 2 and "attention heads" in asked.stderr
+    (tmp_path / "told.json").write_text('{"num_head_channels": 32, "image_size": 16, "diffusion_steps": 500}')
+    done = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "told.json")])
+    assert done.exit_code == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "noise_schedule is linear" in said and "diffusion_steps is" not in said
+    assert P2Config.load(tmp_path / "out" / "p2_config.json") == SMALL.model_copy(update={"diffusion_steps": 500})
+    published = CliRunner().invoke(app, [*words[:2], str(tmp_path / "other"), "--config", "p2"])
+    assert published.exit_code == 2 and "check that the config fits" in published.stderr
 
 
 def test_config_takes_comma_lists_and_refuses_unknown_keys() -> None:
@@ -301,8 +353,6 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
 def test_foreign_checkpoints_are_refused() -> None:
     with pytest.raises(LensError, match="other names"):
         infer_config({"conv_in.weight": torch.zeros(1)})
-    with pytest.raises(LensError, match="--config"):
-        infer_config(build_state(SMALL))
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
