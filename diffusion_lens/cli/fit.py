@@ -60,6 +60,10 @@ def fit(
         str | None, typer.Option("--model", "-m", rich_help_panel=MODEL, help="Hub id or folder of a diffusers model.")
     ] = None,
     revision: Annotated[str | None, typer.Option(rich_help_panel=MODEL, help="Of the hub repository.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=MODEL, help="Which weight files to read, e.g. fp16; the plain ones by default."),
+    ] = None,
     hook_name: Annotated[
         str, typer.Option(rich_help_panel=MODEL, help="Module that is read and edited.")
     ] = "mid_block",
@@ -160,7 +164,7 @@ def fit(
         changes = {
             "n_images": images, "per_class": per_class, "n_steps": steps, "guidance_scale": guidance,
             "batch_size": batch_size, "sweep_images": sweep_images, "seed": seed, "name": name, "revision": revision,
-            "bundle_pipeline": bundle,
+            "variant": variant, "bundle_pipeline": bundle,
         }  # fmt: skip
         sae = {"d_sae": sae_features, "k": sae_k, "n_steps": sae_steps, "layout": sae_layout, "seed": seed}
         _announce(processes, "Loading the models…")
@@ -224,7 +228,14 @@ def _from_flags(
     where = str(Path(model).resolve()) if Path(model).is_dir() else model
     # The classifier first: a mistake in its name should not wait for a large download.
     judge, source = _judge(reading, work, running.device, offline)
-    opened = load_model(where, hook_name=hook_name, revision=changes["revision"], offline=offline, options=running)
+    opened = load_model(
+        where,
+        hook_name=hook_name,
+        revision=changes["revision"],
+        variant=changes["variant"],
+        offline=offline,
+        options=running,
+    )
     people = reading.labeller
     if people is not None and people.startswith("csv:"):
         people = f"csv:{Path(people.removeprefix('csv:')).resolve()}"

@@ -122,6 +122,17 @@ def test_flags_are_kept_as_a_configuration(run: Run) -> None:
     assert Path("sheet/labels.csv").read_text().splitlines()[:2] == ["file,gender", "00000.png,"]
 
 
+def test_a_variant_is_kept_and_opened_again(run: Run) -> None:
+    make_text_pipeline().save_pretrained("sd", variant="fp16")  # beside the plain files
+    words = ("--classifier", "clip:clip", "--labels", "labels.json", "--attributes", "gender", "--prompts", *PROMPTS)
+    made = run("fit", "--model", "sd", *words, "--variant", "fp16", "--steps", 3, "--offline", "--dry-run", "--json")
+    assert made.exit_code == 0, made.output
+    assert load_config("runs/fit/fit.json").variant == "fp16"
+    assert run("fit", "runs/fit/fit.json", "--offline", "--dry-run", "--json").exit_code == 0
+    refused = run("fit", "--model", "sd", *words, "--variant", "ema", "--offline", "--dry-run")
+    assert refused.exit_code == 2 and "no weights of the variant 'ema'" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fits import SETTING, quick
-from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier
+from lens_fixtures import AGE, GENDER, PROMPTS, STEPS, classifier_of, make_classifier, tiny_config
 from measured import counted, measured
 
 from diffusion_lens.base.files import load_tensors, read_json
@@ -90,6 +90,18 @@ def test_a_change_repeats_its_stage_and_all_after_it(change: dict[str, Any], fir
     changed = [stage for stage in STAGES if before[stage] != after[stage]]
     assert changed == ([] if first_changed is None else list(STAGES[STAGES.index(first_changed) :]))
     assert not set(before.values()) & set(stage_hashes(quick(), {"unet": "b"}).values())
+
+
+def test_prompts_that_the_model_would_not_read_are_refused_before_anything_is_drawn(
+    tiny_fit_models: Models, tmp_path: Path
+) -> None:
+    for changes, words in (
+        ({"sampling_prompts": (*PROMPTS, "a portrait of a zebra")}, "never saw “zebra”"),
+        ({"vocabulary": None, "sweep_prompts": ("a portrait of a nurse " * 4,)}, "tokens and the model reads"),
+        ({"vocabulary": None, "prompts": ("a (nurse:1.4)",)}, "Weights are not read"),
+    ):
+        with pytest.raises(LensError, match=words):
+            prepare(tiny_config(**changes), tiny_fit_models, tmp_path)
 
 
 def test_every_key_of_the_configuration_has_its_place() -> None:
