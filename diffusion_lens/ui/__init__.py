@@ -14,7 +14,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
-    atlas_tab,
+    atlas,
     depth,
     explore,
     explore_handlers,
@@ -84,19 +84,17 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
             )
         with gr.Tab("Methods", id="methods") as methods:
             methods_tab.layout(studio, methods, tab)
-        with gr.Tab("Atlas", id="atlas") as atlas:
-            feature, turn = atlas_tab.layout(studio, atlas)
+        with gr.Tab("Atlas", id="atlas") as atlas_tab:
+            built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
         with gr.Tab("Depth", id="depth") as depth_tab:
             built_when_looked_at(depth_tab, lambda _: depth.build())
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))
     explore.return_to(studio, explore_tab, tab)
-    _connect(demo, studio, tab, tabs, feature, turn)
+    _connect(demo, studio, tab)
 
 
-def _connect(
-    demo: gr.Blocks, studio: Studio, tab: explore.Explore, tabs: gr.Tabs, feature: gr.State, turn: gr.Button
-) -> None:
+def _connect(demo: gr.Blocks, studio: Studio, tab: explore.Explore) -> None:
     def arrive(request: gr.Request) -> tuple[Any, ...]:
         query = {str(k): str(v) for k, v in dict(request.query_params).items()}
         return explore_handlers.open_link(studio, str(request.session_hash), query)
@@ -104,9 +102,6 @@ def _connect(
     def leave(request: gr.Request) -> None:
         for work in ("draw", "sweep", "balance", "methods"):
             studio.stops.stop(f"{request.session_hash}:{work}")
-
-    def take(page: explore_handlers.Page, feature: int | None, *values: Any) -> tuple[Any, ...]:
-        return (gr.Tabs(selected="explore"), *explore_handlers.turn_feature(studio, page, feature, values))
 
     def first_view(page: explore_handlers.Page, *values: Any) -> Iterator[tuple[Any, ...]]:
         yield from explore_handlers.draw_linked(studio, page, *values)
@@ -118,7 +113,6 @@ def _connect(
         lent(30)(first_view), [tab.page, *tab.controls], tab.outputs, concurrency_id="live", concurrency_limit=8,
         **quick,
     )  # fmt: skip
-    turn.click(take, [tab.page, feature, *tab.controls], [tabs, *tab.changed], **quick).then(**tab.live)
     demo.unload(leave)
 
 

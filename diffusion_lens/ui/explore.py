@@ -9,12 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_lens.studio import state
+from diffusion_lens.studio import cards, state
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
-from diffusion_lens.ui import cards, grid, texts
 from diffusion_lens.ui import explore_handlers as handlers
+from diffusion_lens.ui import grid, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.panel import Updates, Values
@@ -76,6 +76,12 @@ class Explore:
     def subject(self, values: Values) -> tuple[str | None, str]:
         """Prompt as shown, and attribute."""
         return values[self.controls[0]], values[self.controls[1]]
+
+    def steer_feature(self, values: Values, feature: int | None) -> Updates:
+        """One feature of the atlas, steered alone."""
+        controls = [values[c] for c in self.controls]
+        updates = handlers.turn_feature(self.studio, values[self.page], feature, controls)
+        return dict(zip(self.changed, updates, strict=True))
 
     def take_subject(self, values: Values, prompt: str | None, attribute: str) -> Updates:
         """Another tab's prompt and attribute."""

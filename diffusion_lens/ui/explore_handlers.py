@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio import cards, jobs, state
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Row, Studio
-from diffusion_lens.ui import cards, curve, grid, texts
+from diffusion_lens.ui import curve, grid, texts
 from diffusion_lens.ui.errors import explain
+from diffusion_lens.ui.html import html
 
 N_SLOTS = cards.N_SLOTS
 N_PLAIN = 11
@@ -111,8 +112,8 @@ def control_updates(studio: Studio, view: View, slots: Sequence[int], current: S
 
 def card_values(studio: Studio, view: View, slots: Sequence[int]) -> list[str]:
     """The cards' HTML, one per slot."""
-    shown = [cards.small_card(studio.lens, view, i) for i in slots]
-    return [*shown, *[cards.empty_card()] * (N_SLOTS - len(shown))]
+    shown = [html("cards.small", cards.role_card(studio.lens, view, i)) for i in slots]
+    return [*shown, *[html("cards.empty")] * (N_SLOTS - len(shown))]
 
 
 def show(studio: Studio, page: Page, picture: Picture) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from diffusion_lens.studio.cards import lit
 from diffusion_lens.studio.pictures import data_uri
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,6 +25,7 @@ def _environment() -> Environment:
         auto_reload=False,
     )
     made.filters["data_uri"] = data_uri
+    made.filters["lit"] = lit
     made.filters["percent"] = percent
     made.filters["points"] = points
     return made

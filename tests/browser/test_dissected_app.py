@@ -56,9 +56,11 @@ def choose(page: Any, where: str, text: str) -> None:
 
 def test_the_atlas_shows_what_features_control(page: Any) -> None:
     page.get_by_role("tab", name="Atlas").click()
-    page.wait_for_function("() => /glasses 2/.test(document.querySelector('#dl-atlas-evidence').innerText)")
+    page.wait_for_function("() => /glasses 2/.test(document.querySelector('#dl-atlas-evidence')?.innerText ?? '')")
     choose(page, "#dl-atlas-show", "controls glasses (2)")
-    page.wait_for_function("() => /#1: glasses \\+50/.test(document.querySelector('#dl-atlas-evidence').innerText)")
+    page.wait_for_function(
+        "() => /#1: glasses \\+50/.test(document.querySelector('#dl-atlas-evidence')?.innerText ?? '')"
+    )
     page.wait_for_function("() => document.querySelectorAll('#dl-atlas-map .scatterlayer .trace').length >= 2")
     assert page.locator("#dl-atlas-colour input").input_value() == "what turning it alone changes"
     cells = page.locator("#dl-atlas-table [role=gridcell]")
@@ -71,7 +73,7 @@ def test_the_atlas_shows_what_features_control(page: Any) -> None:
     shoot(page, "atlas")
     choose(page, "#dl-atlas-show", "controls age (0)")
     page.wait_for_function(
-        "() => /No feature tested moves age/.test(document.querySelector('#dl-atlas-evidence').innerText)"
+        "() => /No feature tested moves age/.test(document.querySelector('#dl-atlas-evidence')?.innerText ?? '')"
     )
 
 

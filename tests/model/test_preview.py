@@ -26,11 +26,11 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.generate import generate, record_trajectory
 from diffusion_lens.model.pipelines import load_model, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
-from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio import cards, jobs, state
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Studio
-from diffusion_lens.ui import cards, explore_handlers
+from diffusion_lens.ui import explore_handlers
 from diffusion_lens.ui.explore_handlers import Page
 
 

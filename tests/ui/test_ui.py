@@ -20,13 +20,13 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.sweeps import SweepResult
-from diffusion_lens.studio import jobs, state
+from diffusion_lens.studio import cards, jobs, state
 from diffusion_lens.studio.lane import Lane, Stops
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Recent, Studio
-from diffusion_lens.ui import atlas_tab, cards, curve, explore_handlers, grid, texts
+from diffusion_lens.ui import curve, explore_handlers, grid, texts
 from diffusion_lens.ui.explore_handlers import N_PLAIN, N_SLOTS, Page
 
 
@@ -400,24 +400,6 @@ class TestSeveralLenses:
         *_, last = explore_handlers.draw(studio, page, *values)
         assert "β = 2" in last[4] and "p=" not in last[5]
         assert texts.NO_PROMPT in str(ui.build(prompt_free_lens).get_config_file()["components"])
-
-
-class TestAtlas:
-    @pytest.mark.parametrize("bad", [None, -1, 32, 1.5, float("nan"), float("inf"), "3", True, [1]])
-    def test_a_page_cannot_choose_what_is_not_there(self, studio: Studio, bad: Any) -> None:
-        assert atlas_tab.valid(studio, bad) is None
-        assert "no feature" in atlas_tab.chosen(studio, "gender: male", bad)[0]
-
-    def test_choosing_shows_the_card_everywhere(self, studio: Studio) -> None:
-        card, profile, plot, number, chosen, button = atlas_tab.chosen(studio, "gender: male", 7.0)
-        assert "Feature #7" in card and "#7" in profile["alt"] and "#7" in plot["alt"]
-        assert number == chosen == 7 and "#7" in button["value"]
-
-    def test_the_table_is_in_step_with_the_colours(self, studio: Studio) -> None:
-        for colour in atlas_tab.colourings(studio):
-            values, _ = atlas_tab.scores(studio, colour)
-            ids = [row[0] for row in atlas_tab.table(studio, colour)]
-            assert ids[0] == int(values.argmax()) and np.all(np.diff(values[ids]) <= 0)
 
 
 class TestLane:

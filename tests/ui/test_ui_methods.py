@@ -21,11 +21,11 @@ from diffusion_lens.methods.registry import METHODS
 from diffusion_lens.results.comparison import Measured
 from diffusion_lens.results.comparison_tables import NOT_MEASURED, PARTS
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
-from diffusion_lens.studio import methods_live, state
+from diffusion_lens.studio import cards, methods_live, state
 from diffusion_lens.studio.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
-from diffusion_lens.ui import cards, explore_handlers, methods_views
+from diffusion_lens.ui import explore_handlers, methods_views
 from diffusion_lens.ui import methods_handlers as handlers
 from diffusion_lens.ui.explore_handlers import N_PLAIN, Page
 

@@ -1,0 +1,169 @@
+"""Evidence about single features: which of them are shown beside a view, what they do in it, what steering them did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from diffusion_lens.base.types import Examples, FeatureCard
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.dissection import FeatureEffect, effects_of, is_sure
+from diffusion_lens.studio.pictures import spotlight
+from diffusion_lens.studio.state import View, poles
+
+N_SLOTS = 6
+LEAST_CHANGE = 0.005
+"""Changes of a share below half a point are not worth a line."""
+
+Role = Literal["target", "opposite", "apart"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of a feature, lit where it fires (``uint8 [H, W, 3]``), and where that is, in words or ``""``."""
+
+    image: np.ndarray
+    where: str
+
+
+@dataclass(frozen=True)
+class RoleCard:
+    """A feature beside a view.
+
+    Attributes:
+        role: what the set does with it. tag: that in words.
+        score: its attribution to the class of its pole. rank: by it, from 1. share: of the highest score, 0 to 1.
+    """
+
+    card: FeatureCard
+    role: Role
+    tag: str
+    score: float
+    rank: int
+    share: float
+
+
+@dataclass(frozen=True)
+class TestedEffects:
+    """What steering a feature alone changed in paired images, tested against chance.
+
+    Attributes:
+        sure: effects that are no chance, largest first. every: all measured, ``sure`` first.
+        quiet: attributes of which nothing is sure. fires: whether it was active in these images at all.
+    """
+
+    sure: tuple[FeatureEffect, ...]
+    every: tuple[FeatureEffect, ...]
+    n_measured: int
+    quiet: tuple[str, ...]
+    fires: bool
+    n: int
+    source: str
+    alpha: float
+
+
+@dataclass(frozen=True)
+class UntestedEffects:
+    """What a fit measured without a test: (attribute, class, change of its share), and how.
+
+    ``measured``: whether anything was; ``n_others``: other features that were dissected, ``None`` where none was.
+    """
+
+    changes: tuple[tuple[str, str, float], ...]
+    source: str
+    measured: bool
+    n_others: int | None
+
+
+def slots(lens: DiffusionLens, view: View, pinned: int | None = None) -> tuple[int, ...]:
+    """The features shown beside a view: ``pinned``, those steered apart, then the strongest of each pole in turn."""
+    features, opposite = poles(lens, view)
+    towards = list(features.ids)
+    away = list(opposite.ids) if opposite else []
+    half = N_SLOTS // 2 if away else N_SLOTS
+    shown = [*towards[:half], *away[: N_SLOTS - min(half, len(towards))]]
+    moved = [i for i, _ in view.own if i not in shown]
+    first = [pinned, *moved] if pinned is not None and pinned not in moved else moved
+    keep = [i for i in shown if i not in first]
+    return tuple([*first[:N_SLOTS], *keep][:N_SLOTS])
+
+
+def role(lens: DiffusionLens, view: View, feature: int) -> Role:
+    """What the set does with a feature: steers it towards the target or away from it, or leaves it alone."""
+    features, opposite = poles(lens, view)
+    if feature in features.ids:
+        return "target"
+    return "opposite" if opposite and feature in opposite.ids else "apart"
+
+
+def role_card(lens: DiffusionLens, view: View, feature: int) -> RoleCard:
+    """A feature as it stands beside a view."""
+    part = role(lens, view, feature)
+    other = lens.attribute_named(view.attribute).opposite(view.target)
+    # Of three classes or more, the opposite pole speaks against the target: its ranks run from the other end.
+    against = part == "opposite" and other is None
+    label = other if part == "opposite" and other else view.target
+    tag = "from the atlas" if part == "apart" else f"speaks {'against' if against else 'for'} {label}"
+    totals = lens.attributions[view.attribute].total(label) * (-1 if against else 1)
+    score = float(totals[feature])
+    share = float(np.clip(score / max(float(totals.max()), 1e-12), 0, 1))
+    return RoleCard(lens.card(feature), part, tag, score, 1 + int((totals > score).sum()), share)
+
+
+def lit(examples: Examples, n: int) -> Iterator[Example]:
+    """The first ``n`` images, lit where the feature fires."""
+    known = len(examples.heatmaps) == len(examples.images)
+    for i, image in enumerate(examples.images[:n]):
+        if known:
+            yield Example(spotlight(image, examples.heatmaps[i]), where(examples.heatmaps[i]))
+        else:
+            yield Example(image, "")
+
+
+def where(heat: np.ndarray) -> str:
+    """In words, where a heatmap is highest; ``""`` where it is nowhere."""
+    heat = np.nan_to_num(np.asarray(heat, dtype=np.float32))
+    if heat.max(initial=0) <= 0:
+        return ""
+    y, x = np.unravel_index(int(heat.argmax()), heat.shape)
+    rows, columns = ("top", "middle", "bottom"), ("left", "centre", "right")
+    return f"{rows[int(3 * y / heat.shape[0])]} {columns[int(3 * x / heat.shape[1])]}"
+
+
+def effects(lens: DiffusionLens, card: FeatureCard) -> TestedEffects | UntestedEffects:
+    """What steering this feature alone changes, attribute by attribute."""
+    dissection = lens.dissection
+    measured = effects_of(dissection, card.id) if dissection is not None else ()
+    if dissection is None or not measured:
+        return _untested(lens, card)
+    sure = _largest_first(e for e in measured if is_sure(dissection, e))
+    rest = [e for e in measured if e not in sure and np.isfinite(e.difference)]
+    return TestedEffects(
+        sure=sure,
+        every=_largest_first([*sure, *rest]),
+        n_measured=len(measured),
+        quiet=tuple(name for name in dissection.classes if name not in {e.attribute for e in sure}),
+        fires=bool(np.isfinite([e.q_value for e in measured]).any()),
+        n=dissection.n,
+        source=dissection.source,
+        alpha=dissection.alpha,
+    )
+
+
+def _largest_first(some: Iterator[FeatureEffect] | list[FeatureEffect]) -> tuple[FeatureEffect, ...]:
+    return tuple(sorted(some, key=lambda e: -abs(np.nan_to_num(e.difference))))
+
+
+def _untested(lens: DiffusionLens, card: FeatureCard) -> UntestedEffects:
+    dissection = lens.dissection
+    changes = tuple(
+        (attribute, label, change)
+        for attribute, by_class in card.effects.items()
+        for label, change in by_class.items()
+        if np.isfinite(change) and abs(change) >= LEAST_CHANGE
+    )
+    n_others = None if dissection is None else len(dissection.ids())
+    return UntestedEffects(changes, card.effect_source, bool(card.effects), n_others)
