@@ -22,4 +22,4 @@ picture:                          ## docs/images/structure.svg, from the imports
 	python docs/structure.py
 
 mutate:                           ## mutation testing of measuring, steering and features (about an hour a core)
-	mutmut run
+	OMP_NUM_THREADS=1 mutmut run
