@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 from scipy.linalg import qr, svdvals
-from scipy.optimize import minimize
+from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix
 
 from diffusion_lens.base.types import Change, LensError, Predictions
@@ -166,22 +166,42 @@ def _pearson_null(n: int, target: tuple[float, ...], level: float) -> float:
 
 
 def _nearest(counts: np.ndarray, target: np.ndarray, limit: float) -> np.ndarray:
-    """The shares nearest to ``target`` whose X² at ``counts`` is at most ``limit``; a convex problem, by SLSQP."""
+    """The shares nearest to ``target`` whose X² at ``counts`` is ``limit``, less than at ``target``.
+
+    A convex problem; its multiplier is found by bracketing, as X² falls the harder the counts pull.
+    """
     n, k = counts.sum(), len(counts)
-    squares = (counts / n) ** 2
-    found = minimize(
-        lambda p: ((p - target) ** 2).sum(),
-        (counts + 0.25) / (n + 0.25 * k),
-        jac=lambda p: 2 * (p - target),
-        bounds=[(1e-9, 1)] * k,
-        constraints=[
-            {"type": "eq", "fun": lambda p: p.sum() - 1, "jac": lambda p: np.ones(k)},
-            {"type": "ineq", "fun": lambda p: 1 + limit / n - (squares / p).sum(), "jac": lambda p: squares / p**2},
-        ],
-        method="SLSQP",
-        options={"ftol": 1e-12, "maxiter": 300},
-    )
-    return np.asarray(found.x) if found.success else target
+    # A class without an image must stay inside the simplex: it counts as a hundredth of one.
+    squares = np.maximum(counts, 0.01) ** 2 / n**2
+    start = (counts + 0.25) / (n + 0.25 * k)
+
+    def excess(log_pull: float) -> float:
+        return float(_pearson(counts, _pulled(target, squares, float(np.exp(log_pull)), start))) - limit
+
+    near = far = float(np.log(np.linalg.norm(counts / n - target)))
+    way = 1.0 if excess(near) > 0 else -1.0
+    while excess(far) * way > 0:
+        near, far = far, far + 1.5 * way
+    return _pulled(target, squares, float(np.exp(brentq(excess, near, far, xtol=1e-6))), start)
+
+
+def _pulled(target: np.ndarray, squares: np.ndarray, pull: float, start: np.ndarray) -> np.ndarray:
+    """The shares with the least ``|p - target|² / 2 + pull Σ squares / p``, from ``start`` by Newton's method."""
+
+    def height(p: np.ndarray) -> float:
+        return float(((p - target) ** 2).sum() / 2 + pull * (squares / p).sum()) if p.min() > 0 else np.inf
+
+    shares, now = start, height(start)
+    for _ in range(200):
+        slope = shares - target - pull * squares / shares**2
+        curve = 1 + 2 * pull * squares / shares**3
+        step = ((slope / curve).sum() / (1 / curve).sum() - slope) / curve
+        while (then := height(shares + step)) > now:
+            step = step / 2
+        shares, now = shares + step, then
+        if (step**2 * curve).sum() < 1e-18:
+            break
+    return shares / shares.sum()
 
 
 def parity_difference(shares: np.ndarray) -> float:
@@ -194,9 +214,14 @@ def parity_interval(counts: np.ndarray, *, level: float = 0.95) -> Interval:
 
     Two classes: a function of the share, so that of ``stats.share_interval``. More: from the differences of all pairs
     of classes (Agresti and Min 2005); the low ends hold together (Bonferroni), as the largest of them is taken, while
-    for the high end that of the truly largest and smallest class is enough.
+    for the high end that of the truly largest and smallest class is enough. Widened for few images and rare classes to
+    hold ``stats.imprecise_interval``'s ends, and 0 where equal shares would show as much.
     """
-    numbers = _counts(counts)
+    return _parity_interval(_counts(counts), level)
+
+
+@lru_cache(maxsize=4096)
+def _parity_interval(numbers: tuple[int, ...], level: float) -> Interval:
     n = sum(numbers)
     if n == 0:
         return 0.0, 1.0
@@ -205,10 +230,21 @@ def parity_interval(counts: np.ndarray, *, level: float = 0.95) -> Interval:
         return _distances(2 * low - 1, 2 * high - 1)
     pairs = list(combinations(numbers, 2))
     together = 1 - (1 - level) / len(pairs)
-    lows = [_distances(*agresti_min(a, b, n, level=together))[0] for a, b in pairs]
-    highs = [_distances(*agresti_min(a, b, n, level=level))[1] for a, b in pairs]
+    low = max(_distances(*agresti_min(a, b, n, level=together))[0] for a, b in pairs)
+    high = max(_distances(*agresti_min(a, b, n, level=level))[1] for a, b in pairs)
+    least, most = imprecise_interval(lambda shares: np.ptp(shares, axis=1), np.array(numbers), level=level)
     value = (max(numbers) - min(numbers)) / n
-    return min(value, max(lows)), max(value, min(1.0, max(highs)))
+    shown_by_none = value <= _parity_null(n, len(numbers), level)
+    return 0.0 if shown_by_none else min(value, low, least), max(value, high, most)
+
+
+@lru_cache(maxsize=256)
+def _parity_null(n: int, k: int, level: float) -> float:
+    """The ``level`` point of SPD when ``n`` images follow equal shares, drawn; below 0 where there are enough."""
+    if n / k >= MIN_EXPECTED:
+        return -1.0
+    draws = np.random.default_rng(0).multinomial(n, np.full(k, 1 / k), size=20_000)
+    return float(np.quantile(np.ptp(draws, axis=1), level, method="inverted_cdf")) / n
 
 
 def _counts(counts: np.ndarray) -> tuple[int, ...]:

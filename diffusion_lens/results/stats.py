@@ -406,6 +406,31 @@ def cluster_bootstrap(
     return Estimate(float(np.mean([np.nanmean(v) for v in prompts])), (float(low), float(high)))
 
 
+def pooled_share(prompts: Sequence[np.ndarray], *, n_draws: int = 2000, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Mean over these prompts of a class's share in each, drawn on the same seeds, with its interval.
+
+    Seeds are drawn together, with one more whose images are all of the class (for the high end) or none (for the low
+    one), as in ``imprecise_interval``: where all images are of one class the interval still has a width, and for one
+    prompt it is ``share_interval``'s. ``prompts`` hold 1.0 or 0.0 for every seed, NaN where undecided.
+    """
+    values = (
+        np.array([np.asarray(v, dtype=np.float64) for v in prompts]) if len({len(v) for v in prompts}) == 1 else None
+    )
+    if values is None or not np.isfinite(values).any(axis=1).all():
+        raise LensError("Pooled prompts share their seeds in order, and each has >= 1 decided image.")
+    seen = np.isfinite(values)
+    hits = np.where(seen, values, 0)
+    rng = np.random.default_rng(seed)
+    weights, one = rng.standard_exponential((n_draws, values.shape[1])), rng.standard_exponential((n_draws, 1))
+    sizes = weights @ seen.T + one
+    low, high = (((weights @ hits.T + one * end) / sizes).mean(axis=1) for end in (0, 1))
+    tails = (1 - level) / 2, (1 + level) / 2
+    return Estimate(
+        float((hits.sum(axis=1) / seen.sum(axis=1)).mean()),
+        (float(np.quantile(low, tails[0])), min(1.0, float(np.quantile(high, tails[1])))),
+    )
+
+
 def _resample_weights(rng: np.random.Generator, n_boot: int, n: int) -> np.ndarray:
     """How often each of ``n`` things is drawn in each bootstrap round, ``[n_boot, n]``."""
     return rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)

@@ -294,6 +294,33 @@ def test_cluster_bootstrap_coverage_over_fixed_prompts() -> None:
     assert hits >= 180
 
 
+def test_pooled_share_of_one_prompt_is_the_exact_interval() -> None:
+    for k in (0, 3, 20):
+        values = np.array([1.0] * k + [0.0] * (20 - k) + [np.nan] * 5)
+        found = stats.pooled_share([values], n_draws=50_000)
+        assert found.value == pytest.approx(k / 20)
+        assert found.interval == pytest.approx(stats.share_interval(k, 20), abs=0.006)
+    with pytest.raises(LensError, match="decided image"):
+        stats.pooled_share([np.ones(3), np.full(3, np.nan)])
+    with pytest.raises(LensError, match="seeds in order"):
+        stats.pooled_share([np.ones(3), np.ones(4)])
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 0.02), (0.02, 0.5, 0.9), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("n", [10, 48, 250])
+def test_pooled_share_coverage(shares: tuple[float, ...], together: bool, n: int) -> None:
+    rng = np.random.default_rng(n)
+    hits = 0
+    for _ in range(200):
+        luck = np.broadcast_to(rng.random(n), (3, n)) if together else rng.random((3, n))
+        values = [np.where(rng.random(n) < 0.1, np.nan, u < p) for u, p in zip(luck, shares, strict=True)]
+        if all(np.isfinite(v).any() for v in values):
+            low, high = stats.pooled_share(values, n_draws=400).interval
+            hits += low <= np.mean(shares) <= high
+    assert hits >= 184
+
+
 def test_cluster_bootstrap_refusals() -> None:
     enough = np.ones(20)
     with pytest.raises(LensError, match="needs >= 2 prompts"):

@@ -261,7 +261,7 @@ def _pooled(lens: DiffusionLens, findings: Sequence[Finding]) -> tuple[Pooled, .
                 continue
             for column, label in enumerate(a.classes):
                 values = [np.where(p.certain, p.labels == column, np.nan) for p in found]
-                estimate = stats.cluster_bootstrap(values, paired_seeds=True, fixed_prompts=True)
+                estimate = stats.pooled_share(values)
                 rows.append(Pooled(a.name, label, edit, estimate))
     return tuple(rows)
 

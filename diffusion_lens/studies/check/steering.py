@@ -255,11 +255,10 @@ def kept_row(job: Job, steered: Steered, name: str) -> Row | None:
     if not same:
         return None
     low = min(same, key=lambda key: same[key].mean())
-    mean = np.mean(list(same.values()), axis=0)
-    found = stats.paired_bootstrap(np.mean, mean, n_boot=1000)
+    found = stats.pooled_share(list(same.values()))
     note = f"mean of {len(same)} nuisances; least: {low} {same[low].mean():.1%}"
     return at_least(
-        5, f"nuisances kept at balance, {name}", found.value, found.interval, AGREEMENT, "share", len(mean), note
+        5, f"nuisances kept at balance, {name}", found.value, found.interval, AGREEMENT, "share", len(same[low]), note
     )
 
 
