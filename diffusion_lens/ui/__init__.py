@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 # isort: split
@@ -75,12 +76,14 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
     names = [(s.lens.manifest.name, s.lens.prompts == (None,)) for s in studios]
     gr.HTML(texts.header(names, [s.path for s in studios], i))
+    # Lent once, when the app is built, and not with every visitor's tab.
+    measure_points: sweep.Run = lent(120)(partial(sweep.run, studio))
     with gr.Tabs(selected="explore", overflow_behavior="wrap") as tabs:
         with gr.Tab("Explore", id="explore") as explore_tab:
             tab = explore.layout(studio)
         with gr.Tab("Sweep", id="sweep") as sweep_tab:
             built_when_looked_at(
-                sweep_tab, lambda values: sweep.build(studio, sweep_tab, tab, values), tab.subject_parts
+                sweep_tab, lambda values: sweep.build(studio, measure_points, sweep_tab, tab, values), tab.subject_parts
             )
         with gr.Tab("Methods", id="methods") as methods:
             methods_tab.layout(studio, methods, tab)

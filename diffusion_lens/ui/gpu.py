@@ -12,7 +12,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def lent(duration: int) -> Callable[[F], F]:
-    """``spaces.GPU(duration=…)``, in seconds, where the ``spaces`` package is installed; otherwise nothing."""
+    """``spaces.GPU(duration=…)``, in seconds, where the ``spaces`` package is installed; otherwise nothing.
+
+    What is lent runs in a process of its own: it must take and give plain values, no components.
+    """
     if not gpu_is_lent():
         return lambda handler: handler
     import spaces

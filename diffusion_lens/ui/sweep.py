@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from diffusion_lens.ui import texts, together
 from diffusion_lens.ui.errors import explain
 from diffusion_lens.ui.explore import Explore
 from diffusion_lens.ui.figure import figure, figure_value
-from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.html import html
 from diffusion_lens.ui.panel import AT_ONCE, KEEP, LONG, READ, Component, Panel, Updates, Values, visible
 from diffusion_lens.ui.visitor import visitor_of
@@ -130,11 +129,42 @@ def read_job(studio: Studio, request: SweepRequest) -> SweepJob:
     )
 
 
+Run = Callable[[str, SweepRequest], Iterator[tuple[SweepView | None, RunView]]]
+"""``run`` of one studio: (visitor, request) → what to show, point by point."""
+
+
+def run(studio: Studio, visitor: str, request: SweepRequest) -> Iterator[tuple[SweepView | None, RunView]]:
+    """Measure point by point: the sweeps where there is a new point, and where the run stands.
+
+    Takes and gives plain values alone, which a lent GPU's process can be sent.
+    """
+    idle = RunView(start=visible(True), stop=visible(False), busy=False)
+    try:
+        job = read_job(studio, request)
+        events = jobs.sweep_events(studio, visitor, job)
+        said = html("parts.status", "Drawing the unedited images …")
+        yield None, RunView(said, start=visible(False), stop=visible(True), busy=True)
+        results: tuple[SweepResult, ...] = ()
+        for event in events:
+            said = html("parts.status", f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
+            if jobs.n_points(event.results) == jobs.n_points(results):
+                yield None, RunView(said)
+            else:
+                results = event.results
+                yield sweep_view(results, request.measure), RunView(said, results)
+        final = sweep_view(results, request.measure, jobs.balance_where_known(studio, results))
+        said = html("parts.status", f"Done: {job.n} images at each of {len(job.betas)} strengths.")
+        yield final, replace(idle, status=said)
+    except Exception as error:
+        yield None, replace(idle, status=explain(error))
+
+
 @dataclass(frozen=True, eq=False)
 class SweepTab(Panel):
     """The tab's components: a ``SweepRequest``, and what its views show."""
 
     studio: Studio
+    measure_points: Run
     explore: Explore
     prompt: Component
     attribute: Component
@@ -181,32 +211,10 @@ class SweepTab(Panel):
         view = sweep_view(results, values[self.measure], jobs.balance_where_known(self.studio, results))
         return {self.plot: view.plot}
 
-    def run(self, values: Values, request: gr.Request) -> Iterator[Updates]:
-        """Measure point by point."""
-        asked = self.read(values, SweepRequest)
-        idle = RunView(start=visible(True), stop=visible(False), busy=False)
-        try:
-            job = read_job(self.studio, asked)
-            events = jobs.sweep_events(self.studio, visitor_of(request), job)
-            yield self.show(
-                RunView(
-                    status=html("parts.status", "Drawing the unedited images …"),
-                    start=visible(False), stop=visible(True), busy=True,
-                )
-            )  # fmt: skip
-            results: tuple[SweepResult, ...] = ()
-            for event in events:
-                said = html("parts.status", f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
-                if jobs.n_points(event.results) == jobs.n_points(results):
-                    yield self.show(RunView(status=said))
-                    continue
-                results = event.results
-                yield {**self.show(sweep_view(results, asked.measure)), **self.show(RunView(said, results))}
-            final = sweep_view(results, asked.measure, jobs.balance_where_known(self.studio, results))
-            said = html("parts.status", f"Done: {job.n} images at each of {len(job.betas)} strengths.")
-            yield {**self.show(final), **self.show(replace(idle, status=said))}
-        except Exception as error:
-            yield self.show(replace(idle, status=explain(error)))
+    def run_sweep(self, values: Values, request: gr.Request) -> Iterator[Updates]:
+        """Measure what the controls ask for."""
+        for sweeps, state_of_run in self.measure_points(visitor_of(request), self.read(values, SweepRequest)):
+            yield {**({} if sweeps is None else self.show(sweeps)), **self.show(state_of_run)}
 
     def stop_run(self, request: gr.Request) -> None:
         """End the visitor's own sweep at its next step."""
@@ -238,18 +246,18 @@ class SweepTab(Panel):
             trigger_mode="always_last", **READ,
         ).then(self.tell_explore, subject | explore.inputs, explore.changed_parts, **READ)  # fmt: skip
         self.measure.input(self.change_measure, subject | {self.measure, self.results}, self.plot, **READ)
-        self.start.click(lent(120)(self.run), self.parts(SweepRequest), shown | self.parts(RunView), **LONG)
+        self.start.click(self.run_sweep, self.parts(SweepRequest), shown | self.parts(RunView), **LONG)
         self.stop.click(self.stop_run, None, None, **AT_ONCE)
 
 
-def build(studio: Studio, tab: gr.Tab, explore: Explore, values: Values) -> None:
+def build(studio: Studio, measure_points: Run, tab: gr.Tab, explore: Explore, values: Values) -> None:
     """Build the tab inside an open ``gr.Blocks``, on the subject that Explore has in ``values``."""
     gr.HTML(html("parts.intro", texts.SWEEP_INTRO))
-    _components(studio, explore, Subject(*explore.subject(values))).connect(tab)
+    _components(studio, measure_points, explore, Subject(*explore.subject(values))).connect(tab)
     together.build(studio)
 
 
-def _components(studio: Studio, explore: Explore, subject: Subject) -> SweepTab:
+def _components(studio: Studio, measure_points: Run, explore: Explore, subject: Subject) -> SweepTab:
     lens = studio.lens
     measure_now = "log ratio"
     results = studio.sweeps(state.read_prompt(lens, subject.prompt), subject.attribute)
@@ -287,7 +295,8 @@ def _components(studio: Studio, explore: Explore, subject: Subject) -> SweepTab:
     plot = figure(shown.plot, elem_id="dl-sweep-plot")
     says, strip, table, download = (gr.HTML(text) for text in (shown.says, shown.strip, shown.table, shown.download))
     return SweepTab(
-        studio=studio, explore=explore, prompt=prompt, attribute=attribute, grid=grid, n=n, controls=controls,
+        studio=studio, measure_points=measure_points, explore=explore, prompt=prompt, attribute=attribute, grid=grid,
+        n=n, controls=controls,
         measure=measure, start=start, stop=stop, status=status, plot=plot, says=says, strip=strip, table=table,
         download=download, results=gr.State(()), busy=gr.State(False),
     )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from html import unescape
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +47,7 @@ def page(studio: Studio) -> Iterator[tuple[SweepTab, Held]]:
     first = state.default_view(studio.lens)
     with gr.Blocks() as demo:
         beside = explore.layout(studio)
-        tab = sweep._components(studio, beside, Subject(first.prompt, first.attribute))
+        tab = sweep._components(studio, partial(sweep.run, studio), beside, Subject(first.prompt, first.attribute))
     yield tab, Held(demo)
 
 
@@ -122,10 +124,16 @@ class TestSubject:
 
 
 class TestRuns:
+    def test_what_goes_to_a_lent_gpu_and_back_can_be_sent(self, studio: Studio, view: View) -> None:
+        request = asked(view, n=2)
+        assert pickle.loads(pickle.dumps(request)) == request
+        for sent in sweep.run(studio, "a", request):
+            assert pickle.dumps(sent)
+
     def test_points_come_one_by_one(self, page: tuple[SweepTab, Held], view: View) -> None:
         tab, held = page
         request = asked(view, grid="5 strengths", controls=["random features"])
-        steps = list(tab.run(held.set(choices(tab, request)), visitor("a")))
+        steps = list(tab.run_sweep(held.set(choices(tab, request)), visitor("a")))
         seen = [[len(r.points) for r in step[tab.results]] for step in steps if isinstance(step[tab.results], tuple)]
         assert seen == [[1], [2], [3], [4], [5], *([5, n] for n in range(1, 6))]
         last = steps[-1]
@@ -140,7 +148,7 @@ class TestRuns:
 
     def test_stop_keeps_what_was_measured(self, page: tuple[SweepTab, Held], view: View) -> None:
         tab, held = page
-        run = tab.run(held.set(choices(tab, asked(view, grid="9 strengths", n=64))), visitor("b"))
+        run = tab.run_sweep(held.set(choices(tab, asked(view, grid="9 strengths", n=64))), visitor("b"))
         steps = [next(run)]
         while not isinstance(steps[-1][tab.results], tuple):
             steps.append(next(run))
@@ -151,7 +159,7 @@ class TestRuns:
 
     def test_stop_counts_as_soon_as_its_button_is_there(self, page: tuple[SweepTab, Held], view: View) -> None:
         tab, held = page
-        run = tab.run(held.set(choices(tab, asked(view, grid="9 strengths", n=256))), visitor("early"))
+        run = tab.run_sweep(held.set(choices(tab, asked(view, grid="9 strengths", n=256))), visitor("early"))
         assert next(run)[tab.stop]["visible"] is True
         tab.stop_run(visitor("early"))  # before the first image was asked for
         *_, last = run
@@ -161,9 +169,9 @@ class TestRuns:
         """Two who act before their page has told its name run side by side, and end by themselves."""
         tab, held = page
         values = dict(held.set(choices(tab, asked(view, grid="5 strengths"))))
-        first = tab.run(values, visitor(None))
+        first = tab.run_sweep(values, visitor(None))
         next(first)
-        *_, second = tab.run(values, visitor(None))
+        *_, second = tab.run_sweep(values, visitor(None))
         *_, first_last = first
         assert "Done" in first_last[tab.status] and "Done" in second[tab.status]
 
@@ -182,7 +190,7 @@ class TestRuns:
         self, page: tuple[SweepTab, Held], view: View, changes: dict[str, Any], said: str
     ) -> None:
         tab, held = page
-        (step,) = tab.run(held.set(choices(tab, asked(view, **{"prompt": NURSE, **changes}))), visitor("a"))
+        (step,) = tab.run_sweep(held.set(choices(tab, asked(view, **{"prompt": NURSE, **changes}))), visitor("a"))
         assert said in step[tab.status] and 'role="alert"' in step[tab.status]
         assert step[tab.start]["visible"] is True and step[tab.busy] is False
 
