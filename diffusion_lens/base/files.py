@@ -167,9 +167,14 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, partial)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write indented JSON, whole or not at all; non-finite numbers are refused (``ValueError``)."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, values: Any, *, indent: int | None = None) -> None:
+    """Write JSON, whole or not at all; non-finite numbers are refused (``ValueError``).
+
+    ``indent``: for what people read and version control compares; results are written without.
+    """
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(values, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:

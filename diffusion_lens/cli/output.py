@@ -81,7 +81,7 @@ def _keep(name: str, values: Any) -> Path:
         numbers = (f"{name}-result{'' if n == 0 else f'-{n}'}.json" for n in range(1_000))
         path = next(folder / file for file in numbers if not (folder / file).exists())
         try:
-            write_json(path, values)
+            write_json(path, values, indent=1)
         except OSError:
             continue
         return path

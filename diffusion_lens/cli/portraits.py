@@ -292,7 +292,7 @@ def table(
     if strange is not None:
         raise LensError(f"This world has no attribute '{strange}'; it has {', '.join(known)}.")
     if out is not None:
-        write_json(out, world.table())
+        write_json(out, world.table(), indent=1)
         say(f"Wrote {out}")
     shares = {text: world.planted_shares(text) for text in prompt or world.PROMPTS}
     if as_json:

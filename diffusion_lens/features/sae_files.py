@@ -110,7 +110,7 @@ def write_sae(folder: Path, stored: StoredSAE) -> None:
         (folder / ORIGIN_FILE).unlink(missing_ok=True)
     else:
         save_tensors(folder / ORIGIN_FILE, stored.origin.ulps, {"scale": repr(stored.origin.scale)})
-    write_json(folder / CONFIG_FILE, values)
+    write_json(folder / CONFIG_FILE, values, indent=1)
 
 
 def read_sae(folder: Path) -> StoredSAE:

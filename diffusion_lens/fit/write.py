@@ -123,7 +123,7 @@ def _write_log(work: Work, folder: Path) -> None:
         classifier=work.classifier.classifier_id,
         labeller=work.labeller.classifier_id,
     )
-    write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values, indent=1)
     accuracy = {name: [round(float(a), 4) for a in p.accuracy] for name, p in read_probes(work).items()}
     gaps = {name: a.completeness_gap for name, a in read_attributions(work).items()}
     trials = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.base.config import StrictConfig
+from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.precision import mixed_precision, short_attention
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
@@ -296,15 +297,13 @@ def save_state(
     folder: Path, parameters: list[nn.Parameter], ema: EMAModel, optimiser: torch.optim.Optimizer, step: int
 ) -> None:
     """Write a training's state after ``step`` steps: weights, their averages and AdamW's moments."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {"step": torch.tensor(step)}
     for i, (p, shadow) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
         tensors[f"parameter.{i}"], tensors[f"ema.{i}"] = p.detach().contiguous(), shadow.contiguous()
         state = optimiser.state[p]
         tensors[f"first.{i}"], tensors[f"second.{i}"] = state["exp_avg"].contiguous(), state["exp_avg_sq"].contiguous()
-    scratch = folder / "state.safetensors.part"
-    save_file({k: v.clone() for k, v in tensors.items()}, scratch)
-    scratch.replace(folder / "state.safetensors")  # a kill while writing leaves the previous one whole
+    with atomic_path(folder / "state.safetensors") as partial:  # a kill while writing leaves the previous one whole
+        save_file({k: v.clone() for k, v in tensors.items()}, partial)
 
 
 def load_state(

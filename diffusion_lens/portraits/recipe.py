@@ -7,7 +7,6 @@ stage whose result lies in the work folder is read, not made again.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError
 from diffusion_lens.base.weights import weights_digest
+from diffusion_lens.base.workspace import Workspace
 from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
 from diffusion_lens.measuring.observe import read
 from diffusion_lens.model.generate import generate_batches, request
@@ -105,14 +105,17 @@ class Paths:
 
 def autoencoder_stage(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> AutoencoderTiny:
     """Train the autoencoder, or read the one in the work folder."""
-    if (paths.autoencoder / "config.json").exists():
-        return AutoencoderTiny.from_pretrained(paths.autoencoder).to(device).eval()
-    drawing, training = progress.parts((1, 9), ("drawing", "autoencoder"))
-    drawn = draw_many(min(config.n_drawings, 40_000), first_seed=0, progress=drawing).images
-    model = train_autoencoder(torch.from_numpy(drawn).to(device), config.autoencoder, device=device, progress=training)
-    with atomic_folder(paths.autoencoder) as partial:
-        model.save_pretrained(partial)
-    return model
+
+    def train() -> AutoencoderTiny:
+        drawing, training = progress.parts((1, 9), ("drawing", "autoencoder"))
+        drawn = draw_many(min(config.n_drawings, 40_000), first_seed=0, progress=drawing).images
+        images = torch.from_numpy(drawn).to(device)
+        return train_autoencoder(images, config.autoencoder, device=device, progress=training)
+
+    return Workspace(paths.work).piece(
+        paths.autoencoder.name, train, lambda path, model: model.save_pretrained(path),
+        lambda path: AutoencoderTiny.from_pretrained(path).to(device).eval(),
+    )  # fmt: skip
 
 
 def latents_stage(
@@ -230,7 +233,7 @@ def _to_teach(
 def _finish(nets: Nets, vae: AutoencoderTiny, folder: Path, taught: dict[str, Shares] | None) -> Path:
     save_pipeline(nets, vae, folder)
     if taught is not None:
-        write_json(_taught_path(folder), to_plain(taught))
+        write_json(_taught_path(folder), to_plain(taught), indent=1)
     return folder
 
 
@@ -262,7 +265,7 @@ def average_stage(folders: Sequence[Path], out: Path) -> Path:
         every = [own or planted for own in taught]
         names = {prompt: list(own) for prompt, own in next(own for own in taught if own).items()}
         mean = {p: {a: np.mean([own[p][a] for own in every], axis=0) for a in own} for p, own in names.items()}
-        write_json(_taught_path(out), to_plain(mean))
+        write_json(_taught_path(out), to_plain(mean), indent=1)
     return out
 
 
@@ -363,8 +366,16 @@ def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, p
 
     Their colours vary more than the world's; its error is measured on the world's own.
     """
-    if (paths.classifier / "config.json").exists():
-        return HeadsClassifier.load(paths.classifier)
+
+    def train() -> HeadsClassifier:
+        return _train_classifier(config, paths, device, progress)
+
+    return Workspace(paths.work).piece(
+        paths.classifier.name, train, lambda path, made: made.save(path), HeadsClassifier.load
+    )
+
+
+def _train_classifier(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> HeadsClassifier:
     decoder, drawing, training = progress.parts((2, 1, 4), (None, "balanced drawings", "classifier"))
     vae = autoencoder_stage(config, paths, device, decoder)
     train = draw_many(
@@ -390,10 +401,7 @@ def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, p
         progress=training,
     )
     held = draw_many(config.n_held_out, first_seed=HELD_OUT_SEED, balanced=True)
-    classifier = calibrate(classifier, held.images, held.labels)
-    with atomic_folder(paths.classifier) as partial:
-        classifier.save(partial)
-    return classifier
+    return calibrate(classifier, held.images, held.labels)
 
 
 def make_pipeline(nets: Nets, vae: AutoencoderTiny) -> StableDiffusionPipeline | LDMPipeline | StableDiffusion3Pipeline:
@@ -426,21 +434,20 @@ def make_pipeline(nets: Nets, vae: AutoencoderTiny) -> StableDiffusionPipeline |
 
 def save_pipeline(nets: Nets, vae: AutoencoderTiny, folder: Path) -> Path:
     """Write a stock diffusers folder in fp16 safetensors, every file under 10 MB, the planted table beside it."""
-    if folder.exists():
-        shutil.rmtree(folder)
     modules = [m.cpu().half() for m in (*nets.modules, vae)]
-    make_pipeline(nets, vae).save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD)
+    with atomic_folder(folder) as partial:
+        make_pipeline(nets, vae).save_pretrained(partial, safe_serialization=True, max_shard_size=MAX_SHARD)
+        for path in partial.glob("*/config.json"):  # where parts came from is nobody's
+            _edit_json(path, remove=("_name_or_path",))
+        for decoder in ("vqvae", "vae"):  # diffusers writes a key that it then warns of; it sets the value itself
+            if (partial / decoder).is_dir():
+                _edit_json(partial / decoder / "config.json", remove=("block_out_channels",))
+        for path in partial.glob("text_encoder*/config.json"):
+            # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
+            _edit_json(path, dtype="float32")
+        (partial / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
     for module in modules:
         module.float()
-    for path in folder.glob("*/config.json"):  # where parts came from is nobody's
-        _edit_json(path, remove=("_name_or_path",))
-    for decoder in ("vqvae", "vae"):  # diffusers writes a key that it then warns of; it sets the value itself
-        if (folder / decoder).is_dir():
-            _edit_json(folder / decoder / "config.json", remove=("block_out_channels",))
-    for path in folder.glob("text_encoder*/config.json"):
-        # transformers loads in the recorded dtype: single precision, as the rest of the pipeline does
-        _edit_json(path, dtype="float32")
-    (folder / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
     return folder
 
 

@@ -147,7 +147,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     For whoever has just made the whole folder. What adds to a lens uses ``commit``.
     """
     sealed = manifest.model_copy(update={"files": seal(folder)})
-    write_json(folder / MANIFEST, sealed.model_dump(mode="json"))
+    write_json(folder / MANIFEST, sealed.model_dump(mode="json"), indent=1)
     return sealed
 
 
@@ -173,7 +173,7 @@ def commit_whole(change: Change, manifest: Manifest, *, adopted: Iterable[str] =
 
 def _commit(change: Change, manifest: Manifest, files: dict[str, FileSeal], removed: set[str]) -> Manifest:
     sealed = manifest.model_copy(update={"files": dict(sorted(files.items()))})
-    write_json(change.staged / MANIFEST, sealed.model_dump(mode="json"))
+    write_json(change.staged / MANIFEST, sealed.model_dump(mode="json"), indent=1)
     change.commit(removed=removed, last=MANIFEST)
     return sealed
 

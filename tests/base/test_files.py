@@ -49,8 +49,8 @@ def checkpoint(path: Path) -> None:
 def change(folder: Path) -> None:
     """A change of a folder of two files."""
     with changing(folder) as begun:
-        write_json(begun.staged / "a.json", [1] * 999)
-        write_json(begun.staged / "b.json", [2] * 999)
+        write_json(begun.staged / "a.json", [1] * 9999)
+        write_json(begun.staged / "b.json", [2] * 9999)
         begun.commit(last="b.json")
 
 

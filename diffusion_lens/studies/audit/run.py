@@ -279,7 +279,7 @@ def write_report(found: Audit, folder: str | Path) -> tuple[Path, ...]:
     """Write the page, every number as JSON, and the tables of shares and of measures; returns their paths."""
     page, values, *tables = paths = tuple(Path(folder) / name for name in FILES)
     write_text(page, render(found))
-    write_json(values, audit_json(found))
+    write_json(values, audit_json(found), indent=1)
     for path, text in zip(tables, (table_text(found), measures_text(found)), strict=True):
         write_text(path, text)
     return paths
