@@ -115,6 +115,13 @@ def _check_latents(pipe: Any, kind: Kind) -> None:
             "This U-Net takes extra input channels (in-painting or editing), or belongs to another autoencoder; "
             "choose a text-to-image model."
         )
+    halvings = 2 ** (len(config.block_out_channels) - 1)
+    # The other kind of U-Net enlarges each level to its skip connections' size.
+    if kind not in ENCODERS and any(side % halvings for side in sides):
+        raise LensError(
+            f"This U-Net halves its images {len(config.block_out_channels) - 1} times, and a side of {min(sides)} "
+            f"cannot be: sample_size in its config.json must be a multiple of {halvings}."
+        )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise LensError(
             f"This U-Net turns {config.in_channels} channels into {config.out_channels}, which is not supported."

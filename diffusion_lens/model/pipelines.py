@@ -24,10 +24,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.base.weights import reason
 from diffusion_lens.model.codec import Decoded, decode_pixels, decode_preview, encode_text, encode_xl
 from diffusion_lens.model.hooks import Rows, capture, select_rows
 from diffusion_lens.model.kinds import Kind, kind_of
-from diffusion_lens.model.memory import Room
+from diffusion_lens.model.memory import Room, is_out_of_memory
 from diffusion_lens.model.opening import open_pipeline
 from diffusion_lens.model.placement import place
 from diffusion_lens.model.preview import PreviewDecoder, load_preview
@@ -115,7 +116,13 @@ class DiffusionModel:
         with torch.no_grad(), self.lock, capture(self.hook_module) as tap:
             conditioning = self.condition("" if self.is_text else None, 1, 1.0)
             t = self.scheduler(1).timesteps[0]
-            self.predict(torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.dtype), t, conditioning)
+            blank = torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.dtype)
+            try:
+                self.predict(blank, t, conditioning)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise LensError(f"This U-Net cannot run on images of its own size: {reason(error)}") from error
         if tap.calls > 1:
             raise LensError(
                 f"'{self.hook_name}' runs {tap.calls} times in a forward pass; choose a module that runs once."

@@ -254,6 +254,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "no codebook": (lambda: without(make_latent_pipeline, "vqvae"), "has no vqvae"),
     "no sample_size": (lambda: make_text_pipeline(sample_size=None), "sample_size"),
     "no sample_size, pixels": (lambda: make_pixel_pipeline(sample_size=None), "sample_size"),
+    "a size that cannot be halved": (lambda: make_pixel_pipeline(sample_size=(8, 9)), "must be a multiple of 2"),
     "classes by timestep": (lambda: make_text_pipeline(class_embed_type="timestep"), "class-conditional"),
     "classes by number": (lambda: make_text_pipeline(num_class_embeds=3), "class-conditional"),
     "classes, pixels": (lambda: make_pixel_pipeline(num_class_embeds=3), "class-conditional.*not supported"),
@@ -281,6 +282,14 @@ def test_other_kinds_are_refused_when_opened(name: str) -> None:
     make, words = OTHERS[name]
     with pytest.raises(LensError, match=words) as caught:
         wrap_pipeline(make(), "x")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_fails_on_its_own_images_says_so_in_a_sentence() -> None:
+    pipe = make_text_pipeline()
+    pipe.unet.conv_in = torch.nn.Conv2d(5, 4, 3, padding=1)
+    with pytest.raises(LensError, match=r"cannot run on images of its own size: .*channels") as caught:
+        _ = wrap_pipeline(pipe, "x").d_in
     assert "\n" not in str(caught.value)
 
 
