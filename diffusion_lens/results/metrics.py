@@ -10,7 +10,6 @@ from itertools import combinations
 
 import numpy as np
 from scipy.linalg import qr, svdvals
-from scipy.optimize import brentq
 from scipy.special import chdtri, chndtrix
 
 from diffusion_lens.base.types import Change, LensError, Predictions
@@ -182,6 +181,8 @@ def _nearest(counts: np.ndarray, target: np.ndarray, limit: float) -> np.ndarray
     way = 1.0 if excess(near) > 0 else -1.0
     while excess(far) * way > 0:
         near, far = far, far + 1.5 * way
+    from scipy.optimize import brentq  # late: the app's first view needs no solver
+
     return _pulled(target, squares, float(np.exp(brentq(excess, near, far, xtol=1e-6))), start)
 
 

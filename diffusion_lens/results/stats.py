@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq, nnls
 from scipy.special import betaincinv, ndtri
 
 from diffusion_lens.base.types import Attribute, LensError, LogRatio, Share
@@ -209,6 +208,8 @@ def simplex_least_squares(rates: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """The ``p`` on the simplex that minimises ``|ratesᵀ p - shares|``; ``rates [true, read], shares [read]``."""
     weight = 1e4  # a heavy row that makes the entries sum to one
     system = np.vstack([rates.T, np.full(len(rates), weight)])
+    from scipy.optimize import nnls  # late: the app's first view needs no solver
+
     p, _ = nnls(system, np.append(shares, weight))
     return p / p.sum()
 
@@ -296,6 +297,8 @@ def _least(raw: float, errors: np.ndarray) -> float:
 
     if beyond(0) <= 0:
         return 0.0
+    from scipy.optimize import brentq  # late: as above
+
     return 1.0 if beyond(1) > 0 else float(brentq(beyond, 0, 1))
 
 
