@@ -19,11 +19,13 @@ from diffusion_lens.ui import (
     depth,
     explore,
     explore_handlers,
+    frame,
     methods_tab,
     sweep,
     texts,
 )
 from diffusion_lens.ui.figure import ASSETS
+from diffusion_lens.ui.frame import LensLink
 from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.lazy import built_when_looked_at
 from diffusion_lens.ui.theme import theme
@@ -74,27 +76,32 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
     studio = studios[i]
     if len(studios) > 1:
         gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
-    names = [(s.lens.manifest.name, s.lens.prompts == (None,)) for s in studios]
-    gr.HTML(texts.header(names, [s.path for s in studios], i))
-    # Lent once, when the app is built, and not with every visitor's tab.
-    measure_points: sweep.Run = lent(120)(partial(sweep.run, studio))
-    with gr.Tabs(selected="explore", overflow_behavior="wrap") as tabs:
+    frame.bar([LensLink(s.lens.manifest.name, s.path, s.lens.prompts == (None,), s is studio) for s in studios])
+    with gr.Tabs(selected="explore", overflow_behavior="wrap", elem_id="dl-tabs") as tabs:
         with gr.Tab("Explore", id="explore") as explore_tab:
             tab = explore.layout(studio)
-        with gr.Tab("Sweep", id="sweep") as sweep_tab:
-            built_when_looked_at(
-                sweep_tab, lambda values: sweep.build(studio, measure_points, sweep_tab, tab, values), tab.subject_parts
-            )
-        with gr.Tab("Methods", id="methods") as methods:
-            methods_tab.layout(studio, methods, tab)
+        with gr.Tab("Measure", id="measure"), gr.Tabs(overflow_behavior="wrap", elem_id="dl-measure"):
+            _measure(studio, tab)
         with gr.Tab("Atlas", id="atlas") as atlas_tab:
             built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
-        with gr.Tab("Depth", id="depth") as depth_tab:
-            built_when_looked_at(depth_tab, lambda _: depth.build())
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))
     explore.return_to(studio, explore_tab, tab)
     _connect(demo, studio, tab)
+
+
+def _measure(studio: Studio, tab: explore.Explore) -> None:
+    """The tabs under Measure; their ids are part of addresses (``?tab=sweep``)."""
+    # Lent once, when the app is built, and not with every visitor's tab.
+    measure_points: sweep.Run = lent(120)(partial(sweep.run, studio))
+    with gr.Tab("Sweep", id="sweep") as sweep_tab:
+        built_when_looked_at(
+            sweep_tab, lambda values: sweep.build(studio, measure_points, sweep_tab, tab, values), tab.subject_parts
+        )
+    with gr.Tab("Methods", id="methods") as methods:
+        methods_tab.layout(studio, methods, tab)
+    with gr.Tab("Depth", id="depth") as depth_tab:
+        built_when_looked_at(depth_tab, lambda _: depth.build())
 
 
 def _connect(demo: gr.Blocks, studio: Studio, tab: explore.Explore) -> None:
@@ -134,11 +141,10 @@ def launch(*lenses: DiffusionLens, **options: Any) -> None:
 
 def launch_options() -> dict[str, Any]:
     """What ``gr.Blocks.launch`` needs for the app's look."""
-    script = (ASSETS / "app.js").read_text(encoding="utf-8")
     return {
         "theme": theme(),
         "css_paths": [ASSETS / "app.css"],
-        "head": f"<script>{script}</script>",
+        "head": frame.head(),
         "footer_links": [],
         "ssr_mode": False,
         "state_session_capacity": SESSIONS,

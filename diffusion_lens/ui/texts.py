@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 
 TITLE = "Diffusion Lens"
@@ -45,26 +44,6 @@ def section(step: tuple[str, str, str]) -> str:
         f'<h2 class="dl-step"><span class="dl-number" aria-hidden="true">{number}</span>{name}'
         f"<small>{what}</small></h2>"
     )
-
-
-def header(lenses: Sequence[tuple[str, bool]], paths: Sequence[str], here: int) -> str:
-    """The top of the page: what is open, and the way to the other lenses.
-
-    ``lenses``: (name, whether it takes no prompt); ``paths``: of their pages, "" for the first; ``here``: this page.
-    """
-    if len(lenses) == 1:
-        now = f'<p class="dl-quiet">Open now: <b>{escape(lenses[0][0])}</b></p>'
-    else:
-        items = "".join(_way(*lens, path, i == here) for i, (lens, path) in enumerate(zip(lenses, paths, strict=True)))
-        now = f'<nav class="dl-lenses" aria-label="Lenses">{items}</nav>'
-    return f'<header class="dl-header"><h1>{TITLE}</h1><p>{TAGLINE}</p>{now}</header>'
-
-
-def _way(name: str, prompt_free: bool, path: str, here: bool) -> str:
-    kind = "<small>no prompt</small>" if prompt_free else ""
-    current = ' aria-current="page"' if here else ""
-    # Pages lie side by side, so a relative address works wherever the app is mounted.
-    return f'<a href="{escape(path) or "./"}"{current}>{escape(name)}{kind}</a>'
 
 
 def no_prompt() -> str:

@@ -45,6 +45,13 @@ def chromium() -> Iterator[Any]:
         running.close()
 
 
+def visit(tab: Any, name: str) -> None:
+    """Open a tab by its id, those under Measure too, and wait until it is chosen."""
+    tab.wait_for_function("() => document.querySelector('#dl-bar-tabs [role=tab]')")
+    tab.evaluate("name => dl.go(name)", name)
+    tab.wait_for_function("name => dl.tab() === name", arg=name)
+
+
 def listen(tab: Any, complaints: list[str]) -> None:
     """Note what the console and failed scripts say."""
     tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import chromium, listen, marks, served
+from harness import chromium, listen, marks, served, visit
 
 from diffusion_lens.lens.lens import DiffusionLens
 
@@ -129,6 +129,7 @@ def test_a_link_opens_the_same_view(page: Any, address: str) -> None:
 
 def test_two_lenses_side_by_side(page: Any, address: str) -> None:
     """From the first lens to the one that takes no prompt, β there by keyboard, its link, and back."""
+    page.locator(".dl-model summary").press("Enter")
     page.get_by_role("navigation", name="Lenses").get_by_role("link", name="prompt-free").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**/prompt-free")
@@ -147,6 +148,7 @@ def test_two_lenses_side_by_side(page: Any, address: str) -> None:
     assert link.startswith(f"{address}prompt-free?") and "p=" not in link
     page.goto(link)
     wait_for_status(page, f"β = {float(moved):g}: .*drawn in")
+    page.locator(".dl-model summary").click()
     page.get_by_role("navigation", name="Lenses").get_by_role("link", name="tiny").click()
     page.wait_for_selector("#dl-prompt input")
     assert page.url == address
@@ -157,7 +159,7 @@ def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
     prompt.fill("a portrait of a nurse")
     prompt.press("Enter")
     wait_for_status(page, "drawn in")
-    page.get_by_role("tab", name="Sweep").click()
+    visit(page, "sweep")
     page.wait_for_function(
         "() => document.querySelector('#dl-sweep-prompt input')?.value === 'a portrait of a nurse'"
         " && /Run sweep/.test(document.querySelector('#dl-sweep-status').innerText)"
@@ -172,7 +174,7 @@ def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
 
 
 def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
-    page.get_by_role("tab", name="Sweep").click()
+    visit(page, "sweep")
     page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
     page.get_by_label("9 strengths").check()  # long enough that Stop is there to be seen
     page.get_by_label("256").check()
@@ -219,6 +221,31 @@ def test_a_phone_never_scrolls_sideways(browser: Any, address: str, theme: str) 
     tab.goto(f"{address}?__theme={theme}")
     tab.wait_for_selector("#dl-after img")
     for name in ("Explore", "Sweep", "Atlas", "About"):
-        tab.get_by_role("tab", name=name).click()
+        visit(tab, name.lower())
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400, name
     tab.close()
+
+
+def test_every_tab_has_an_address_and_back_leads_back(page: Any, address: str) -> None:
+    assert page.url == address
+    visit(page, "atlas")
+    visit(page, "sweep")
+    assert page.url == f"{address}?tab=sweep"
+    page.go_back()
+    page.wait_for_function("() => dl.tab() === 'atlas'")
+    assert page.url == f"{address}?tab=atlas"
+    page.go_back()
+    page.wait_for_function("() => dl.tab() === 'explore'")
+    page.go_forward()
+    page.wait_for_function("() => dl.tab() === 'atlas'")
+    page.goto(f"{address}?tab=depth")
+    page.wait_for_function("() => window.dl?.tab() === 'depth'")
+
+
+def test_the_theme_is_switched_by_keyboard_and_kept(page: Any) -> None:
+    page.locator("#dl-share").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.body.classList.contains('dark')")
+    page.reload()
+    page.wait_for_function("() => document.body.classList.contains('dark')")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from dissected import keep_depth, keep_in
-from harness import marks, opened, served
+from harness import marks, opened, served, visit
 
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.ui import depth
@@ -78,7 +78,7 @@ def test_the_atlas_shows_what_features_control(page: Any) -> None:
 
 
 def test_depth_is_shown_with_its_caveat(page: Any) -> None:
-    page.get_by_role("tab", name="Depth").click()
+    visit(page, "depth")
     page.wait_for_function("() => document.querySelectorAll('#dl-depth-plot .scatterlayer .trace').length === 4")
     shoot(page, "depth")
     assert "cannot show that depth as such" in page.locator(".dl-caveat").inner_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import marks, opened, served
+from harness import marks, opened, served, visit
 from lens_fixtures import PROMPTS
 
 from diffusion_lens.lens.lens import DiffusionLens
@@ -37,7 +37,7 @@ def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) 
 def page(address: str) -> Iterator[Any]:
     """The Methods tab, open; the test fails if the console complained."""
     with opened(address, PATIENCE) as tab:
-        tab.get_by_role("tab", name="Methods").click()
+        visit(tab, "methods")
         tab.wait_for_selector("#dl-bench-table table")
         yield tab
 
