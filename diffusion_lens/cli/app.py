@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from diffusion_lens.cli import build, compare, dissect, draw, fit, judge, measure, portraits, serve
+from diffusion_lens.cli import (
+    build,
+    compare,
+    dissect,
+    draw,
+    fit,
+    flip_books,
+    judge,
+    measure,
+    portraits,
+    serve,
+)
 from diffusion_lens.cli.output import make_printable
 
 app = typer.Typer(
@@ -22,7 +33,7 @@ app = typer.Typer(
         "Every command explains itself with --help."
     ),
 )
-for family in (draw, measure, judge, compare, dissect, fit, build, serve):
+for family in (draw, measure, judge, compare, dissect, fit, flip_books, build, serve):
     family.register(app)
 app.add_typer(portraits.app, name="portraits")
 

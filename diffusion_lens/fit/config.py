@@ -14,7 +14,10 @@ from diffusion_lens.features.train_sae import SAETrainConfig
 from diffusion_lens.fit.choose import ChooseConfig
 from diffusion_lens.results.manifest import Setting
 
-STAGES = ("sample", "label", "collect", "sae", "probes", "attribution", "atlas", "settings", "effects", "sweeps")
+STAGES = (
+    "sample", "label", "collect", "sae", "probes", "attribution", "atlas", "settings", "effects", "sweeps",
+    "flip-books",
+)  # fmt: skip
 """In order; each depends on all before it."""
 
 
@@ -42,6 +45,7 @@ class FitConfig(StrictConfig):
         sweep_attributes: what is swept (empty: every attribute).
         sweep_prompts: prompts swept with ``sweep_images`` images per strength from ``sweep_first_seed`` on.
         sweep_controls: also sweep random features with the same setting.
+        flip_books: also draw a flip-book of everything that is swept, for instant dragging in the app.
     """
 
     name: str
@@ -78,6 +82,7 @@ class FitConfig(StrictConfig):
     sweep_images: int = Field(default=100, ge=2)
     sweep_first_seed: int = Field(default=0, ge=0)
     sweep_controls: bool = False
+    flip_books: bool = False
     seed: int = 0
 
     @model_validator(mode="after")
@@ -121,6 +126,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "settings": ("settings", "choose"),
     "effects": ("effect_features", "effect_images"),
     "sweeps": ("sweep_attributes", "sweep_prompts", "sweep_images", "sweep_first_seed", "sweep_controls"),
+    "flip-books": ("flip_books",),
 }  # fmt: skip
 
 

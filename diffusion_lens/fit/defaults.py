@@ -109,6 +109,7 @@ def default_config(
         "sweep_prompts": tuple(prompts)[:1],
         "sweep_images": 24 if quick else 100,
         "sweep_controls": not quick,
+        "flip_books": not quick,
         **({"attribution_images": 32, "pool_images": 96, "atlas": AtlasConfig(layout="pca")} if quick else {}),
         "sae": {
             "d_sae": FEATURES_PER_CHANNEL * model.d_in, "k": min(ACTIVE, model.d_in),

@@ -13,10 +13,12 @@ from diffusion_lens.base.words import duration
 from diffusion_lens.features.train_sae import train_sae
 from diffusion_lens.fit.choose import candidates
 from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.fit.flip_books import SEEDS
 from diffusion_lens.judging.classify import Classifier
 from diffusion_lens.model.denoise import BatchRun, Capture
 from diffusion_lens.model.generate import request
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.results.flip_book import LENS_BYTES
 
 EDITED = 1.7
 """An edited run beside an unedited one: most edits run the up path twice."""
@@ -25,6 +27,8 @@ MAPS = 8
 """Float32 maps that the atlas keeps of a feature, about."""
 SWEEP_BYTES = 10**6
 """A stored sweep, with its example images, about."""
+FRAMES = 41 * SEEDS
+"""Of a flip-book, about."""
 UMAP_SECONDS = (15.0, 0.006)
 
 
@@ -119,6 +123,7 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
     edited = (run * EDITED + speed.decode) * config.sweep_images
     strengths = sum(setting.get(name, len(config.choose.betas)) - 1 for name in config.swept)
     n_sweeps = len(config.sweeps) * (2 if config.sweep_controls else 1)
+    books = len(config.sweeps) * len(config.swept) * FRAMES if config.flip_books else 0
     effects = 2 * config.effect_features * len(config.attributes) * config.effect_images
     probe = sum(n * classes[name] for name, n in images.items()) * numbers * 3 * PROBE_PASSES / speed.multiply_adds
     stages = (
@@ -132,13 +137,14 @@ def estimate(config: FitConfig, model: DiffusionModel, classifier: Classifier, s
         StageCost("settings", n_chosen * config.choose.n_images * (run * tried + speed.decode * tried), 0),
         StageCost("effects", effects * (run * EDITED + speed.decode), 0),
         StageCost("sweeps", n_sweeps * strengths * edited, 0),
+        StageCost("flip-books", books * (run * EDITED + speed.decode), books * image_bytes),
     )
     largest = max(images.values(), default=0) * numbers * 6
     weights = _weights(model)
     lens = (
         stages[3].disk_bytes + stages[4].disk_bytes + stages[6].disk_bytes
         + 4 * config.sae.d_sae * (config.n_steps * sum(classes.values()) + int(np.prod(model.spatial)) * MAPS)
-        + n_sweeps * SWEEP_BYTES + (weights if config.bundle_pipeline else 0)
+        + n_sweeps * SWEEP_BYTES + (LENS_BYTES if config.flip_books else 0) + (weights if config.bundle_pipeline else 0)
     )  # fmt: skip
     return Estimate(stages, int(weights + max(largest, 1e9)), weights, lens)
 

@@ -23,6 +23,7 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.fit.config import STAGES, FitConfig, stage_hashes
 from diffusion_lens.fit.estimate import Estimate, estimate
+from diffusion_lens.fit.flip_books import fit_flip_books
 from diffusion_lens.fit.measure import fit_effects, fit_settings, fit_sweeps
 from diffusion_lens.fit.stages import (
     SHARED_STAGES,
@@ -57,10 +58,11 @@ STAGE_FUNCTIONS: Mapping[str, Callable[[Work], None]] = {
     "settings": fit_settings,
     "effects": fit_effects,
     "sweeps": fit_sweeps,
+    "flip-books": fit_flip_books,
 }
 WEIGHTS: Mapping[str, float] = {
     "sample": 30, "label": 2, "collect": 15, "sae": 15, "probes": 5, "attribution": 5, "atlas": 5, "settings": 15,
-    "effects": 4, "sweeps": 20,
+    "effects": 4, "sweeps": 20, "flip-books": 20,
 }  # fmt: skip
 """About how long the stages take beside each other, for the bar alone."""
 

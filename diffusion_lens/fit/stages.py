@@ -33,7 +33,7 @@ from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results import metrics
 from diffusion_lens.results.records import load_attributions, save_atlas, save_attributions
 
-SHARED_STAGES = ("sample", "label", "collect", "settings", "effects", "sweeps")
+SHARED_STAGES = ("sample", "label", "collect", "settings", "effects", "sweeps", "flip-books")
 """Stages that several processes share, since they draw; the main one does the others alone."""
 MIN_PER_CLASS = 4
 """Certain images of a class that a probe needs at least."""

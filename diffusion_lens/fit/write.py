@@ -10,15 +10,18 @@ from diffusion_lens.base.transaction import Change, changing
 from diffusion_lens.base.types import LensError
 from diffusion_lens.features.probes import save_probes
 from diffusion_lens.fit.config import FitConfig
+from diffusion_lens.fit.flip_books import read_flip_books
 from diffusion_lens.fit.measure import read_atlas, read_settings, read_sweeps
 from diffusion_lens.fit.stages import Work, read_attributions, read_probes, read_sae
 from diffusion_lens.judging.described import save_classifier
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.model.stored import open_stored
+from diffusion_lens.results.flip_book import FlipBook
+from diffusion_lens.results.kinds import kind_of
 from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModelRef, Manifest, commit_whole, content
 from diffusion_lens.results.records import save_atlas, save_attributions, save_sweep
 
-OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted")
+OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted", "flip-books")
 PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
 
 
@@ -46,6 +49,9 @@ def _write_parts(work: Work, change: Change) -> list[str]:
     for number, sweep in enumerate(read_sweeps(work)):
         suffix = "-control" if sweep.is_control else ""
         save_sweep(sweep, out / "sweeps", f"{number:03d}-{sweep.attribute.name}{suffix}")
+    books = kind_of(FlipBook)
+    for book in read_flip_books(work):
+        books.save(book, out / books.folder, books.stem(book))
     _write_log(work, out / "fit")
     return _bundle(config, work.model, change)
 

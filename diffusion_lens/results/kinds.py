@@ -17,6 +17,7 @@ from diffusion_lens.results.comparison import Comparison
 from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.counted import CountedShares, load_shares, save_shares
 from diffusion_lens.results.dissection import Dissection, load_dissection, save_dissection
+from diffusion_lens.results.flip_book import MAX_BOOKS, FlipBook, load_flip_book, save_flip_book
 from diffusion_lens.results.joint import JointResult, load_joint, save_joint
 from diffusion_lens.results.manifest import Manifest
 from diffusion_lens.results.measurement_files import Missing
@@ -37,6 +38,7 @@ class Kind(Generic[T]):
         stem: a result's own; storing another one of the same stem replaces it.
         save: writes ``result, folder, stem``. load: reads ``folder, stem``, with what files of version 0.4 lack.
         belongs: what a result was measured with → what it should be in a lens, by name.
+        most: how many of them a lens may hold.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Kind(Generic[T]):
     save: Callable[[T, Path, str], object]
     load: Callable[[Path, str, Missing], T]
     belongs: Callable[[T, Manifest], dict[str, tuple[str, str]]]
+    most: int = 10_000
 
     @property
     def folder(self) -> str:
@@ -103,6 +106,23 @@ def _sweep_stem(found: SweepResult) -> str:
     return f"{_file_name(found.attribute.name)}{'-control' if found.is_control else ''}-{digest}"
 
 
+def _of_flip_book(found: FlipBook, manifest: Manifest) -> dict[str, tuple[str, str]]:
+    known = [a.attribute() for a in manifest.attributes]
+    own = found.attribute
+    return {
+        "model": (found.request.model_id, manifest.base_model.id),
+        "SAE": (found.sae_id, manifest.sae_id),
+        "classifier": (found.classifier_id, manifest.classifier_id),
+        "attribute": (own.name, own.name if own in known else ", ".join(a.name for a in known)),
+    }
+
+
+def _flip_book_stem(found: FlipBook) -> str:
+    """By request, attribute and turn; the same strengths drawn again replace themselves."""
+    own = repr((found.request, found.attribute, found.edit))
+    return f"{_file_name(found.attribute.name)}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+
+
 def _file_name(text: str) -> str:
     return text.replace(" ", "-")
 
@@ -132,6 +152,10 @@ KINDS: tuple[Kind[Any], ...] = (
         save_shares, load_shares,
         lambda found, manifest: {"classifier": (found.classifier_id, manifest.classifier_id)},
     ),
+    Kind(
+        "flip-book", FlipBook, "flip-books", "flip-books/*.json", _flip_book_stem, save_flip_book,
+        lambda folder, stem, _: load_flip_book(folder, stem), _of_flip_book, MAX_BOOKS,
+    ),
 )  # fmt: skip
 
 
@@ -151,7 +175,10 @@ def load_stored(
 
     Raises ``LensError`` for a damaged one, and for one that does not belong to ``lens``.
     """
-    for stem in kind.stems(listed):
+    stems = kind.stems(listed)
+    if len(stems) > kind.most:
+        raise LensError(f"This lens holds {len(stems):,} {kind.name}s, and may hold {kind.most:,}; remove some.")
+    for stem in stems:
         found = kind.load(folder / kind.folder, stem, missing)
         kind.check(found, lens)
         yield stem, found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +13,52 @@ from diffusion_lens.results.manifest import Setting
 
 LIKE = 8
 """A random control draws among this many features of nearest activity."""
+
+
+MOVES = 40
+"""A slider takes about this many moves of an arrow key from end to end."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A strength slider: its ends, its step, and the strength that changes nothing."""
+
+    low: float
+    high: float
+    step: float
+    identity: float
+
+
+def scale(setting: Setting) -> Scale:
+    """The slider of a setting: its measured range, on steps of which the identity is one."""
+    identity = setting.identity
+    low, high = min(*setting.betas, identity), max(*setting.betas, identity)
+    if low == high:
+        low, high = identity - 1, identity + 1
+    rough = (high - low) / MOVES
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if s >= rough * 0.999)
+    return Scale(
+        round(identity - step * math.ceil((identity - low) / step - 1e-9), 6),
+        round(identity + step * math.ceil((high - identity) / step - 1e-9), 6),
+        step,
+        identity,
+    )
+
+
+def strengths(setting: Setting, n_classes: int, least: int, more: Iterable[float] = ()) -> tuple[float, ...]:
+    """At least ``least`` strengths from end to end of a setting's slider, its own steps among them, and ``more``.
+
+    Where two poles of two classes are turned against each other, a turn towards the other class is one towards this
+    class on the other side of the identity: the range then reaches as far on both sides. Rising; the identity is one
+    of them. What of ``more`` lies beyond the ends is left out.
+    """
+    ends = scale(setting)
+    finer = max(1, math.ceil((least - 1) / round((ends.high - ends.low) / ends.step)))
+    below, above = (round(abs(end - ends.identity) / ends.step) * finer for end in (ends.low, ends.high))
+    if setting.poles == "both" and n_classes == 2:
+        below = above = max(below, above)
+    grid = {round(ends.identity + i * ends.step / finer, 6) + 0.0 for i in range(-below, above + 1)}
+    return tuple(sorted({*grid, *(beta for beta in more if min(grid) <= beta <= max(grid))}))
 
 
 def feature_sets(

@@ -10,8 +10,9 @@ from urllib.parse import urlencode
 
 from diffusion_lens.base.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler, strength_of
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.manifest import Setting
+from diffusion_lens.steering.settings import Scale as Scale
 from diffusion_lens.steering.settings import feature_sets
+from diffusion_lens.steering.settings import scale as scale
 
 LINK_VERSION = "1"
 SEED_COUNTS = (8, 16)
@@ -19,9 +20,6 @@ MAX_PROMPT = 200
 MAX_FEATURES = 200
 EMPTY_PROMPT = "(no words)"
 """What people see in place of the empty prompt."""
-
-MOVES = 40
-"""A slider takes about this many moves of an arrow key from end to end."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,6 @@ class View:
         return range(self.first_seed, self.first_seed + self.n_seeds)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A strength slider: its ends, its step, and the strength that changes nothing."""
-
-    low: float
-    high: float
-    step: float
-    identity: float
-
-
 def shown_prompt(prompt: str) -> str:
     """A prompt as a field for it shows it."""
     return prompt or EMPTY_PROMPT
@@ -83,22 +71,6 @@ def steerable(lens: DiffusionLens) -> tuple[str, ...]:
 def holdable(lens: DiffusionLens, attribute: str) -> tuple[str, ...]:
     """Attributes that a turn of ``attribute`` can leave alone: the others that the lens steers."""
     return tuple(name for name in steerable(lens) if name != attribute)
-
-
-def scale(setting: Setting) -> Scale:
-    """The slider of a setting: its measured range, on steps of which the identity is one."""
-    identity = setting.identity
-    low, high = min(*setting.betas, identity), max(*setting.betas, identity)
-    if low == high:
-        low, high = identity - 1, identity + 1
-    rough = (high - low) / MOVES
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if s >= rough * 0.999)
-    return Scale(
-        round(identity - step * math.ceil((identity - low) / step - 1e-9), 6),
-        round(identity + step * math.ceil((high - identity) / step - 1e-9), 6),
-        step,
-        identity,
-    )
 
 
 def default_view(lens: DiffusionLens, attribute: str | None = None) -> View:
