@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusion_lens.base.types import EditSpec, FittedMethod, Intervention
+from diffusion_lens.base.types import TURNED, EditSpec, FittedMethod, Intervention
 
 
 def describe(spec: EditSpec) -> str:
@@ -36,7 +36,13 @@ def _intervention_words(intervention: Intervention) -> str:
     steps = "every step" if window is None else f"steps {window[0]}-{window[1] - 1}"
     images = "" if intervention.only_seeds is None else f", {len(intervention.only_seeds)} chosen images"
     apart = f", {len(intervention.overrides)} set apart" if intervention.overrides else ""
+    painted = "" if intervention.everywhere else f", at {_painted(intervention.where or ())}"
     return (
         f"{intervention.mode} {len(features.ids)}{mirror} features for {features.attribute}={features.target}"
-        f" by beta {intervention.beta:g}{apart}, {steps}, {intervention.sampler}{images}"
+        f" by beta {intervention.beta:g}{apart}, {steps}, {intervention.sampler}{images}{painted}"
     )
+
+
+def _painted(where: tuple[str, ...]) -> str:
+    turned = sum(row.count(TURNED) for row in where)
+    return f"{turned} of {sum(map(len, where))} positions"

@@ -41,6 +41,10 @@ ADJUSTED = "* zero count adjusted: ½ was added, and the ratio itself may lie fu
 """Explains the mark of a log ratio's ``text``; see ``LogRatio.haldane``."""
 MAX_IMAGES = 20_000
 MAX_STEPS = 1_000
+MAX_SIDE = 256
+"""Positions a side of a map that an edit may be painted on; tokens count downwards."""
+TURNED, LEFT = "#", "."
+"""A position of ``Intervention.where`` that is turned, and one that is left as it is."""
 MAX_BETA = 100.0
 
 
@@ -325,6 +329,8 @@ class Intervention:
         only_seeds: steer these images alone; ``None`` is every image.
         hold: attributes to leave alone: what their probes would read of the edit is taken out of it (``hold.Hold``).
             An attribute that the same edit steers is not held.
+        where: the positions of the site's map that are turned, a text per row with ``#`` for those and ``.`` for the
+            others, which stay bit for bit as they are; ``None`` is every position.
     """
 
     features: FeatureSet
@@ -337,6 +343,7 @@ class Intervention:
     sampler: Sampler = "asymmetric"
     only_seeds: frozenset[int] | None = None
     hold: tuple[str, ...] = ()
+    where: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("scale", "add", "suppress"):
@@ -349,6 +356,8 @@ class Intervention:
             raise LensError("A feature stands in both poles of this intervention; give it to one of them.")
         if self.window is not None and not 0 <= self.window[0] < self.window[1]:
             raise LensError(f"The step window {self.window} is empty; it runs from a first step to a later one.")
+        if self.where is not None:
+            check_where(self.where)
 
     def _checked(self, strength: float) -> float:
         number = _rounded(as_number(strength, "strength", finite=False))
@@ -370,18 +379,24 @@ class Intervention:
         sampler: Sampler = "asymmetric",
         only_seeds: frozenset[int] | None = None,
         hold: tuple[str, ...] = (),
+        where: tuple[str, ...] | None = None,
     ) -> Intervention:
         """The same with β for the strength, and ``(feature id, β)`` for ``overrides``."""
         return cls(
             features, mode, strength=strength_of(mode, beta), opposite=opposite,
             overrides=tuple((i, strength_of(mode, b)) for i, b in overrides), window=window, sampler=sampler,
-            only_seeds=only_seeds, hold=hold,
+            only_seeds=only_seeds, hold=hold, where=where,
         )  # fmt: skip
 
     @property
     def beta(self) -> float:
         """The strength as people read it."""
         return beta_of(self.mode, self.strength)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every position is turned."""
+        return self.where is None or not any(LEFT in row for row in self.where)
 
     def coefficients(self) -> Iterator[tuple[int, float, float]]:
         """``(feature, scale, shift)`` for both poles: ``s`` becomes ``scale · s + shift``.
@@ -396,6 +411,17 @@ class Intervention:
                     yield feature, 1.0, strength + 0.0
                 else:
                     yield feature, _rounded(1 + strength if self.mode == "scale" else 1 - strength), 0.0
+
+
+def check_where(where: tuple[str, ...]) -> None:
+    """Raise ``LensError`` unless these are rows of one length of ``#`` and ``.``, at most ``MAX_SIDE`` a side."""
+    shape = f"rows of {TURNED} (turned) and {LEFT} (left as it is), all of one length, like '..##/..##'"
+    if isinstance(where, str) or not where or len({len(row) for row in where}) > 1 or not where[0]:
+        raise LensError(f"Where features are turned is told in {shape}.")
+    if max(len(where), len(where[0])) > MAX_SIDE:
+        raise LensError(f"Where features are turned has at most {MAX_SIDE} rows and columns.")
+    if set("".join(where)) - {TURNED, LEFT}:
+        raise LensError(f"Where features are turned is told in {shape}.")
 
 
 @dataclass(frozen=True)
@@ -483,9 +509,12 @@ class EditSpec:
         if self.custom is not None:
             return json.dumps(["custom", self.custom.name, self.custom.digest])
         details = [
-            [sorted(i.coefficients()), i.window, i.sampler, None if i.only_seeds is None else sorted(i.only_seeds)]
+            [
+                sorted(i.coefficients()), i.window, i.sampler, None if i.only_seeds is None else sorted(i.only_seeds),
+                *([] if i.everywhere else [i.where]),
+            ]
             for i in self.interventions
-        ]
+        ]  # fmt: skip
         return json.dumps(["features", self.sae_id, details, self.hold_digest])
 
     def __eq__(self, other: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from diffusion_lens.base.edits import describe
 from diffusion_lens.base.files import atomic_path
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import Generation, LensError
+from diffusion_lens.base.where import parse_where
 from diffusion_lens.cli.console import (
     SHARE_COLUMNS,
     guarded,
@@ -58,6 +60,10 @@ def generate(
         list[str] | None,
         typer.Option("--turn", help="Turn features, as attribute=class:β (1 changes nothing); may be repeated."),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Turn features only there on the site's map: rows=0-1,cols=2-3, or a picture '..##/..##'."),
+    ] = None,
     series: Series = Series(8),
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the lens's own by default.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the lens's own by default.")] = None,
@@ -74,6 +80,8 @@ def generate(
       python -m diffusion_lens generate 'a portrait of a nurse' -n 16
 
       python -m diffusion_lens generate '' --turn gender=male:2 --turn age=old:1.5 --out pair.png --json
+
+      python -m diffusion_lens generate 'a portrait of a nurse' --turn gender=male:2 --where rows=0-1
     """
     if out.suffix and out.suffix.lower() not in PICTURES:
         raise LensError(f"Pictures are written as {', '.join(PICTURES)}, or into a folder; '{out.name}' is neither.")
@@ -81,6 +89,11 @@ def generate(
     request = series.request(opened, prompt, n_steps=steps, guidance_scale=guidance)
     size = batch_of(opened, series.batch_size)
     turns = [parse_turn(opened, text) for text in turn or ()]
+    if where is not None:
+        if not turns:
+            raise LensError("--where says where to turn features; say what to turn with --turn.")
+        place = parse_where(where, opened.sae.cfg.spatial)
+        turns = [replace(own, where=place) for own in turns]
     with progress("drawing") as bar:
         base = opened.generate(request, batch_size=size, progress=bar.work)
     drawn = [base]

@@ -264,6 +264,7 @@ class DiffusionLens(LensFolder):
         sampler: Sampler | None = None,
         only_seeds: frozenset[int] | None = None,
         hold: tuple[str, ...] | None = None,
+        where: tuple[str, ...] | None = None,
     ) -> Intervention:
         """The shipped setting of an attribute, towards ``target`` at ``beta``.
 
@@ -277,6 +278,7 @@ class DiffusionLens(LensFolder):
             shipped.features, mode, beta, opposite=shipped.opposite if opposite == "shipped" else opposite,
             overrides=overrides, window=setting.window if window == "shipped" else window,
             sampler=sampler or setting.sampler, only_seeds=only_seeds, hold=setting.hold if hold is None else hold,
+            where=where,
         )  # fmt: skip
 
     def classify(self, images: np.ndarray) -> dict[str, Predictions]:

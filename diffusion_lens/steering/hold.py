@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.base.where import Where, positions
 from diffusion_lens.features.probes import Probe
 
 RANK_TOLERANCE = 1e-4
@@ -47,18 +48,33 @@ class Hold:
             digest.update(probe.weight.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def free(self, change: Tensor, step: int, n_steps: int) -> Tensor:
+    def free(self, change: Tensor, step: int, n_steps: int, where: Where | None = None) -> Tensor:
         """``change [n, c, y, x]`` of h at step ``step`` of ``n_steps``, less what the probes would read of it.
 
-        A run of another length than the probes' takes the head at the same part of the way.
+        A run of another length than the probes' takes the head at the same part of the way. ``where``: the only
+        positions at which ``change`` is not zero, and may become other than zero.
         """
-        basis = self.basis[step * len(self.basis) // n_steps].to(change)
+        own = step * len(self.basis) // n_steps
+        basis = (self.basis[own] if where is None else self._inside(own, where, change.shape[1])).to(change)
         flat = change.flatten(1)
         if flat.shape[1] != len(basis):
             raise LensError(
                 f"The probes held still read {len(basis)} numbers per image; this bottleneck has {flat.shape[1]}."
             )
         return (flat - (flat @ basis) @ basis.T).view_as(change)
+
+    def _inside(self, step: int, where: Where, channels: int) -> Tensor:
+        """The basis of one step as seen at some positions alone: what a change there must be orthogonal to."""
+        return _inside(self.basis[step], where, channels)
+
+
+@lru_cache(maxsize=256)
+def _inside(basis: Tensor, where: Where, channels: int) -> Tensor:
+    mask = torch.from_numpy(positions(where)).flatten().repeat(channels).to(basis.device)
+    if len(mask) != len(basis):
+        return basis  # of another map; ``free`` says so
+    directions, sizes, _ = torch.linalg.svd((basis * mask[:, None]).double(), full_matrices=False)
+    return directions[:, sizes > RANK_TOLERANCE * sizes[0].clamp_min(1e-12)].float() * mask[:, None]
 
 
 def _directions(weights: Sequence[Tensor]) -> Tensor:

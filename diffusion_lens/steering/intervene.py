@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.base.types import Attribute, EditSpec, Intervention, LensError, Sampler
+from diffusion_lens.base.where import Where, check_grid, positions, where_of
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.steering.hold import Hold, make_hold
@@ -47,38 +49,87 @@ class FeatureEdit:
         """
         if len(context.seeds) != len(h):
             raise LensError(f"An edit needs one seed per image; {len(h)} maps came with {len(context.seeds)} seeds.")
-        ids, scale, shift = self._coefficients(context.index, context.seeds)
+        active = [i for i in self.interventions if i.window is None or i.window[0] <= context.index < i.window[1]]
+        if all(i.everywhere for i in active):
+            return self._turned(h, h, active, context)
+        edited = h
+        for where, own in _regions(active, (h.shape[2], h.shape[3])):
+            edited = self._turned(h, edited, own, context, where)
+        return edited
+
+    def _turned(
+        self,
+        h: Tensor,
+        edited: Tensor,
+        active: Sequence[Intervention],
+        context: StepContext,
+        where: Where | None = None,
+    ) -> Tensor:
+        """``edited`` with the change that ``active`` make to ``h``, at the positions ``where`` alone."""
+        ids, scale, shift = _coefficients(active, context.seeds)
         moving = (scale != 1) | (shift != 0)
         rows, columns = moving.any(1), moving.any(0)
         if not rows.any():
-            return h
+            return edited
         gain = torch.from_numpy(scale[np.ix_(rows, columns)])
         add = torch.from_numpy(shift[np.ix_(rows, columns)])
         features = ids[columns].tolist()
-        if rows.all():
+        if rows.all() and where is None:
             return h + self._change(h, features, gain, add, context)
         chosen = torch.from_numpy(np.flatnonzero(rows)).to(h.device)
         some = h[chosen]
-        return h.index_copy(0, chosen, some + self._change(some, features, gain, add, context))
+        made = some + self._change(some, features, gain, add, context, where)
+        if where is not None:
+            made = torch.where(_mask(where, h.device), made, edited[chosen])
+        return edited.index_copy(0, chosen, made)
 
-    def _change(self, h: Tensor, features: list[int], gain: Tensor, add: Tensor, context: StepContext) -> Tensor:
+    def _change(
+        self,
+        h: Tensor,
+        features: list[int],
+        gain: Tensor,
+        add: Tensor,
+        context: StepContext,
+        where: Where | None = None,
+    ) -> Tensor:
         change = self.sae.edit_delta(h, features, gain, add)
-        return change if self.hold is None else self.hold.free(change, context.index, context.n_steps)
+        if where is not None:
+            change = torch.where(_mask(where, h.device), change, torch.zeros_like(change))
+        return change if self.hold is None else self.hold.free(change, context.index, context.n_steps, where)
 
-    def _coefficients(self, step: int, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``ids [m]``, ``scale, shift [n, m]`` (float64): in image i, feature ``ids[j]`` becomes scale·s + shift."""
-        active = [i for i in self.interventions if i.window is None or i.window[0] <= step < i.window[1]]
-        ids = sorted({feature for i in active for feature, _, _ in i.coefficients()})
-        column = {feature: j for j, feature in enumerate(ids)}
-        scale, shift = np.ones((len(seeds), len(ids))), np.zeros((len(seeds), len(ids)))
-        for intervention in active:
-            chosen = intervention.only_seeds
-            rows = np.array([chosen is None or seed in chosen for seed in seeds])
-            for feature, gain, add in intervention.coefficients():
-                j = column[feature]
-                scale[rows, j] *= gain
-                shift[rows, j] = shift[rows, j] * gain + add
-        return np.array(ids, dtype=np.int64), scale, shift
+
+def _coefficients(active: Sequence[Intervention], seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``ids [m]``, ``scale, shift [n, m]`` (float64): in image i, feature ``ids[j]`` becomes scale·s + shift."""
+    ids = sorted({feature for i in active for feature, _, _ in i.coefficients()})
+    column = {feature: j for j, feature in enumerate(ids)}
+    scale, shift = np.ones((len(seeds), len(ids))), np.zeros((len(seeds), len(ids)))
+    for intervention in active:
+        chosen = intervention.only_seeds
+        rows = np.array([chosen is None or seed in chosen for seed in seeds])
+        for feature, gain, add in intervention.coefficients():
+            j = column[feature]
+            scale[rows, j] *= gain
+            shift[rows, j] = shift[rows, j] * gain + add
+    return np.array(ids, dtype=np.int64), scale, shift
+
+
+def _regions(active: Sequence[Intervention], grid: tuple[int, int]) -> Iterator[tuple[Where, list[Intervention]]]:
+    """The parts of a map in which the same interventions act, and those, in order; parts without any are left out."""
+    inside = np.ones((len(active), *grid), dtype=bool)
+    for number, intervention in enumerate(active):
+        if intervention.where is not None:
+            check_grid(intervention.where, grid)
+            inside[number] = positions(intervention.where)
+    flat = inside.reshape(len(active), -1)
+    for together in np.unique(flat, axis=1).T:
+        if together.any():
+            part = (flat == together[:, None]).all(axis=0).reshape(grid)
+            yield where_of(part), [i for i, acts in zip(active, together, strict=True) if acts]
+
+
+@lru_cache(maxsize=64)
+def _mask(where: Where, device: torch.device) -> Tensor:
+    return torch.from_numpy(positions(where)).to(device)
 
 
 def make_edit(
@@ -143,6 +194,8 @@ def _check(intervention: Intervention, sae: SparseAutoencoder) -> None:
     outside = [feature for feature in ids if not 0 <= feature < sae.cfg.d_sae]
     if outside:
         raise LensError(f"Feature {outside[0]} does not exist; this SAE has features 0 to {sae.cfg.d_sae - 1}.")
+    if intervention.where is not None and sae.cfg.spatial != (1, 1):  # which stands for "not told"
+        check_grid(intervention.where, sae.cfg.spatial)
     named = [feature for feature, _ in intervention.overrides]
     if len(set(named)) != len(named) or not set(named) <= ids:
         raise LensError("An override must name a feature that is steered, and name it once.")

@@ -88,6 +88,20 @@ def test_generate_writes_single_pictures_into_a_folder(run: Run, tiny_lens: Diff
     assert np.array_equal(np.asarray(Image.open("pictures/1.png")), drawn[1])
 
 
+def test_generate_turns_features_where_it_is_told(run: Run, tiny_lens: DiffusionLens) -> None:
+    words = ("generate", DOCTOR, "--turn", "gender=male:6", "-n", 2, "--json", "--out", "pair.png")
+    result = run(*words, "--where", "cols=0")
+    assert result.exit_code == 0, result.output
+    turn = tiny_lens.intervention("gender", "male", 6.0, where=("#...",) * 4)
+    edited = tiny_lens.generate(DOCTOR, turn, seeds=range(2))
+    assert json.loads(result.stdout)["edit"] == describe(edited.edit) and "at 4 of 16 positions" in result.stdout
+    pixels, side = np.asarray(Image.open("pair.png")), edited.images.shape[1]
+    assert np.array_equal(pixels[4 + side : 4 + 2 * side, 2 : 2 + side], edited.images[0])
+    for wrong in (("--where", "cols=9"), ("--where", "eyes")):
+        assert run(*words, *wrong).exit_code == 2
+    assert run("generate", DOCTOR, "--where", "rows=0").exit_code == 2
+
+
 def test_attribute_lists_the_top_features(run: Run, tiny_lens: DiffusionLens) -> None:
     words = ("attribute", DOCTOR, "-a", "age", "-t", "old", "-n", 12, "--top", 5)
     found = json.loads(run(*words, "--json", "--html", "age.html").stdout)
