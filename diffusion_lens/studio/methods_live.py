@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from diffusion_lens.base.progress import Cancelled, Status
 from diffusion_lens.base.types import LensError
 from diffusion_lens.results.comparison import CompareConfig, Comparison
+from diffusion_lens.studio.fits import KeptFits
 from diffusion_lens.studio.jobs import TELL_EVERY, Event, stream
 from diffusion_lens.studio.state import View, check
 from diffusion_lens.studio.studio import Picture, Recent, Row, Studio, import_engine
@@ -111,10 +115,14 @@ def option_fields(method: Method) -> tuple[OptionField, ...]:
     return tuple(found)
 
 
-def read_options(method: Method, values: tuple[Any, ...]) -> str:
-    """What the interface holds, as the JSON of a ``Wish``; raises ``LensError`` that names a wrong option."""
+def read_options(method: Method, values: Mapping[str, Any]) -> str:
+    """Options by name as an interface holds them, as the JSON of a ``Wish``; missing ones are the declared.
+
+    Raises ``LensError`` that names a wrong option.
+    """
     told: dict[str, Any] = {}
-    for field, value in zip(option_fields(method), values, strict=True):
+    for field in option_fields(method):
+        value = values.get(field.name, field.default)
         if value in (None, "") and (field.optional or field.kind == "text"):
             value = None if field.optional else ""
         elif field.kind == "whole" and isinstance(value, float) and value.is_integer():
@@ -127,9 +135,10 @@ def read_options(method: Method, values: tuple[Any, ...]) -> str:
 class MethodBench:
     """Fits of all visitors, on a model of their own: a fit may take minutes and change weights meanwhile."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, kept: KeptFits | None = None) -> None:
         self.studio = studio
         self._fits: Recent[Fitted] = Recent(KEPT_FITS)
+        self._kept = kept or KeptFits()
         self._fitting = threading.Lock()
         self._own: tuple[DiffusionLens, Draws] | None = None
 
@@ -148,8 +157,14 @@ class MethodBench:
         return {label: 1 / len(classes) for label in classes}
 
     def known(self, view: View, wish: Wish) -> Fitted | None:
-        """The fit of a wish, if it was made before."""
-        return self._fits.get(self._key(view, wish))
+        """The fit of a wish, if it was made before: in this process, or kept on disk."""
+        key = self._key(view, wish)
+        found = self._fits.get(key)
+        if found is None:
+            found = self._kept.load(self._name(view, wish), self.method(wish.method), self.studio.lens)
+            if found is not None:
+                self._fits.put(key, found)
+        return found
 
     def estimate(self, view: View, wish: Wish) -> float:
         """Seconds that the fit is expected to take on this machine; 0 if it is made already."""
@@ -203,6 +218,15 @@ class MethodBench:
         target = self.target(self.method(wish.method), view, wish)
         return (wish.method, view.attribute, json.dumps(target), wish.options)
 
+    def _name(self, view: View, wish: Wish) -> str:
+        """The name of a wish's fit on disk: with the images that it is fitted on, and the method's own code."""
+        from diffusion_lens.methods.protocol import lens_key
+
+        lens = self.studio.lens
+        code = hashlib.sha256(Path(inspect.getfile(type(self.method(wish.method)))).read_bytes()).hexdigest()
+        decides = [code, *self._key(view, wish), list(lens.prompts), [fit_seeds().start, fit_seeds().stop]]
+        return self._kept.name(wish.method, lens_key(lens), decides)
+
     def _fit(
         self, owner: str, flag: threading.Event, method: Method, view: View, wish: Wish, expected: float,
         emit: Callable[[News], None],
@@ -243,6 +267,7 @@ class MethodBench:
                 lens, view.attribute, self.target(method, view, wish), options, prompts=draws.prompts,
                 seeds=draws.seeds, progress=progress, draws=draws,
             )  # fmt: skip
+        self._kept.keep(self._name(view, wish), fitted)
         return self._fits.put(self._key(view, wish), replace(fitted, lens=self.studio.lens))
 
     def _private(self) -> tuple[DiffusionLens, Draws]:

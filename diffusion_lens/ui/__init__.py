@@ -143,7 +143,7 @@ def launch_options() -> dict[str, Any]:
     """What ``gr.Blocks.launch`` needs for the app's look."""
     return {
         "theme": theme(),
-        "css_paths": [ASSETS / "app.css"],
+        "css_paths": [ASSETS / "app.css", ASSETS / "tabs.css"],
         "head": frame.head(),
         "footer_links": [],
         "ssr_mode": False,

@@ -77,6 +77,10 @@ class Explore:
         """Prompt as shown, and attribute."""
         return values[self.controls[0]], values[self.controls[1]]
 
+    def view(self, values: Values) -> View:
+        """The view that the controls ask for, checked; raises ``LensError``, one sentence."""
+        return handlers.read_view(self.studio, values[self.page], [values[c] for c in self.controls])
+
     def steer_feature(self, values: Values, feature: int | None) -> Updates:
         """One feature of the atlas, steered alone."""
         controls = [values[c] for c in self.controls]

@@ -13,6 +13,7 @@ from lens_fixtures import PROMPTS
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studies.bench.run import CompareConfig, run_compare
 from diffusion_lens.studio import methods_live
+from diffusion_lens.studio.fits import FITS_VARIABLE
 
 PATIENCE = 90_000
 
@@ -28,6 +29,7 @@ def address(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) 
                            n_tune=12, n_fit=8, options={}, n_examples=2)  # fmt: skip
     DiffusionLens.from_pretrained(folder).store(run_compare(tiny_lens, config, tmp_path_factory.mktemp("work")))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FITS_VARIABLE, str(tmp_path_factory.mktemp("fits")))
         patch.setattr(methods_live, "fit_seeds", lambda: range(9_000_000, 9_000_016))
         with served(DiffusionLens.from_pretrained(folder)) as url:
             yield url
@@ -43,13 +45,18 @@ def page(address: str) -> Iterator[Any]:
 
 
 def test_the_table_the_plots_and_a_method_live(page: Any, tmp_path: Path) -> None:
-    rows = page.locator("#dl-bench-table tbody th").all_inner_texts()
-    assert rows == ["No steering", "DiffLens", "Activation", "Mid-block bypass"]
-    for plot in ("#dl-tradeoff", "#dl-strengths"):
-        page.wait_for_selector(f"{plot} .scatterlayer .trace")
-        assert "DiffLens" in page.locator(f"{plot} .dl-figure").get_attribute("aria-label")
-    page.get_by_label("likeness").check()
-    page.wait_for_function("() => /CLIP-I/.test(document.querySelector('#dl-bench-table thead').innerText)")
+    rows = page.locator("#dl-bench-table tbody tr:not(.dl-bandname) th").all_inner_texts()
+    assert [row.split("\n")[0] for row in rows] == ["DiffLens", "Activation", "Mid-block bypass"]
+    assert page.locator("#dl-bench-table .dl-was").count() == 3, "no steering is the ring in every row"
+    assert page.locator("#dl-bench-curves svg").count() == 3
+    assert "balance" in page.locator("#dl-bench-verdict").inner_text()
+    page.locator("#dl-bench-measure").get_by_label("distance").check()
+    page.wait_for_function("() => /distance/.test(document.querySelector('#dl-bench-table caption').innerText)")
+    page.get_by_text("All columns").click()
+    assert "CLIP-I" in page.locator("#dl-bench-more").inner_text()
+    with page.expect_download() as file:
+        page.locator("#dl-bench-more").get_by_role("link", name="CSV").click()
+    assert "unsteered" in Path(file.value.path()).read_text()
     page.wait_for_selector("#dl-method-about article")
     page.wait_for_selector("#dl-method-options label, #dl-method-options button", state="attached")
     page.wait_for_function("() => !document.querySelector('#dl-method-run').disabled")

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
 from lens_fixtures import PROMPTS
-from measured import row_with
+from markupsafe import escape
+from panels import Held, untouched, visitor
 
 from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
-from diffusion_lens.results.comparison import Measured
-from diffusion_lens.results.comparison_tables import NOT_MEASURED, PARTS
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
-from diffusion_lens.studio import cards, methods_live, state
+from diffusion_lens.studio import methods_live, state
+from diffusion_lens.studio.fits import FITS_VARIABLE, KeptFits
 from diffusion_lens.studio.methods_live import EVEN, MethodBench, News, Trio, Wish, option_fields, read_options
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Studio
-from diffusion_lens.ui import explore_handlers, methods_views
-from diffusion_lens.ui import methods_handlers as handlers
-from diffusion_lens.ui.explore_handlers import N_PLAIN, Page
-
-LOST = next(iter(handlers.LOSSES))
+from diffusion_lens.ui import methods_tab, methods_views
+from diffusion_lens.ui.methods_tab import CompareQuestion, MethodsTab
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,11 @@ def comparison(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_lens: DiffusionLens) -> MethodBench:
+def bench(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MethodBench]:
     """All visitors' bench on the tiny lens, which holds no comparison."""
-    return MethodBench(Studio(tiny_lens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FITS_VARIABLE, str(tmp_path_factory.mktemp("fits")))
+        yield MethodBench(Studio(tiny_lens))
 
 
 @pytest.fixture
@@ -58,10 +60,29 @@ def view(tiny_lens: DiffusionLens) -> View:
     return replace(state.default_view(tiny_lens), beta=3.0)
 
 
-def asked(bench: MethodBench, view: View, visitor: str = "a") -> tuple[Page, list[Any]]:
-    """Explore's page and controls for a view."""
-    slots = cards.slots(bench.studio.lens, view)
-    return Page(visitor, slots), explore_handlers.control_values(bench.studio, view, slots)
+@dataclass(frozen=True)
+class Beside:
+    """Explore as the tab needs it: a view, or the sentence why there is none."""
+
+    now: View | LensError
+    inputs: frozenset[Any] = frozenset()
+
+    def view(self, values: object) -> View:
+        """What Explore shows."""
+        if isinstance(self.now, LensError):
+            raise self.now
+        return self.now
+
+    def subject(self, values: object) -> tuple[str | None, str]:
+        """Prompt and attribute."""
+        return ("", "gender") if isinstance(self.now, LensError) else (self.now.prompt, self.now.attribute)
+
+
+def page(bench: MethodBench, now: View | LensError) -> tuple[MethodsTab, Held]:
+    """The tab beside Explore, and what a browser holds of it."""
+    with gr.Blocks() as demo, gr.Tabs(), gr.Tab("Methods"):
+        tab = methods_tab.components(bench, partial(methods_tab.run, bench), cast(Any, Beside(now)))
+    return tab, Held(demo)
 
 
 def finished(news: Iterator[News]) -> Trio:
@@ -73,47 +94,39 @@ def finished(news: Iterator[News]) -> Trio:
 
 class TestStored:
     def test_without_a_comparison_the_page_says_how_to_make_one(self, bench: MethodBench) -> None:
-        first, *rest = handlers.compared(bench.studio, "gender", "balance", LOST)
-        assert "python -m diffusion_lens compare --store" in first and "-a gender" in first
-        assert rest[:6] == ["", None, "", None, "", ""] and rest[6]["visible"] is False
+        shown = methods_tab.compare_view(bench.studio, CompareQuestion("gender", ""))
+        assert "python -m diffusion_lens compare --store" in shown.headline and "-a gender" in shown.headline
+        assert (shown.table, shown.curves, shown.more) == ("", "", "") and shown.measure["visible"] is False
 
     def test_a_foreign_comparison_is_named_and_nothing_else_breaks(
-        self, comparison: Comparison, copied_lens: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+        self, comparison: Comparison, copied_lens: Callable[[], Path]
     ) -> None:
         folder = copied_lens()
         DiffusionLens.from_pretrained(folder).store(comparison)
         lens = DiffusionLens.from_pretrained(folder)
         changed = DiffusionLens(folder, lens.manifest.model_copy(update={"sae_id": "another"}))
-        first, *_ = handlers.compared(Studio(changed), "gender", "balance", LOST)
-        assert "measured on another SAE" in first and "Nothing to compare" in first
+        shown = methods_tab.compare_view(Studio(changed), CompareQuestion("gender", ""))
+        assert "measured on another SAE" in shown.headline and "Nothing to compare" in shown.headline
 
     def test_a_stored_comparison_is_shown(self, comparison: Comparison, copied_lens: Callable[[], Path]) -> None:
         folder = copied_lens()
         DiffusionLens.from_pretrained(folder).store(comparison)
         studio = Studio(DiffusionLens.from_pretrained(folder))
-        for part in PARTS:
-            verdict, table, trade, says, across, _, notes, plots = handlers.compared(studio, "gender", part, LOST)
-            assert table.count("<tr") == 1 + len(comparison.rows) and ("Best value" in verdict or "No" in verdict)
-            assert (
-                plots["visible"] is True and "24 images per method" in table and "12 at every other strength" in table
-            )
-            figure = json.loads(trade["figure"])
-            assert {t["name"] for t in figure["data"] if "name" in t} == {"DiffLens", "Mid-block bypass"}
-            assert "DiffLens" in says and "strengths" in across["alt"] and comparison.classifier_id in notes
-        assert "Nothing to compare" in handlers.compared(studio, "age", "balance", LOST)[0]
+        for measure in ("share male", "distance from the target", "share nobody"):
+            shown = methods_tab.compare_view(studio, CompareQuestion("gender", measure))
+            assert shown.table.count('scope="row"') == len(comparison.rows) - 1, "no steering is the ring in every row"
+            assert "24 images a row" in shown.table and "12 images a point" in shown.curves
+            assert shown.curves.count("<svg") == len(comparison.curves)
+            assert comparison.classifier_id in shown.more and "text/csv;base64" in shown.more
+            assert "balance" in shown.headline
+        assert shown.measure["value"] == shown.measure["choices"][0], "an unknown measure falls back to the first"
+        assert "Nothing to compare" in methods_tab.compare_view(studio, CompareQuestion("age", "")).headline
 
-    def test_the_table_marks_the_best_and_says_what_is_missing(self, comparison: Comparison) -> None:
-        a, b, c = (
-            row_with(row, fd=Measured(fd, (fd, fd))) for row, fd in zip(comparison.rows, (0.4, 0, 0), strict=True)
-        )
-        rows = (a, replace(b, strength=1.0, kept=0.5, fid=None), replace(c, strength=1.0, kept=0.75, fid=None))
-        table = replace(comparison, rows=rows)
-        html = methods_views.table_html(table, "likeness")
-        line = html.split(f"<th scope='row'>{c.name}</th>")[1].split("</tr>")[0]
-        assert "★" in line.split("0.750")[0].split("<td")[-1]
-        assert html.split(f"<th scope='row'>{b.name}</th>")[1].split("</tr>")[0].count(NOT_MEASURED) == 1
-        silent = replace(table, rows=(a, replace(b, note="<no prompt>"), c))
-        assert "not run: &lt;no prompt&gt;" in methods_views.table_html(silent, "balance")
+    def test_a_method_that_could_not_run_says_why(self, comparison: Comparison) -> None:
+        a, b, c = comparison.rows
+        table = replace(comparison, rows=(a, replace(b, note="<no prompt>", figures=None), c))
+        shown = methods_views.compare_view(table, "gender", "", "male", "")
+        assert "not run: &lt;no prompt&gt;" in shown.table and "not run: &lt;no prompt&gt;" in shown.more
 
 
 class TestOptions:
@@ -121,7 +134,7 @@ class TestOptions:
         for method in METHODS.values():
             fields = option_fields(method)
             assert {f.name for f in fields} == set(method.options.model_fields) - methods_live.HIDDEN
-            told = json.loads(read_options(method, tuple(f.default for f in fields)))
+            told = json.loads(read_options(method, {f.name: f.default for f in fields}))
             assert told == method.options.model_validate({}).model_dump(mode="json"), method.key
 
     def test_kinds_and_limits_come_from_the_declaration(self) -> None:
@@ -136,20 +149,15 @@ class TestOptions:
         assert "adapter" not in {f.name for f in option_fields(METHODS["fine-tuning"])}
 
     def test_wrong_options_are_one_sentence(self) -> None:
-        fields = option_fields(METHODS["ddm"])
-        values = [f.default for f in fields]
-        values[[f.name for f in fields].index("iterations")] = 0
         with pytest.raises(LensError, match="options of DDM: 'iterations' is wrong"):
-            read_options(METHODS["ddm"], tuple(values))
-        values = [3.0 if f.name == "iterations" else f.default for f in fields]
-        assert json.loads(read_options(METHODS["ddm"], tuple(values)))["iterations"] == 3
+            read_options(METHODS["ddm"], {"iterations": 0})
+        assert json.loads(read_options(METHODS["ddm"], {"iterations": 3.0}))["iterations"] == 3
 
 
 class TestLive:
     def test_the_images_are_those_of_the_method_itself(self, bench: MethodBench, view: View) -> None:
         lens = bench.studio.lens
-        wish = Wish("activation", 2.0, options=read_options(METHODS["activation"], tuple(
-            f.default for f in option_fields(METHODS["activation"]))))  # fmt: skip
+        wish = Wish("activation", 2.0, options=read_options(METHODS["activation"], {}))
         trio = finished(bench.events("a", view, wish))
         fitted = METHODS["activation"].fit(lens, view.attribute, view.target, prompts=lens.prompts,
                                            seeds=range(9_000_000, 9_000_024))  # fmt: skip
@@ -209,43 +217,80 @@ class TestLive:
         with pytest.raises(LensError, match="minutes; choose fewer iterations"):
             next(bench.events("a", view, Wish("ddm", 1.0, options='{"iterations": 100000}')))
 
+    def test_a_fit_is_found_again_after_a_restart(self, bench: MethodBench, view: View) -> None:
+        wish = Wish("latent-editing", 1.0, options=read_options(METHODS["latent-editing"], {}))
+        first = finished(bench.events("a", view, wish))
+        restarted = MethodBench(bench.studio)
+        assert restarted.estimate(view, wish) == 0 and restarted._own is None
+        again = finished(restarted.events("a", view, wish))
+        assert np.array_equal(first.other.images, again.other.images)
+        other = replace(wish, options=read_options(METHODS["latent-editing"], {"draw_seed": 5}))
+        assert restarted.known(view, other) is None, "other options are another fit"
+
+
+class TestKept:
+    def test_the_longest_unused_go_first(self, bench: MethodBench, view: View, tmp_path: Path) -> None:
+        fitted = METHODS["bypass"].fit(
+            bench.studio.lens, view.attribute, view.target, prompts=bench.studio.lens.prompts, seeds=range(4)
+        )
+        kept = KeptFits(tmp_path, max_fits=2)
+        names = [kept.name("bypass", "lens", i) for i in range(3)]
+        for age, name in enumerate(names[:2]):
+            kept.keep(name, fitted)
+            os.utime(tmp_path / name, (1000.0 + age, 1000.0 + age))
+        assert kept.load(names[0], METHODS["bypass"], bench.studio.lens) is not None
+        kept.keep(names[2], fitted)
+        assert [kept.has(name) for name in names] == [True, False, True], "the first was used since"
+        small = KeptFits(tmp_path, max_bytes=1)
+        small.keep(kept.name("bypass", "lens", 4), fitted)
+        assert not list(tmp_path.iterdir())
+
+    def test_what_cannot_be_read_is_dropped_and_fitted_again(self, bench: MethodBench, tmp_path: Path) -> None:
+        kept = KeptFits(tmp_path)
+        (tmp_path / "bypass-0").mkdir()
+        (tmp_path / "bypass-0" / "method.json").write_text("{")
+        assert kept.load("bypass-0", METHODS["bypass"], bench.studio.lens) is None
+        assert not kept.has("bypass-0") and kept.load("bypass-1", METHODS["bypass"], bench.studio.lens) is None
+
 
 class TestHandlers:
-    def test_choices_leave_out_difflens_and_keep_what_was_chosen(self) -> None:
-        update = handlers.start_methods("ddm")
+    def test_choices_leave_out_difflens_and_keep_what_was_chosen(self, bench: MethodBench, view: View) -> None:
+        tab, held = page(bench, view)
+        update = tab.choose_first(held.set({tab.method: "ddm"}))[tab.method]
         assert update["value"] == "ddm" and len(update["choices"]) == len(METHODS) - 1
-        assert handlers.start_methods(None)["value"] == handlers.FIRST_METHOD
+        assert tab.choose_first(held.set({tab.method: None}))[tab.method]["value"] == methods_tab.FIRST_METHOD
 
     def test_a_method_says_what_it_is_and_what_it_costs(self, bench: MethodBench, view: View) -> None:
-        page, values = asked(bench, view)
+        tab, held = page(bench, view)
         for key, method in METHODS.items():
-            html, aim, strength = handlers.describe(bench, page, key, handlers.AIMS[0], values)
-            assert methods_views.escape(method.explanation) in html and "Source:" in html
-            assert aim["interactive"] == (method.aim == "class")
-            assert strength["maximum"] == max(method.strengths) and strength["value"] in method.strengths
-            again = handlers.describe(bench, page, key, handlers.AIMS[0], values, html)
-            assert "value" not in again[2], "coming back to the tab changes nothing"
+            told = tab.tell(held.set({tab.method: key}))
+            assert str(escape(method.explanation)) in told[tab.about] and "Source:" in told[tab.about]
+            assert told[tab.aim]["interactive"] == (method.aim == "class")
+            assert told[tab.strength]["maximum"] == max(method.strengths)
+            assert told[tab.strength]["value"] in method.strengths
+            held.take(told)
+            assert untouched(tab.tell_once(held.values)), "coming back to the tab changes nothing"
 
     def test_a_run_ends_with_three_rows(self, bench: MethodBench, view: View) -> None:
-        page, values = asked(bench, view)
-        steps = list(handlers.run(bench, page, "bypass", EVEN, 0.75, (), values))
-        shown, status, start, stop = steps[-1]
-        assert shown.count("<img") == 24 and shown.count("dl-bar") == 3 and "95 %" in shown
-        assert "before" in status and "how often" in status
-        assert start["visible"] is True and stop["visible"] is False and steps[0][3]["visible"] is True
+        tab, held = page(bench, view)
+        values = held.set({tab.method: "bypass", tab.aim: EVEN, tab.strength: 0.75})
+        first, *_, last = tab.try_method(values, {}, visitor("a"))
+        assert last[tab.shown].count("<img") == 24 and last[tab.shown].count("dl-bar") == 3
+        assert "95 %" in last[tab.shown]
+        assert "before" in last[tab.status] and "how often" in last[tab.status]
+        assert last[tab.start]["visible"] is True and last[tab.stop]["visible"] is False
+        assert first[tab.stop]["visible"] is True
 
-    @pytest.mark.parametrize(("key", "strength", "place", "value", "said"), [
-        (None, 1.0, None, None, "Choose a method"), ("bypass", "x", None, None, "must be a number"),
-        ("bypass", 9.0, None, None, "lies between"), ("bypass", float("nan"), None, None, "lies between"),
-        ("magic", 1.0, None, None, "no method"), ("bypass", 0.5, 0, "a portrait of an astronaut", "never saw"),
-        ("control-prompt", 0.5, N_PLAIN - 1, 99, "β must lie"),
+    @pytest.mark.parametrize(("key", "strength", "problem", "said"), [
+        (None, 1.0, None, "Choose a method"), ("bypass", "x", None, "must be a number"),
+        ("bypass", 9.0, None, "lies between"), ("bypass", float("nan"), None, "lies between"),
+        ("magic", 1.0, None, "no method"), ("bypass", 0.5, LensError("β must lie."), "β must lie."),
     ])  # fmt: skip
     def test_bad_wishes_are_one_sentence(
-        self, bench: MethodBench, view: View, key: Any, strength: Any, place: Any, value: Any, said: str
+        self, bench: MethodBench, view: View, key: Any, strength: Any, problem: Any, said: str
     ) -> None:
-        page, values = asked(bench, view)
-        if place is not None:
-            values[place] = value
-        *_, (shown, status, start, _) = handlers.run(bench, page, key, EVEN, strength, (), values)
-        assert said in status and 'role="alert"' in status and not isinstance(shown, str)
-        assert start["visible"] is True
+        tab, held = page(bench, problem or view)
+        values = held.set({tab.method: key, tab.aim: EVEN, tab.strength: strength})
+        *_, last = tab.try_method(values, {}, visitor("a"))
+        assert said in last[tab.status] and 'role="alert"' in last[tab.status] and last[tab.shown] != ""
+        assert not isinstance(last[tab.shown], str)
