@@ -63,4 +63,4 @@ def stock(pipe: Any, asked: GenerationRequest) -> np.ndarray:
 
 def hooks_in(model: DiffusionModel) -> int:
     """Hooks left anywhere inside the U-Net."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.unet.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.denoiser.modules())

@@ -6,6 +6,7 @@
 | SDXL | 50 | 5 | 2,000 | 4 |
 | few-step (LCM, TCD, turbo) | 4 | none; 8.5 as an embedding where the model has one | 2,000 | 16 |
 | unconditional, pixel or latent | 50 | none | 4,000 | 16 |
+| transformers | those of the pipeline's own call | | 2,000 | 4 |
 
 Steps, guidance and the dictionary (8 features per channel, 32 active, one code per position) are the papers' and the
 pipelines' own [DiffLens, code]; the counts are our working form. At most 500 images per class are collected, fewer
@@ -51,12 +52,11 @@ class KindDefaults:
 
 def kind_defaults(model: DiffusionModel) -> KindDefaults:
     """The row of the table above that ``model`` belongs to."""
-    if not model.is_text:
-        return KindDefaults(50, 1.0, 4000, 16)
-    if not model.is_ddim:
-        embedded = getattr(model.unet.config, "time_cond_proj_dim", None) is not None
+    family = model.family
+    if not model.splits_step and model.is_text:
+        embedded = getattr(model.denoiser.config, "time_cond_proj_dim", None) is not None
         return KindDefaults(4, 8.5 if embedded else 1.0, 2000, 16)
-    return KindDefaults(50, 5.0, 2000, 4) if model.kind == "text-xl" else KindDefaults(50, 7.5, 2000, 16)
+    return KindDefaults(*family.defaults, 2000 if model.is_text else 4000, family.fit_batch)
 
 
 def default_config(
@@ -118,7 +118,7 @@ def default_config(
         "choose": ChooseConfig(
             n_features=(ACTIVE,) if quick else (10, 30),
             poles=("both",),
-            samplers=("asymmetric" if model.is_ddim else "symmetric",),
+            samplers=("asymmetric" if model.splits_step else "symmetric",),
             holds=("nothing", "others") if len(names) > 1 and not quick else ("nothing",),
             betas=(-1.0, 1.0, 3.0) if quick else ChooseConfig().betas,
             n_images=16 if quick else 64,

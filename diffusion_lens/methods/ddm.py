@@ -139,7 +139,7 @@ def train_ddm(task: Task, sets: TrainingSets, progress: Progress) -> tuple[dict[
     indicator = make_indicator(int(np.prod(model.latent_shape)), options.seed).to(model.device)
     encoder = getattr(model.pipeline, "text_encoder", None)
     curve: list[float] = []
-    with model.lock, frozen(model.unet, encoder), adapters(model, shape, seed=options.seed) as adapted:
+    with model.lock, frozen(model.denoiser, encoder), adapters(model, shape, seed=options.seed) as adapted:
         optimiser = torch.optim.AdamW([*adapted.parameters, *indicator.parameters()], lr=options.lr)
         with torch.enable_grad():
             for _ in progress.each(range(options.iterations)):

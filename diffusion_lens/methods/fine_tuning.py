@@ -124,7 +124,7 @@ def train_aligned(task: Task) -> tuple[dict[str, Tensor], list[float]]:
     generator, rng = torch.Generator().manual_seed(options.seed), np.random.default_rng(options.seed)
     curve: list[float] = []
     encoder = getattr(model.pipeline, "text_encoder", None)
-    with model.lock, frozen(model.unet, encoder), adapters(model, shape, seed=options.seed) as adapted:
+    with model.lock, frozen(model.denoiser, encoder), adapters(model, shape, seed=options.seed) as adapted:
         optimiser = torch.optim.AdamW(adapted.parameters, lr=options.lr, weight_decay=0.0)
         with torch.enable_grad():
             for _ in training.each(range(options.iterations)):

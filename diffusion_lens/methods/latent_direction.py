@@ -92,13 +92,13 @@ def train_direction(task: Task, groups: list[Group], progress: Progress) -> tupl
     scheduler = model.scheduler(task.draws.n_steps)
     generator = torch.Generator().manual_seed(options.seed)
     curve = []
-    with model.lock, frozen(model.unet), torch.enable_grad():
+    with model.lock, frozen(model.denoiser), torch.enable_grad():
         direction = torch.zeros(model.hook_shape, device=model.device, dtype=model.dtype, requires_grad=True)
         optimiser = torch.optim.Adam([direction], lr=options.lr)
         for _ in progress.each(range(options.iterations)):
             prompt, clean = pick(groups, options.batch_size, generator)
             noised = add_noise(scheduler, clean, generator)
-            with edit_output(model.hook_module, lambda h: h + direction):
+            with edit_output(model.port, lambda h: h + direction):
                 loss = prediction_loss(model, noised, model.condition(prompt, len(clean), 1.0))
             optimiser.zero_grad()
             loss.backward()

@@ -90,7 +90,7 @@ def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, p
     scheduler = model.scheduler(task.draws.n_steps)
     t = scheduler.timesteps[step]
     generator = torch.Generator().manual_seed(options.seed + step)
-    with model.lock, frozen(model.unet), torch.enable_grad():
+    with model.lock, frozen(model.denoiser), torch.enable_grad():
         delta = torch.zeros(model.hook_shape, device=model.device, dtype=model.dtype, requires_grad=True)
         optimiser = torch.optim.Adam([delta], lr=options.lr)
         for _ in progress.each(range(options.iterations)):
@@ -100,7 +100,7 @@ def train_delta(task: Task, batches: tuple[Drawn, ...], label: int, step: int, p
             conditioning = model.condition(batch.prompt, len(rows), 1.0)
             with torch.no_grad():
                 source = denoised(scheduler, model.predict(x, t, conditioning), x, t)[0]
-            with edit_output(model.hook_module, lambda own: own + delta):
+            with edit_output(model.port, lambda own: own + delta):
                 moved = denoised(scheduler, model.predict(x, t, conditioning), x, t)[0]
             wanted = torch.full((len(rows),), label, device=model.device)
             read = F.cross_entropy(task.probe.logits(h + delta, step) / task.probe.temperature, wanted)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.files import load_tensors
 from diffusion_lens.base.types import LensError
-from diffusion_lens.model.codec import encode_text
-from diffusion_lens.model.pipelines import Conditioning, DiffusionModel
+from diffusion_lens.model.families.base import Conditioning
+from diffusion_lens.model.families.unet import encode_text
+from diffusion_lens.model.pipelines import DiffusionModel
 
 NAME = "lens"
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -153,7 +154,7 @@ def _peft_name(name: str) -> str | None:
 def _parts(model: DiffusionModel, shape: LoraShape) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
     parts: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     if shape.unet:
-        parts["unet"] = (model.unet, shape.unet)
+        parts["unet"] = (model.denoiser, shape.unet)
     if shape.text and model.kind == "text":
         parts["text"] = (model.pipeline.text_encoder, shape.text)
     for part, (module, targets) in parts.items():

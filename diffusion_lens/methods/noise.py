@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Drawn
+from diffusion_lens.model.families.base import Conditioning
 from diffusion_lens.model.hooks import intercept
-from diffusion_lens.model.pipelines import Conditioning, DiffusionModel
+from diffusion_lens.model.pipelines import DiffusionModel
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def read_bottleneck(model: DiffusionModel, x: Tensor, t: Tensor, conditioning: C
         raise _Reached
 
     try:
-        with intercept(model.hook_module, stop):
+        with intercept(model.port, stop):
             model.predict(x, t, conditioning)
     except _Reached:
         pass

@@ -7,8 +7,8 @@ other modules speak. Under classifier-free guidance only the conditional half is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from diffusion_lens.base.types import Activations, EditSpec, Generation, GenerationRequest, LensError, Sampler
-from diffusion_lens.model.hooks import UpPath, intercept
-from diffusion_lens.model.pipelines import Conditioning, DiffusionModel, seed_generators
+from diffusion_lens.model.families.base import Conditioning
+from diffusion_lens.model.hooks import PerImage, UpPath, intercept
+from diffusion_lens.model.pipelines import DiffusionModel, seed_generators
+from diffusion_lens.model.samplers import flow_shift, is_flow, signal_share
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class BatchRun:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.first)
         if self.start is None:
-            return self.model.noise(self.request.seeds, generators) * scheduler.init_noise_sigma, generators
+            noise = self.model.noise(self.request.seeds, generators)
+            return noise * getattr(scheduler, "init_noise_sigma", 1.0), generators
         rows = self.start.rows(self.request)
         states = self.start.generator_states.get(self.first)
         if states is not None:
@@ -232,28 +235,35 @@ class BatchRun:
         self, index: int, latents: Tensor, scheduler: Any, conditioning: Conditioning, generators: list[torch.Generator]
     ) -> Tensor:
         t = scheduler.timesteps[index]
-        scaled = scheduler.scale_model_input(latents, t)
+        scaled = latents if is_flow(scheduler) else scheduler.scale_model_input(latents, t)
         window = None if self.edit is None else self.edit.window or (0, self.request.n_steps)
         editing = window is not None and window[0] <= index < window[1]
         keeping = self.capture is not None and index in self.capture.indices(self.request.n_steps)
         edited: tuple[Tensor, Tensor] | None = None
         with self.model.lock:  # other threads' hooks must not see this forward, nor these hooks theirs
             if editing or keeping:
-                alpha_bar = float(scheduler.alphas_cumprod[int(t)])
-                reader = _Reader(self, index, alpha_bar, latents, int(t), keeping, editing)
+                share = signal_share(scheduler, index)
+                reader = _Reader(self, index, share, latents, round(float(t)), keeping, editing, conditioning.own)
                 prediction, edited = _hooked_predict(reader, scaled, t, conditioning)
             else:
                 prediction = self.model.predict(scaled, t, conditioning)
-        scale = self.request.guidance_scale
-        kwargs = _step_kwargs(scheduler, generators)
-        previous = scheduler.step(_guide(prediction, conditioning, scale), t, latents, **kwargs)
+        guided = self.model.guide(prediction, conditioning, self.request.guidance_scale)
+        previous = scheduler.step(guided, t, latents, **_step_kwargs(scheduler, generators))
         if edited is None:
             return previous.prev_sample
-        return _asymmetric(previous, edited, prediction, latents, scheduler, t, conditioning, scale)
+        rows, output = edited
+        if conditioning.guided:
+            both = torch.cat([prediction[: conditioning.n][rows], output])
+            output = self.model.guide(both, replace(conditioning, n=len(rows)), self.request.guidance_scale)
+        if is_flow(scheduler):
+            shift = flow_shift(scheduler, index, guided[rows], output)
+        else:
+            shift = _ddim_shift(scheduler, t, latents[rows], previous.pred_original_sample[rows], output)
+        return previous.prev_sample.index_add(0, rows, shift.to(previous.prev_sample.dtype))
 
     def _activations(self, scheduler: Any, capture: Capture) -> Activations:
         h = torch.stack(self.kept, dim=1).cpu().numpy()
-        times = tuple(int(scheduler.timesteps[i]) for i in capture.indices(self.request.n_steps))
+        times = tuple(round(float(scheduler.timesteps[i])) for i in capture.indices(self.request.n_steps))
         return Activations(h, times, self.request.seeds, self.model.hook_name)
 
 
@@ -268,6 +278,7 @@ class _Reader:
     timestep: int
     keeping: bool
     editing: bool
+    own: slice
     edited: Tensor | None = None
     changed: Tensor | None = None
 
@@ -278,8 +289,7 @@ class _Reader:
 
     def __call__(self, h: Tensor, h_in: Tensor | None) -> Tensor | None:
         request, edit, capture = self.run.request, self.run.edit, self.run.capture
-        n = len(request.seeds)
-        half, half_in = h[-n:], None if h_in is None else h_in[-n:]
+        half, half_in = h[self.own], None if h_in is None else h_in[self.own]
         if self.keeping and capture is not None:
             self.run.kept.append(half.to(capture.torch_dtype, copy=True))
         if not self.editing or edit is None:
@@ -295,7 +305,9 @@ class _Reader:
         if self.later:
             self.edited, self.changed = edited, changed
             return None
-        return torch.cat([h[:-n], edited]) if h.shape[0] > n else edited
+        if len(h) == len(edited):
+            return edited
+        return torch.cat([edited, h[len(edited) :]] if self.own.start == 0 else [h[: -len(edited)], edited])
 
 
 def _hooked_predict(
@@ -307,9 +319,14 @@ def _hooked_predict(
     Rows that the edit left as they were are not run again: they stay bit-identical and cost nothing.
     """
     model, n = reader.run.model, conditioning.n
-    path = UpPath(model.unet) if reader.later and UpPath.supports(model.unet, model.hook_name) else None
-    with path.record() if path else nullcontext(), intercept(model.hook_module, reader):
-        prediction = model.predict(scaled, t, conditioning)
+    path = UpPath(model.denoiser) if reader.later and UpPath.supports(model.denoiser, model.hook_name) else None
+
+    @contextmanager
+    def watch() -> Iterator[None]:
+        with path.record() if path else nullcontext(), intercept(model.port, reader):
+            yield
+
+    prediction = model.predict(scaled, t, conditioning, watch())
     if reader.edited is None or reader.changed is None:
         return prediction, None
     rows = reader.changed.nonzero().squeeze(1)
@@ -317,66 +334,51 @@ def _hooked_predict(
         return prediction, None
     h = reader.edited[rows]
     if path is not None:
-        offset = n if conditioning.guided else 0
+        offset = conditioning.own.start or 0
         output = path.replay(h, slice(offset, None) if len(rows) == n else rows + offset)
-    else:
-        with intercept(model.hook_module, lambda *_: h):
-            output = model.unet(scaled[rows], t, return_dict=False, **conditioning.conditional(rows))[0]
-    return prediction, (rows, model.prediction_channels(output))
+        return prediction, (rows, model.family.prediction_channels(model, output))
+    with intercept(model.port, lambda *_: h):
+        return prediction, (rows, model.family.forward(model, scaled[rows], t, conditioning.conditional(rows)))
 
 
-def _asymmetric(
-    previous: Any,
-    edited: tuple[Tensor, Tensor],
-    prediction: Tensor,
-    latents: Tensor,
-    scheduler: Any,
-    t: Tensor,
-    conditioning: Conditioning,
-    guidance_scale: float,
-) -> Tensor:
+def _ddim_shift(scheduler: Any, t: Tensor, latents: Tensor, x0: Tensor, output: Tensor) -> Tensor:
     """Asyrp's reverse step (Kwon et al., eq. 5), by difference: the edit moves the predicted x0 alone,
 
     ``x_prev = step(eps) + sqrt(alpha_bar_prev) * (x0(eps_edited) - x0(eps))``,
 
-    which holds for every prediction type and leaves unedited rows bit-identical.
+    which holds for every prediction type and leaves unedited rows bit-identical. What is added to the step.
     """
-    rows, output = edited
-    if conditioning.guided:
-        unconditional = prediction[: conditioning.n][rows]
-        output = unconditional + guidance_scale * (output - unconditional)
-    x0 = scheduler.step(output, t, latents[rows], eta=0.0).pred_original_sample
+    edited = scheduler.step(output, t, latents, eta=0.0).pred_original_sample
     before = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_bar = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
-    shift = alpha_bar**0.5 * (x0 - previous.pred_original_sample[rows])
-    return previous.prev_sample.index_add(0, rows, shift.to(previous.prev_sample.dtype))
+    return alpha_bar**0.5 * (edited - x0)
 
 
 def condition_each(model: DiffusionModel, prompts: Sequence[str | None], guidance_scale: float) -> Conditioning:
-    """The U-Net's conditioning for one image per prompt; row ``i`` equals that of ``prompts[i]`` alone."""
+    """The denoiser's conditioning for one image per prompt; row ``i`` equals that of ``prompts[i]`` alone."""
     n = len(prompts)
     parts = {prompt: model.condition(prompt, n, guidance_scale) for prompt in dict.fromkeys(prompts)}
     whole, *others = parts.items()
-    kwargs = whole[1].kwargs
+    kwargs = dict(whole[1].kwargs)
     for prompt, part in others:
         own = [i for i, told in enumerate(prompts) if told == prompt]
-        kwargs = _put_rows(kwargs, part.kwargs, own + [n + i for i in own] * part.guided)
+        rows = own + [n + i for i in own] * part.doubled
+        for name in kwargs.keys() - part.shared:
+            kwargs[name] = _put_rows(kwargs[name], part.kwargs[name], rows)
     return replace(whole[1], kwargs=kwargs)
 
 
 def _put_rows(into: Any, value: Any, rows: list[int]) -> Any:
     if isinstance(value, dict):
         return {name: _put_rows(into[name], item, rows) for name, item in value.items()}
+    if isinstance(into, PerImage):
+        return PerImage(value[i] if i in rows else own for i, own in enumerate(into))
+    if into is None:
+        return None
+    if into.shape != value.shape:
+        raise LensError("This model reads prompts of different lengths one after the other; draw them one by one.")
     index = torch.tensor(rows, device=value.device)
     return into.index_copy(0, index, value[index])
-
-
-def _guide(prediction: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
-    """Classifier-free guidance, in the stock pipelines' own order of operations."""
-    if not conditioning.guided:
-        return prediction
-    unconditional, conditional = prediction.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
 
 
 def _step_kwargs(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def generate_batches(
 
     Raises:
         LensError: a request for another model, a prompt where none is taken or none where one is needed, an
-            asymmetric edit without DDIM, a step window that lies outside the run.
+            asymmetric edit without DDIM or flow Euler steps, a step window that lies outside the run.
     """
     check(model, request, edit, capture, batch_size)
     if start is not None and edit is None and capture is None:
@@ -116,7 +116,7 @@ def record_trajectory(
         def keep(index: int, x: Tensor, generators: list[torch.Generator]) -> None:
             if index in kept:
                 latents[index] = x.cpu()
-                if not model.is_ddim:
+                if not model.splits_step:
                     states[index] = tuple(g.get_state() for g in generators)
 
         return BatchRun(model, part, capture=capture).draw(told, keep, on_latents), latents, states
@@ -164,9 +164,11 @@ def check(
         raise LensError(f"batch_size must be at least 1; it is {batch_size}.")
     if edit is None:
         return
-    if edit.sampler == "asymmetric" and not model.is_ddim:
+    if edit.sampler == "asymmetric" and not model.splits_step:
         name = type(model.pipeline.scheduler).__name__
-        raise LensError(f"The asymmetric sampler needs DDIM and this model samples with {name}; choose symmetric.")
+        raise LensError(
+            f"The asymmetric sampler needs DDIM or flow Euler and this model samples with {name}; choose symmetric."
+        )
     if edit.window is not None and not 0 <= edit.window[0] < edit.window[1] <= request.n_steps:
         raise LensError(f"The step window {edit.window} does not lie inside the {request.n_steps} steps of this run.")
 

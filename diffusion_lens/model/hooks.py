@@ -1,8 +1,8 @@
-"""Read and edit the output of one module, and re-run only what lies above the bottleneck.
+"""Read and edit a model at one site, and re-run only what lies above a U-Net's bottleneck.
 
 Everything here registers on enter and removes on exit, also after an exception. Nothing counts steps:
-the caller says which step it is at. Modules may return a tensor, or a tuple or list whose first item is one;
-the tensor is ``[n, c, y, x]`` or ``[n, tokens, c]``, the latter being presented as ``[n, c, tokens, 1]``.
+the caller says which step it is at. A bare module stands for its own output: a tensor, or a tuple or list whose first
+item is one, ``[n, c, y, x]`` or ``[n, tokens, c]``, the latter being presented as ``[n, c, tokens, 1]``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.model.sites import Port
 
 Rows = slice | Tensor
 """Which images of a batch: a slice, or a 1-D tensor of row numbers."""
+
+
+class PerImage(tuple[Tensor, ...]):
+    """One tensor per image, each of its own length."""
 
 
 @dataclass
@@ -39,47 +44,20 @@ class Tap:
         return self.h
 
 
-def as_map(h: Tensor) -> Tensor:
-    """``[n, tokens, c]`` as ``[n, c, tokens, 1]``; a 4-D tensor as it is."""
-    if h.ndim == 4:
-        return h
-    if h.ndim == 3:
-        return h.transpose(1, 2).unsqueeze(-1)
-    raise LensError(f"The hooked module returns a tensor of shape {tuple(h.shape)}; choose one with 3 or 4 dimensions.")
-
-
-def _like(h: Tensor, original: Tensor) -> Tensor:
-    """Undo ``as_map``: the form and dtype that the module itself returned."""
-    if h.shape != as_map(original).shape:
-        raise LensError(f"An edit must keep the shape {tuple(as_map(original).shape)}; it returned {tuple(h.shape)}.")
-    return (h if original.ndim == 4 else h.squeeze(-1).transpose(1, 2)).to(original.dtype)
-
-
-def _main_tensor(output: Any) -> Tensor:
-    main = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(main, Tensor):
-        raise LensError(f"The hooked module returns {type(output).__name__}, not a tensor; choose another hook name.")
-    return main
-
-
 @contextmanager
-def intercept(module: nn.Module, fn: Callable[[Tensor, Tensor | None], Tensor | None]) -> Iterator[None]:
-    """Call ``fn(h, h_in)`` at every call of ``module``; a tensor it returns replaces ``h``, ``None`` leaves it.
+def intercept(place: nn.Module | Port, fn: Callable[[Tensor, Tensor | None], Tensor | None]) -> Iterator[None]:
+    """Call ``fn(h, h_in)`` at every call of the module; a tensor it returns replaces ``h``, ``None`` leaves it.
 
-    ``h [n, c, y, x]`` is the module's output, ``h_in`` its first argument in the same form (or ``None``).
+    ``h [n, c, y, x]`` is what the site reads, ``h_in`` the module's own input in the same form (or ``None``).
     """
+    port = place if isinstance(place, Port) else Port(place)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        main = _main_tensor(output)
-        first = args[0] if args else kwargs.get("hidden_states")
-        h_in = as_map(first) if isinstance(first, Tensor) and first.ndim in (3, 4) else None
-        edited = fn(as_map(main), h_in)
-        if edited is None:
-            return None
-        edited = _like(edited, main)
-        return edited if isinstance(output, Tensor) else type(output)((edited, *output[1:]))
+        h, h_in = port.read(output, args, kwargs)
+        edited = fn(h, h_in)
+        return None if edited is None else port.write(output, h, edited)
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+    handle = port.module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -87,21 +65,21 @@ def intercept(module: nn.Module, fn: Callable[[Tensor, Tensor | None], Tensor | 
 
 
 @contextmanager
-def capture(module: nn.Module) -> Iterator[Tap]:
-    """Read the module: the yielded ``Tap`` holds its last input and output, graph and device unchanged."""
+def capture(place: nn.Module | Port) -> Iterator[Tap]:
+    """Read a site: the yielded ``Tap`` holds its last ``h`` and input, graph and device unchanged."""
     tap = Tap()
 
     def keep(h: Tensor, h_in: Tensor | None) -> None:
         tap.h, tap.h_in, tap.calls = h, h_in, tap.calls + 1
 
-    with intercept(module, keep):
+    with intercept(place, keep):
         yield tap
 
 
 @contextmanager
-def edit_output(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the module's output ``h [n, c, y, x]`` by ``fn(h)`` (same shape; cast back to the module's dtype)."""
-    with intercept(module, lambda h, _: fn(h)):
+def edit_output(place: nn.Module | Port, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the site's ``h [n, c, y, x]`` by ``fn(h)`` (same shape; cast back to the module's dtype)."""
+    with intercept(place, lambda h, _: fn(h)):
         yield
 
 
@@ -109,6 +87,8 @@ def select_rows(value: Any, rows: Rows, n: int) -> Any:
     """``rows`` of every tensor with ``n`` rows inside nested tuples, lists and dicts; anything else as it is."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.shape[0] == n else value
+    if isinstance(value, PerImage):
+        return PerImage(value[rows] if isinstance(rows, slice) else (value[int(i)] for i in rows))
     if isinstance(value, dict):
         return {key: select_rows(item, rows, n) for key, item in value.items()}
     if type(value) in (tuple, list):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from diffusion_lens.base.files import read_json
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.weights import LOAD_ERRORS, reason
-from diffusion_lens.model.kinds import supported
+from diffusion_lens.model.families.registry import supported
 from diffusion_lens.model.run_options import is_missing_folder
 from diffusion_lens.model.stored import INDEX, StoredPipeline, check_shards, open_stored, stored_parts, weight_files
 
@@ -31,17 +31,23 @@ CHECKER, EXTRACTOR = "safety_checker", "feature_extractor"
 HALF = "fp16"
 """The variant that published models have where they lack plain weights."""
 AGAIN = "fetch it again, or use the files that belong together."
+LENGTH = "_max_sequence_length"
+"""Our note in a pipeline's index, which diffusers passes over, of the ``max_sequence_length`` it was trained for."""
 DERIVED = ("position_ids",)
 """Ends of names of tensors that older files store and networks compute."""
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A pipeline in memory, the files that it came from, and a sentence for what a person should know of it."""
+    """A pipeline in memory, the files that it came from, and a sentence for what a person should know of it.
+
+    ``max_sequence_length``: what its index notes that its own call is given, ``None`` where it notes nothing.
+    """
 
     pipeline: Any
     stored: StoredPipeline
     notes: tuple[str, ...]
+    max_sequence_length: int | None = None
 
 
 def open_pipeline(
@@ -80,7 +86,8 @@ def open_pipeline(
         for name, kind in ((name, _class(*named)) for name, named in parts.items())
         if kind is not None
     }
-    given: dict[str, Any] = dict(networks)
+    # What the index leaves empty is said: diffusers takes some of it for missing.
+    given: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]} | networks
     if not safety_checker and CHECKER in index:
         given |= {**{name: None for name in left_out if name in index}, "requires_safety_checker": False}
     try:
@@ -89,7 +96,8 @@ def open_pipeline(
         )
     except LOAD_ERRORS as error:
         raise _unreadable(source, error) from error
-    return Opened(pipe, stored, _notes(stored.variants, variant))
+    length = index.get(LENGTH)
+    return Opened(pipe, stored, _notes(stored.variants, variant), length if isinstance(length, int) else None)
 
 
 def _folder(

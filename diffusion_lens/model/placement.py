@@ -12,28 +12,33 @@ from diffusion_lens.model.run_options import RunOptions
 
 RECOMPILE_LIMIT = 64
 """Compiled forms of one forward: blocks of one class count together, and so does every batch size."""
+BLOCKS = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks", "layers")
+"""Lists of blocks in U-Nets and transformers."""
 
 
-def place(pipe: Any, hook_name: str, device: torch.device, dtype: torch.dtype, options: RunOptions | None) -> None:
+def place(
+    pipe: Any, denoiser: Any, module: str, device: torch.device, dtype: torch.dtype, options: RunOptions | None
+) -> None:
     """Move every part of ``pipe`` to ``device`` and ``dtype`` for inference, as ``options`` say (changed in place).
 
-    On CUDA, convolutions run on channels_last tensors. Raises ``LensError`` where this pipeline cannot be offloaded.
+    ``module``: the hooked one, inside the ``denoiser``. On CUDA, convolutions run on channels_last tensors. Raises
+    ``LensError`` where this pipeline cannot be offloaded.
     """
     offload = options is not None and options.offload
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
             # transformers loads "auto" dtypes, so each part is checked; diffusers' own .to() would warn needlessly.
-            nn.Module.to(module, device=torch.device("cpu") if offload else device, dtype=dtype).eval()
+            nn.Module.to(part, device=torch.device("cpu") if offload else device, dtype=dtype).eval()
     if device.type == "cuda":
-        for part in (pipe.unet, decoder(pipe)):
-            if part is not None:
-                part.to(memory_format=torch.channels_last)
+        for network in (denoiser, decoder(pipe)):
+            if network is not None:
+                network.to(memory_format=torch.channels_last)
     if options is None:
         return
     if options.slicing:
-        slice_work(pipe)
+        slice_work(pipe, denoiser)
     if options.compile:
-        compile_blocks(pipe.unet, hook_name)
+        compile_blocks(denoiser, module)
     if offload:
         offload_parts(pipe, device)
 
@@ -43,16 +48,16 @@ def decoder(pipe: Any) -> Any:
     return getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
 
 
-def slice_work(pipe: Any) -> None:
-    """Attention in two parts where the U-Net has that, and one image at a time through the autoencoder."""
-    if hasattr(pipe.unet, "set_attention_slice"):
-        pipe.unet.set_attention_slice("auto")
+def slice_work(pipe: Any, denoiser: Any) -> None:
+    """Attention in two parts where the denoiser has that, and one image at a time through the autoencoder."""
+    if hasattr(denoiser, "set_attention_slice"):
+        denoiser.set_attention_slice("auto")
     if hasattr(decoder(pipe), "enable_slicing"):
         decoder(pipe).enable_slicing()
 
 
-def compile_blocks(unet: Any, hook_name: str) -> None:
-    """Compile the forward of each down- and up-block, and leave the bottleneck and the hooked module as they are.
+def compile_blocks(denoiser: Any, module: str) -> None:
+    """Compile the forward of each block, and leave a U-Net's bottleneck and the hooked module as they are.
 
     A compiled whole would not see hooks inside it. Hooks on a block run outside its compiled forward, so reading,
     editing and replaying the up-path work as before; hooks placed later inside a block make it compile again.
@@ -61,14 +66,13 @@ def compile_blocks(unet: Any, hook_name: str) -> None:
 
     config.skip_nnmodule_hook_guards = False
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    blocks = [(f"{path}.{i}", block) for path in ("down_blocks", "up_blocks") for i, block in _listed(unet, path)]
-    for name, block in blocks:
-        if not hook_name.startswith(f"{name}."):
+    for name, block in ((f"{path}.{i}", block) for path in BLOCKS for i, block in _listed(denoiser, path)):
+        if not module.startswith(f"{name}."):
             block.forward = torch.compile(block.forward)
 
 
-def _listed(unet: Any, path: str) -> list[tuple[int, Any]]:
-    return list(enumerate(getattr(unet, path)))
+def _listed(denoiser: Any, path: str) -> list[tuple[int, Any]]:
+    return list(enumerate(getattr(denoiser, path, None) or ()))
 
 
 def offload_parts(pipe: Any, device: torch.device) -> None:

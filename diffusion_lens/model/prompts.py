@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from diffusion_lens.base.types import LensError
@@ -55,15 +55,28 @@ def check_words(prompt: str, vocabulary: Collection[str] | None = None) -> None:
         )
 
 
-def check_prompt(prompt: str, vocabulary: Collection[str] | None, pipeline: Any) -> None:
-    """The same, and what the pipeline's tokenizers tell: words they cannot read, and words beyond their length."""
+def check_prompt(
+    prompt: str, vocabulary: Collection[str] | None, pipeline: Any, lengths: Mapping[str, int] | None = None
+) -> None:
+    """The same, and what the pipeline's tokenizers tell: words they cannot read, and words beyond their length.
+
+    ``lengths``: tokenizer → most tokens that the model takes of it, where that is not the tokenizer's own; one that
+    reads the whole prompt is enough.
+    """
     check_words(prompt, vocabulary)
-    for tokenizer in tokenizers_of(pipeline).values():
+    cut: list[LensError] = []
+    tokenizers = tokenizers_of(pipeline)
+    for name, tokenizer in tokenizers.items():
         text = pipeline.maybe_convert_prompt(prompt, tokenizer) if hasattr(pipeline, "maybe_convert_prompt") else prompt
         unread = next((word for word in text.split() if not _is_read(word, tokenizer)), None)
         if unread is not None:
             raise LensError(f"The model's tokenizer cannot read “{unread[:60]}”; leave it out.")
-        _check_length(text, tokenizer)
+        try:
+            _check_length(text, tokenizer, (lengths or {}).get(name, tokenizer.model_max_length))
+        except LensError as error:
+            cut.append(error)
+    if cut and len(cut) == len(tokenizers):
+        raise cut[-1]
 
 
 def tokenizers_of(pipeline: Any) -> dict[str, Any]:
@@ -77,8 +90,8 @@ def token_ids(text: str, tokenizer: Any, *, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, truncation=False, verbose=False).input_ids)
 
 
-def _check_length(text: str, tokenizer: Any) -> None:
-    ids, most = token_ids(text, tokenizer, special=True), tokenizer.model_max_length
+def _check_length(text: str, tokenizer: Any, most: int) -> None:
+    ids = token_ids(text, tokenizer, special=True)
     if len(ids) <= most:
         return
     lost = tokenizer.decode(ids[most - 1 : -1]).strip()

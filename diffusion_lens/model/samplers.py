@@ -1,8 +1,8 @@
 """Which sampler a pipeline runs with: its own where it is one we know, DDIM where both share the noise schedule.
 
 A sampler is replaced by proof alone: a list of those trained on discrete noise levels, then equal cumulative signal
-shares. Flow matching, EDM, variance exploding and consistency models mean other things by a time step; DDIM would draw
-noise from them without a word.
+shares. EDM, variance exploding and consistency models mean other things by a time step; DDIM would draw noise from
+them without a word. Models of flow matching run by Euler steps along their straight path, x_σ = (1 − σ) x₀ + σ ε.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from diffusion_lens.base.types import LensError
 
@@ -27,6 +28,13 @@ REPLACED = (
     "DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
 )  # fmt: skip
 """Those that solve the same discrete-time model as DDIM."""
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_REPLACED = ("FlowMatchHeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+"""Those that solve the same flow as Euler steps, as far as they are set to."""
+FLOW_SETTINGS = (
+    "num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "base_shift", "max_shift", "shift_terminal",
+)  # fmt: skip
+"""What Euler steps keep of them besides the shift."""
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing")
 """Where DDIM's ``step`` lands on the time steps that it lists (``trailing``: within one)."""
@@ -35,11 +43,14 @@ TOLERANCE = 1e-6
 """Largest difference of two cumulative signal shares that are the same: some end a little above zero."""
 
 
-def choose_sampler(scheduler: Any, *, latents: bool, keep: bool = False) -> tuple[Any, tuple[str, ...]]:
+def choose_sampler(
+    scheduler: Any, *, latents: bool, keep: bool = False, flow: bool = False
+) -> tuple[Any, tuple[str, ...]]:
     """The scheduler to run with, and a sentence for everything about it that a person should know.
 
     Args:
         latents: whether latents are denoised, whose x0 must not be clipped to -1..1 as that of pixels.
+        flow: whether the model was trained on the straight path of flow matching.
         keep: keep any of ``KNOWN``; by default those that are not for few steps become DDIM.
 
     Raises:
@@ -47,6 +58,8 @@ def choose_sampler(scheduler: Any, *, latents: bool, keep: bool = False) -> tupl
     """
     name = type(scheduler).__name__
     ours = type(scheduler).__module__.startswith("diffusers.")
+    if flow:
+        return _choose_flow(scheduler, keep)
     few = name in FEW_STEP or (name.startswith("Euler") and scheduler.config.get("timestep_spacing") == "trailing")
     if keep and name not in KNOWN:
         raise LensError(f"{name} is not supported; leave keep_scheduler off to sample with DDIM.")
@@ -61,6 +74,64 @@ def choose_sampler(scheduler: Any, *, latents: bool, keep: bool = False) -> tupl
     _check_levels(chosen)
     _check_step(chosen)
     return chosen, _notes(scheduler, chosen)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler that ``choose_sampler`` chose follows a flow."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def splits_step(scheduler: Any) -> bool:
+    """Whether its step is made of a predicted clean image and a predicted noise, so that an edit may move one alone."""
+    return isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler))
+
+
+def signal_share(scheduler: Any, index: int) -> float:
+    """The share of signal power at step ``index``: alpha-bar, or (1 − σ)² / ((1 − σ)² + σ²) on a flow."""
+    if is_flow(scheduler):
+        sigma = float(scheduler.sigmas[index])
+        return (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    return float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
+
+
+def flow_shift(scheduler: Any, index: int, prediction: Tensor, edited: Tensor) -> Tensor:
+    """What the asymmetric step of a flow adds to the plain one: ``(1 − σ') (x₀(edited) − x₀(prediction))``.
+
+    With x₀ = x − σ v and ε = x + (1 − σ) v this is x' = (1 − σ') x₀(v_edited) + σ' ε(v) by difference, which leaves
+    unedited rows bit-identical (our working form of Asyrp's step on a straight path).
+    """
+    sigma, following = scheduler.sigmas[index], scheduler.sigmas[index + 1]
+    return (1 - following) * sigma * (prediction.float() - edited.float())
+
+
+def _choose_flow(scheduler: Any, keep: bool) -> tuple[Any, tuple[str, ...]]:
+    """Euler steps on the same flow; raises ``LensError`` for steps that are no such flow."""
+    name, config = type(scheduler).__name__, scheduler.config
+    ours = type(scheduler).__module__.startswith("diffusers.")
+    follows = name == FLOW or (name in FLOW_REPLACED and config.get("use_flow_sigmas", name.startswith("FlowMatch")))
+    if not ours or not follows:
+        raise LensError(
+            f"{name} is not supported: this model follows a flow, which {FLOW} samples; write that into its "
+            "scheduler_config.json."
+        )
+    if config.get("invert_sigmas", False):
+        raise LensError(f"This model's {name} runs from image to noise (invert_sigmas), which cannot be sampled here.")
+    if name == FLOW and not config.get("stochastic_sampling", False):
+        return scheduler, ()
+    if keep:
+        raise LensError(f"{name} is not supported as it is; leave keep_scheduler off to sample with Euler steps.")
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise LensError(
+            f"The model predicts '{config.prediction_type}' by its {name}, which is no flow to be sampled here."
+        )
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    kept = {key: config[key] for key in FLOW_SETTINGS if config.get(key) is not None}
+    made = FlowMatchEulerDiscreteScheduler(**{**kept, "shift": shift})
+    what = "its fresh noise at every step left out" if name == FLOW else f"{name} replaced by Euler steps"
+    return made, (
+        f"The model's own sampler was changed: {what}, on the same flow (shift {shift:g}); images of a seed differ "
+        "from those of the model's own sampler.",
+    )
 
 
 def _check_settings(scheduler: Any) -> None:

@@ -121,7 +121,7 @@ def run_depth(
     sizes: dict[str, int] = {}
     for name in config.shapes:
         model = load_model(pieces.path(_pipeline(name)), device=device, offline=True)
-        sizes[name] = sum(p.numel() for p in model.unet.parameters())
+        sizes[name] = sum(p.numel() for p in model.denoiser.parameters())
         for setting in settings:
             found = _read(config, model, classifier, pieces.part("readings"), (name, *setting), next(bars))
             readings[(name, *setting)] = found

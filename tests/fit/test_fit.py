@@ -242,7 +242,7 @@ def test_an_estimate_counts_what_will_be_done(tiny_fit_models: Models) -> None:
     assert by_stage["sweeps"].seconds == pytest.approx(12 * (1.7 * STEPS * 0.5 + 2.0) * 2)
     assert cost.seconds == pytest.approx(sum(c.seconds for c in cost.stages))
     assert cost.text().count("\n") == len(STAGES) + 2
-    weights = sum(p.numel() * 4 for p in tiny_fit_models.model.unet.parameters())
+    weights = sum(p.numel() * 4 for p in tiny_fit_models.model.denoiser.parameters())
     assert weights < cost.model_bytes < 4 * weights and cost.memory_bytes == cost.model_bytes + 10**9
     assert cost.lens_bytes > cost.model_bytes, "its pipeline lies in the lens"
     measured = estimate(quick(), tiny_fit_models.model, tiny_fit_models.classifier)

@@ -170,9 +170,9 @@ def test_recording_changes_nothing_and_leaves_nothing(text_model: DiffusionModel
         with capture(text_model.hook_module) as tap:
             text_model.predict(x, t, conditioning)
     assert torch.equal(tape.outputs[text_model.hook_module], tap.output())
-    assert not any(module._forward_hooks for module in text_model.unet.modules())
+    assert not any(module._forward_hooks for module in text_model.denoiser.modules())
 
 
 def test_other_blocks_are_refused(text_model: DiffusionModel) -> None:
     with pytest.raises(LensError, match="Relevance cannot pass"):
-        check_mid_block(text_model.unet.up_blocks[0])
+        check_mid_block(text_model.denoiser.up_blocks[0])

@@ -68,15 +68,15 @@ def test_a_strength_changes_images_and_leaves_the_model_as_it_was(
     key: str, tiny_lens: DiffusionLens, fitted: dict[str, Fitted]
 ) -> None:
     seeds = range(6)
-    before = {name: p.clone() for name, p in tiny_lens.model.unet.named_parameters()}
-    flags = {name: p.requires_grad for name, p in tiny_lens.model.unet.named_parameters()}
+    before = {name: p.clone() for name, p in tiny_lens.model.denoiser.named_parameters()}
+    flags = {name: p.requires_grad for name, p in tiny_lens.model.denoiser.named_parameters()}
     strong = METHODS[key].strengths[-1]
     plain = tiny_lens.generate(PROMPTS[0], seeds=seeds, capture=True).activations
     moved = tiny_lens.generate(PROMPTS[0], fitted[key].edit(strong), seeds=seeds, capture=True).activations
     assert plain is not None and moved is not None
     # Captured before the edit of each step, so what differs is what earlier steps did to the latents.
     assert not np.array_equal(plain.h[:, -1], moved.h[:, -1])
-    after = dict(tiny_lens.model.unet.named_parameters())
+    after = dict(tiny_lens.model.denoiser.named_parameters())
     assert set(after) == set(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name: p.requires_grad for name, p in after.items()} == flags
@@ -157,7 +157,7 @@ def test_a_fit_can_be_cancelled_and_shows_progress(key: str, tiny_lens: Diffusio
     with pytest.raises(Cancelled):
         method.fit(tiny_lens, "gender", "male", options, prompts=PROMPTS, seeds=SEEDS, progress=Progress(stop))
     assert np.allclose(np.diff([0.0, *seen]), seen[0]) and 0 < seen[-1] < 1, "even steps of one bar"
-    assert not any("lora" in name for name, _ in tiny_lens.model.unet.named_modules())
+    assert not any("lora" in name for name, _ in tiny_lens.model.denoiser.named_modules())
 
 
 def test_drawing_counts_towards_every_methods_fit(fitted: dict[str, Fitted], draws: Draws) -> None:

@@ -146,14 +146,14 @@ def test_learned_directions_lower_their_loss(tiny_lens: DiffusionLens, draws: Dr
         values = []
         for seed in range(12):
             noised = add_noise(model.scheduler(4), clean, torch.Generator().manual_seed(100 + seed))
-            with torch.no_grad(), edit_output(model.hook_module, lambda h: h + direction):
+            with torch.no_grad(), edit_output(model.port, lambda h: h + direction):
                 values.append(float(prediction_loss(model, noised, model.condition(PROMPTS[0], len(clean), 1.0))))
         return float(np.mean(values))
 
     direction = fitted.tensors["directions"][1, 0]
     assert loss(direction) < loss(torch.zeros_like(direction))
     assert float(fitted.tensors["directions"][0].abs().max()) == 0  # nobody asked for the other class
-    assert all(not p.grad_fn and p.grad is None for p in model.unet.parameters())
+    assert all(not p.grad_fn and p.grad is None for p in model.denoiser.parameters())
 
 
 def test_learned_deltas_move_the_probes_reading(tiny_lens: DiffusionLens, draws: Draws) -> None:
@@ -203,7 +203,7 @@ def test_the_bottleneck_can_be_read_alone_with_gradients(text_model: DiffusionMo
     np.testing.assert_allclose(h.detach().numpy()[0], run.activations.h[0, 0], rtol=1e-5, atol=1e-6)
     h.sum().backward()
     assert x.grad is not None and float(x.grad.abs().sum()) > 0
-    text_model.unet.zero_grad()
+    text_model.denoiser.zero_grad()
 
 
 @pytest.mark.parametrize("divergence", ["chi2", "kl"])

@@ -37,7 +37,7 @@ def predict(model: DiffusionModel) -> torch.Tensor:
 
 def state(model: DiffusionModel) -> list[tuple[str, int, bool, torch.Tensor]]:
     """Names, identity, flags and values of everything trainable in the pipeline."""
-    modules = [model.unet, getattr(model.pipeline, "text_encoder", None)]
+    modules = [model.denoiser, getattr(model.pipeline, "text_encoder", None)]
     return [(n, id(p), p.requires_grad, p.clone()) for m in modules if m is not None for n, p in m.named_parameters()]
 
 
@@ -58,7 +58,7 @@ def test_adapters_leave_no_trace(kind: str, tiny_models: dict[str, DiffusionMode
     assert torch.equal(torch.get_rng_state(), globally)
     for (name, identity, flag, value), (name2, identity2, flag2, value2) in zip(before, state(model), strict=True):
         assert (name, identity, flag) == (name2, identity2, flag2) and torch.equal(value, value2)
-    assert torch.equal(predict(model), plain) and not hasattr(model.unet, "peft_config")
+    assert torch.equal(predict(model), plain) and not hasattr(model.denoiser, "peft_config")
     shape = LoraShape(2, 4.0, targets_of(tensors, "unet"), targets_of(tensors, "text"))
     with adapters(model, shape, tensors=tensors):
         torch.testing.assert_close(predict(model), changed)
@@ -69,12 +69,12 @@ def test_adapters_leave_no_trace(kind: str, tiny_models: dict[str, DiffusionMode
 def test_one_layer_by_hand(tiny_models: dict[str, DiffusionModel]) -> None:
     model = tiny_models["text"]
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    layer, x = model.unet.get_submodule(name), torch.randn(3, 8)
+    layer, x = model.denoiser.get_submodule(name), torch.randn(3, 8)
     with adapters(model, LoraShape(2, 6.0, (name,)), seed=2, scale=0.5) as made:
         for parameter in made.parameters:
             parameter.data.normal_(generator=torch.Generator().manual_seed(1))
         tensors = made.tensors()
-        got = model.unet.get_submodule(name)(x)
+        got = model.denoiser.get_submodule(name)(x)
     a, b = tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"]
     torch.testing.assert_close(got, layer(x) + 0.5 * (6.0 / 2) * (x @ a.T @ b.T))
 
@@ -86,7 +86,7 @@ def test_adapters_come_out_after_an_error(text_model: DiffusionModel) -> None:
         pass
     with pytest.raises(LensError, match="does not fit"), adapters(text_model, SHAPE, tensors={"unet.x": torch.ones(1)}):
         pass
-    assert not any("lora" in name for name, _ in text_model.unet.named_modules())
+    assert not any("lora" in name for name, _ in text_model.denoiser.named_modules())
 
 
 def test_missing_peft_is_said(text_model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_the_sample_depends_on_the_seed_and_not_on_the_batches(
 
 def test_nothing_is_decoded_and_runs_stop_early(text_model: DiffusionModel, monkeypatch: Any) -> None:
     calls: list[int] = []
-    handle = text_model.unet.register_forward_hook(lambda *_: calls.append(1))
+    handle = text_model.denoiser.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(DiffusionModel, "decode", lambda *_: pytest.fail("decoded"))
     asked = request(text_model, "a man", [5], 10)
     samples = collect(text_model, [asked], SampleSpec(n_steps_kept=1))

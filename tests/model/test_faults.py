@@ -31,7 +31,7 @@ def test_latents_that_are_not_finite_are_named_and_black(make: Callable[[], Any]
 def test_an_overflow_on_the_way_is_found_at_the_end() -> None:
     model = wrap_pipeline(make_text_pipeline(), "x")
     with torch.no_grad():
-        model.unet.conv_out.bias.fill_(float("nan"))
+        model.denoiser.conv_out.bias.fill_(float("nan"))
     drawn = generate(model, request(model, "a man", range(5), 2), batch_size=2)
     assert drawn.faults == ("not finite",) * 5 and not drawn.valid.any() and not drawn.images.any()
 

@@ -45,7 +45,7 @@ def guided_edit(model: DiffusionModel, asked: GenerationRequest, edit: Turn) -> 
         context = StepContext(index[0], asked.n_steps, 0, asked.seeds, None, 0.0, h)
         return torch.cat([h[:-n], edit.fn(h[-n:], context)])
 
-    with edit_output(model.hook_module, turn):
+    with edit_output(model.port, turn):
         yield
 
 
@@ -90,10 +90,10 @@ def slow_asymmetric(model: DiffusionModel, asked: GenerationRequest, edit: Turn)
             return torch.cat([h[:-n], edit.fn(h[-n:], context)])
 
         with torch.no_grad():
-            with capture(model.hook_module) as tap:
+            with capture(model.port) as tap:
                 plain = guided(model.predict(x, t, conditioning))
             read.append(tap.output()[-n:])
-            with edit_output(model.hook_module, turn):
+            with edit_output(model.port, turn):
                 edited = guided(model.predict(x, t, conditioning))
             before = int(t) - 1000 // asked.n_steps
             a = scheduler.alphas_cumprod[t]
@@ -154,7 +154,7 @@ def test_any_module_can_be_edited(hook_name: str, sampler: Sampler, tiny_text_pi
 
 def test_the_unconditional_half_and_the_down_path_run_once(text_model: DiffusionModel) -> None:
     rows: dict[str, list[int]] = {"down": [], "up": []}
-    unet = text_model.unet
+    unet = text_model.denoiser
     with ExitStack() as stack:
         for name, block in (("down", unet.down_blocks[0]), ("up", unet.up_blocks[0])):
             counter = rows[name]

@@ -10,7 +10,8 @@ from conftest import pixel_unet, text_unet
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.model.hooks import UpPath, as_map, capture, edit_output, select_rows
+from diffusion_lens.model.hooks import UpPath, capture, edit_output, select_rows
+from diffusion_lens.model.sites import as_map
 
 TOKENS = "mid_block.attentions.0.transformer_blocks.0.attn2"
 

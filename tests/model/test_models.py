@@ -84,7 +84,7 @@ FAMILIES = {
     "DDIM in pixels": Family(make_ddim_pipeline, "pixel"),
     "unconditional latent": Family(make_latent_pipeline, "latent"),
     "P2, converted": Family(None, "pixel", shape=(64, 8, 8)),
-    "another module: tokens": Family(make_text_pipeline, "text", NURSE, 7.5, hook_name=TOKENS, shape=(8, 16, 1)),
+    "another module: tokens": Family(make_text_pipeline, "text", NURSE, 7.5, hook_name=TOKENS, shape=(8, 4, 4)),
     "another module: a down-block's layer": Family(
         make_text_pipeline, "text", NURSE, 7.5, hook_name="down_blocks.1.resnets.0"
     ),
@@ -160,7 +160,7 @@ def test_activations_have_the_shape_of_the_hook(opened: Opened) -> None:
 
     def note(module: Any, args: Any, output: Any) -> None:
         main = output[0] if isinstance(output, tuple) else output
-        seen.append(main if main.ndim == 4 else main.transpose(1, 2)[..., None])
+        seen.append(main if main.ndim == 4 else main.transpose(1, 2).unflatten(2, opened.family.shape[1:]))
 
     hook = opened.model.hook_module.register_forward_hook(note)
     found = generate(opened.model, opened.request, capture=Capture(dtype=np.float32)).activations
@@ -173,7 +173,7 @@ def test_activations_have_the_shape_of_the_hook(opened: Opened) -> None:
 
 
 def test_a_module_that_is_not_there_is_refused_with_those_that_are(opened: Opened) -> None:
-    names = {name for name, _ in opened.model.unet.named_modules()}
+    names = {name for name, _ in opened.model.denoiser.named_modules()}
     for asked in ("midblock", "transformer.h.3"):
         with pytest.raises(LensError, match=f"no module '{asked}'") as refused:
             wrap_pipeline(opened.stock, "x", hook_name=asked)

@@ -318,8 +318,8 @@ def test_half_precision_weights_alone_open_and_it_is_said(folder: Path, plain: P
     to_variant(folder, "fp16")
     model, whole = load_model(folder, offline=True), load_model(plain, offline=True)
     assert "unet, vae are those of the variant fp16" in model.notes[0]
-    weight = model.unet.conv_in.weight
-    assert torch.equal(weight, whole.unet.conv_in.weight.half().float())
+    weight = model.denoiser.conv_in.weight
+    assert torch.equal(weight, whole.denoiser.conv_in.weight.half().float())
     assert load_model(folder, offline=True, variant="fp16").notes == ()
 
 
@@ -328,7 +328,7 @@ def test_plain_weights_are_preferred_and_a_variant_may_be_asked_for(folder: Path
     shutil.copytree(plain / "unet", folder / "unet", dirs_exist_ok=True)
     by_default, asked = load_model(folder, offline=True), load_model(folder, offline=True, variant="fp16")
     assert by_default.notes == asked.notes == ()
-    assert not torch.equal(by_default.unet.conv_in.weight, asked.unet.conv_in.weight)
+    assert not torch.equal(by_default.denoiser.conv_in.weight, asked.denoiser.conv_in.weight)
     assert torch.equal(by_default.pipeline.vae.decoder.layers[0].weight, asked.pipeline.vae.decoder.layers[0].weight)
     assert "no weights of the variant 'bf16'; it has fp16" in refusal(folder, variant="bf16")
     assert "it has none but the plain ones" in refusal(plain, variant="bf16")

@@ -101,7 +101,7 @@ def test_modules_that_run_more_than_once_are_refused() -> None:
 def test_hook_shape_is_measured(text_model: DiffusionModel, tiny_text_pipeline: Any) -> None:
     assert (text_model.d_in, text_model.spatial) == (8, (4, 4))
     tokens = wrap_pipeline(tiny_text_pipeline, "x", hook_name="mid_block.attentions.0.transformer_blocks.0.attn1")
-    assert (tokens.d_in, tokens.spatial) == (8, (16, 1))
+    assert (tokens.d_in, tokens.spatial) == (8, (4, 4))
 
 
 def test_impossible_numbers_of_steps_are_refused(tiny_models: dict[str, DiffusionModel]) -> None:
@@ -168,7 +168,7 @@ def test_a_learned_variance_is_dropped() -> None:
     model = wrap_pipeline(make_pixel_pipeline(out_channels=6), "learned sigma")
     x, t = model.noise((1, 2)), torch.tensor(10)
     with torch.no_grad():
-        both = model.unet(x, t).sample
+        both = model.denoiser(x, t).sample
         assert both.shape[1] == 6
         assert torch.equal(model.predict(x, t, model.condition(None, 2, 1.0)), both[:, :3])
     assert generate(model, request(model, None, [1, 2], 2)).images.shape == (2, 8, 8, 3)

@@ -141,7 +141,7 @@ def test_the_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch, tiny_lens_fo
     words = ["serve", "--lens", str(tiny_lens_folder), "--device", "cpu", "--slicing"]
     assert CliRunner().invoke(app, words).exit_code == 0
     assert opened[0].options == RunOptions(device="cpu", slicing=True)
-    assert type(next(iter(opened[0].model.unet.attn_processors.values()))).__name__ == "SlicedAttnProcessor"
+    assert type(next(iter(opened[0].model.denoiser.attn_processors.values()))).__name__ == "SlicedAttnProcessor"
     for flags, words in ((["--dtype", "fp16"], "fp16 needs a GPU"), (["--dtype", "fp8"], "'fp8' is none of them")):
         refused = CliRunner().invoke(app, ["serve", "--lens", str(tiny_lens_folder), "--device", "cpu", *flags])
         assert refused.exit_code == 2 and words in refused.stderr
@@ -208,7 +208,7 @@ def test_compiled_blocks_still_show_every_hook(hook_name: str, sampler: Sampler,
         wrap_pipeline(make_text_pipeline(), "x", hook_name=hook_name, options=RunOptions(device="cpu", compile=c))
         for c in (False, True)
     )
-    compiled = {n for n, m in made.unet.named_modules() if "forward" in vars(m)}
+    compiled = {n for n, m in made.denoiser.named_modules() if "forward" in vars(m)}
     inside = {hook_name[:11]} if hook_name.count(".") > 1 else set()
     assert compiled == {"down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"} - inside
     asked = ask(plain)
@@ -216,7 +216,7 @@ def test_compiled_blocks_still_show_every_hook(hook_name: str, sampler: Sampler,
         assert np.array_equal(generate(made, asked, edit=edit).images, generate(plain, asked, edit=edit).images)
     images = []
     for model in (plain, made):  # a hook placed later, inside a compiled block
-        with intercept(model.unet.down_blocks[1].resnets[0], lambda h, _: h * 0):
+        with intercept(model.denoiser.down_blocks[1].resnets[0], lambda h, _: h * 0):
             images.append(generate(model, asked).images)
     assert np.array_equal(*images)
     assert not np.array_equal(images[0], generate(made, asked).images)
@@ -228,7 +228,7 @@ def test_offloaded_parts_still_show_every_hook() -> None:
     pipe = make_text_pipeline()
     model = wrap_pipeline(pipe, "x")
     offload_parts(model.pipeline, torch.device("cpu"))
-    model = DiffusionModel("x", model.pipeline, model.unet, "text", "mid_block", model.device, model.dtype, True)
+    model = DiffusionModel("x", model.pipeline, model.denoiser, "text", "mid_block", model.device, model.dtype, True)
     moves: list[str] = []
     for name in ("text_encoder", "unet", "vae"):
         hook = getattr(model.pipeline, name)._hf_hook
@@ -291,7 +291,7 @@ def test_a_second_time_the_error_is_raised() -> None:
         generate(model, ask(model, range(8)), edit=Turn(full_beyond(2)), batch_size=8)
     with pytest.raises(torch.OutOfMemoryError):
         generate(model, ask(model, [1]), edit=Turn(full_beyond(0)))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.unet.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.denoiser.modules())
 
 
 def test_trajectories_and_collections_shrink_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -375,4 +375,4 @@ def test_the_options_run_on_a_gpu(options: dict[str, Any], tmp_path: Path) -> No
     plain = generate(model, ask(model), capture=Capture())
     same = generate(model, ask(model), edit=Turn(nothing, "asymmetric"))
     assert np.array_equal(same.images, plain.images)
-    assert model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

@@ -175,7 +175,7 @@ class TestLive:
         assert np.array_equal(trio.other.images, trio.picture.before.images)
 
     def test_weights_come_back(self, bench: MethodBench, view: View) -> None:
-        unet = bench.studio.lens.model.unet
+        unet = bench.studio.lens.model.denoiser
         before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
         flags = [p.requires_grad for p in unet.parameters()]
         plain = bench.studio.draw(view)

@@ -227,7 +227,7 @@ def _facts(lens: DiffusionLens, seeds: Sequence[int], edit: Edit | None) -> dict
     return {
         "Lens": f"{m.name}, {m.lens_id}",
         "Model": m.base_model.id + (f" at {m.base_model.revision}" if m.base_model.revision else ""),
-        "U-Net weights": weights_digest(model.unet, scheduler, str(model.dtype)),
+        "U-Net weights": weights_digest(model.denoiser, scheduler, str(model.dtype)),
         "Sparse autoencoder": f"{m.sae_id} at {m.hook_name}",
         "Classifier": lens.classifier.classifier_id,
         "Sampler": f"{scheduler}, {m.n_steps} steps, guidance {m.guidance_scale:g}",
