@@ -1,4 +1,4 @@
-"""Evidence about single features: which of them are shown beside a view, what they do in it, what steering them did."""
+"""Evidence about single features: what a set does with them, what steering them did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from diffusion_lens.results.dissection import FeatureEffect, effects_of, is_sure
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View, poles
 
-N_SLOTS = 6
 LEAST_CHANGE = 0.005
 """Changes of a share below half a point are not worth a line."""
 
@@ -27,23 +26,6 @@ class Example:
 
     image: np.ndarray
     where: str
-
-
-@dataclass(frozen=True)
-class RoleCard:
-    """A feature beside a view.
-
-    Attributes:
-        role: what the set does with it. tag: that in words.
-        score: its attribution to the class of its pole. rank: by it, from 1. share: of the highest score, 0 to 1.
-    """
-
-    card: FeatureCard
-    role: Role
-    tag: str
-    score: float
-    rank: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -78,39 +60,12 @@ class UntestedEffects:
     n_others: int | None
 
 
-def slots(lens: DiffusionLens, view: View, pinned: int | None = None) -> tuple[int, ...]:
-    """The features shown beside a view: ``pinned``, those steered apart, then the strongest of each pole in turn."""
-    features, opposite = poles(lens, view)
-    towards = list(features.ids)
-    away = list(opposite.ids) if opposite else []
-    half = N_SLOTS // 2 if away else N_SLOTS
-    shown = [*towards[:half], *away[: N_SLOTS - min(half, len(towards))]]
-    moved = [i for i, _ in view.own if i not in shown]
-    first = [pinned, *moved] if pinned is not None and pinned not in moved else moved
-    keep = [i for i in shown if i not in first]
-    return tuple([*first[:N_SLOTS], *keep][:N_SLOTS])
-
-
 def role(lens: DiffusionLens, view: View, feature: int) -> Role:
     """What the set does with a feature: steers it towards the target or away from it, or leaves it alone."""
     features, opposite = poles(lens, view)
     if feature in features.ids:
         return "target"
     return "opposite" if opposite and feature in opposite.ids else "apart"
-
-
-def role_card(lens: DiffusionLens, view: View, feature: int) -> RoleCard:
-    """A feature as it stands beside a view."""
-    part = role(lens, view, feature)
-    other = lens.attribute_named(view.attribute).opposite(view.target)
-    # Of three classes or more, the opposite pole speaks against the target: its ranks run from the other end.
-    against = part == "opposite" and other is None
-    label = other if part == "opposite" and other else view.target
-    tag = "from the atlas" if part == "apart" else f"speaks {'against' if against else 'for'} {label}"
-    totals = lens.attributions[view.attribute].total(label) * (-1 if against else 1)
-    score = float(totals[feature])
-    share = float(np.clip(score / max(float(totals.max()), 1e-12), 0, 1))
-    return RoleCard(lens.card(feature), part, tag, score, 1 + int((totals > score).sum()), share)
 
 
 def lit(examples: Examples, n: int) -> Iterator[Example]:

@@ -157,14 +157,6 @@ def balance_where_known(studio: Studio, results: Sequence[SweepResult]) -> Balan
         return None
 
 
-def stored_balance(studio: Studio, view: View) -> Balance | None:
-    """The balance on a stored sweep towards the view's class; ``None`` where none is stored."""
-    for result in studio.sweeps(view.prompt, view.attribute):
-        if not result.is_control and result.target == view.target:
-            return find_balance(studio, result)
-    return None
-
-
 def find_balance(studio: Studio, result: SweepResult) -> Balance:
     """Where the sweep's target class has its even share."""
     import_engine()
@@ -172,17 +164,6 @@ def find_balance(studio: Studio, result: SweepResult) -> Balance:
 
     share = 1 / len(result.attribute.classes)
     return balance(result, studio.lens.classifier.confusion[result.attribute.name], target_share=share)
-
-
-def balance_events(studio: Studio, visitor: str, view: View) -> Iterator[Event]:
-    """A small sweep of the shipped setting towards the view's class, on which ``find_balance`` works."""
-    setting = studio.lens.setting(view.attribute)
-    betas = sorted({*setting.betas, setting.identity})
-    if len(betas) > BALANCE_STRENGTHS:
-        picked = {round(i * (len(betas) - 1) / (BALANCE_STRENGTHS - 1)) for i in range(BALANCE_STRENGTHS)}
-        betas = [betas[i] for i in sorted(picked)]
-    job = SweepJob(view.prompt, view.attribute, view.target, tuple(betas), BALANCE_IMAGES)
-    return sweep_events(studio, visitor, job, purpose="balance")
 
 
 def _check(studio: Studio, job: SweepJob) -> None:

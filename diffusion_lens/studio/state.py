@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from diffusion_lens.base.types import MAX_SEED, FeatureSet, Intervention, LensError, Sampler, strength_of
+from diffusion_lens.base.types import MAX_SEED, EditSpec, FeatureSet, Intervention, LensError, Sampler, strength_of
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.steering.settings import Scale as Scale
 from diffusion_lens.steering.settings import feature_sets
@@ -18,6 +18,9 @@ LINK_VERSION = "1"
 SEED_COUNTS = (8, 16)
 MAX_PROMPT = 200
 MAX_FEATURES = 200
+MAX_OWN = 64
+"""Features with a strength of their own."""
+
 EMPTY_PROMPT = "(no words)"
 """What people see in place of the empty prompt."""
 
@@ -30,6 +33,7 @@ class View:
         beta: strength of the whole set; ``own``: features turned apart from it, (id, strength of that feature itself).
         n_features: features per pole. window: half-open range of edited steps, ``None`` for all.
         hold: other attributes that the turn leaves alone.
+        solo: features that alone are steered, each at its own strength or else at β; none: all of the set.
     """
 
     prompt: str | None
@@ -43,6 +47,7 @@ class View:
     first_seed: int = 0
     own: tuple[tuple[int, float], ...] = ()
     hold: tuple[str, ...] = ()
+    solo: tuple[int, ...] = ()
 
     @property
     def seeds(self) -> range:
@@ -106,8 +111,12 @@ def check(lens: DiffusionLens, view: View) -> None:
     d_sae = lens.atlas.density.size
     if not 1 <= view.n_features <= min(MAX_FEATURES, d_sae):
         raise LensError(f"Turn between 1 and {min(MAX_FEATURES, d_sae)} features per pole; it is {view.n_features}.")
-    if any(not 0 <= i < d_sae for i, _ in view.own):
+    if any(not 0 <= i < d_sae for i in (*(i for i, _ in view.own), *view.solo)):
         raise LensError(f"This lens has features 0 to {d_sae - 1}.")
+    if max(len(view.own), len(view.solo)) > MAX_OWN:
+        raise LensError(f"Up to {MAX_OWN} features can have a strength of their own; here are {len(view.own)}.")
+    if len({i for i, _ in view.own}) < len(view.own):
+        raise LensError("A feature has one strength of its own, not two.")
     n_steps = lens.manifest.n_steps
     if view.window is not None and not 0 <= view.window[0] < view.window[1] <= n_steps:
         raise LensError(f"The turned steps must start before they end, within steps 1 to {n_steps}.")
@@ -116,7 +125,7 @@ def check(lens: DiffusionLens, view: View) -> None:
     free = holdable(lens, view.attribute)
     strange = [name for name in view.hold if name not in free]
     if strange:
-        raise LensError(f"'{strange[0]}' cannot be held still here; choose among {', '.join(free) or 'nothing'}.")
+        raise LensError(f"'{strange[0]}' cannot be kept here; choose among {', '.join(free) or 'nothing'}.")
 
 
 def check_prompt(lens: DiffusionLens, prompt: str | None) -> None:
@@ -138,8 +147,12 @@ def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
     """What a view does to the model; empty where nothing would change."""
     setting = lens.setting(view.attribute)
     features, opposite = poles(lens, view)
+    members = {*features.ids, *(opposite.ids if opposite else ())}
     strength = strength_of(setting.mode, view.beta)
     apart = {i: strength_of(setting.mode, beta) for i, beta in view.own}
+    if view.solo:
+        apart = {i: apart.get(i, strength if i in members else 0.0) for i in view.solo}
+        strength = 0.0
     # Each feature's own strength is told of itself; the opposite pole mirrors what it is given.
     inside = {i: -s for i, s in apart.items() if opposite and i in opposite.ids}
     inside |= {i: s for i, s in apart.items() if i in features.ids}
@@ -162,6 +175,19 @@ def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
     return tuple(found)
 
 
+def edit_spec(lens: DiffusionLens, view: View) -> EditSpec | None:
+    """The edit on screen as data, without what its probes are; ``None`` where nothing would change."""
+    found = interventions(lens, view)
+    return EditSpec(found) if found else None
+
+
+def is_recommended(lens: DiffusionLens, view: View) -> bool:
+    """Whether a view steers the lens's own set as it ships it, at whatever strength and towards whatever class."""
+    setting = lens.setting(view.attribute)
+    shipped = (setting.n_features, setting.sampler, setting.window, set(setting.hold))
+    return not (view.own or view.solo) and (view.n_features, view.sampler, view.window, set(view.hold)) == shipped
+
+
 def to_query(view: View) -> str:
     """A link's query string that opens this view again."""
     values: dict[str, Any] = {"v": LINK_VERSION}
@@ -174,6 +200,8 @@ def to_query(view: View) -> str:
         values["h"] = ",".join(view.hold)
     if view.own:
         values["f"] = ",".join(f"{i}:{b:g}" for i, b in view.own)
+    if view.solo:
+        values["o"] = ",".join(map(str, view.solo))
     return "?" + urlencode(values)
 
 
@@ -202,14 +230,98 @@ def _read_query(lens: DiffusionLens, query: Mapping[str, str]) -> View:
         first, stop = query["w"].split("-")
         window = (int(first), int(stop))
     own = tuple((int(i), float(b)) for i, b in (part.split(":") for part in query.get("f", "").split(",") if part))
-    if len(own) > MAX_FEATURES or len({i for i, _ in own}) < len(own):
-        raise LensError("it turns a feature twice, or too many.")
+    if len(own) > MAX_OWN or len({i for i, _ in own}) < len(own):
+        raise LensError("it steers a feature twice, or too many.")
+    solo = tuple(int(i) for i in query.get("o", "").split(",") if i)
     prompt = None if base.prompt is None else query["p"]
     hold = tuple(name for name in query.get("h", "").split(",") if name)
     if len(set(hold)) < len(hold):
-        raise LensError("it holds an attribute twice.")
+        raise LensError("it keeps an attribute twice.")
     sampler: Any = query["m"]
     return View(
         prompt, attribute, query["t"], float(query["b"]), int(query["k"]), sampler, window,
-        int(query["n"]), int(query["s"]), own, hold,
+        int(query["n"]), int(query["s"]), own, hold, solo,
     )  # fmt: skip
+
+
+def from_values(lens: DiffusionLens, values: Mapping[str, Any]) -> View:
+    """The view that a page asks for by name, every value unchecked until here; raises ``LensError``, one sentence.
+
+    Names are the fields of ``View``; ``own`` maps a feature's number, as text, to its strength. What is missing is as
+    the attribute's recommended setting has it, at the strength that changes nothing.
+    """
+    if not isinstance(values, Mapping):
+        raise LensError("The page asked for something that cannot be read; load it again.")
+    base = default_view(lens, str(values.get("attribute") or steerable(lens)[0]))
+    own, window = values.get("own") or {}, values.get("window")
+    if not isinstance(own, Mapping) or not (window is None or (isinstance(window, list | tuple) and len(window) == 2)):
+        raise LensError("The page asked for something that cannot be read; load it again.")
+    view = View(
+        prompt=read_prompt(lens, values["prompt"]) if "prompt" in values else base.prompt,
+        attribute=base.attribute,
+        target=str(values.get("target") or base.target),
+        beta=as_strength(values.get("beta", base.beta), "β"),
+        n_features=whole(values.get("n_features", base.n_features), "The number of features"),
+        sampler=values.get("sampler", base.sampler),
+        window=_window(lens, window),
+        n_seeds=whole(values.get("n_seeds", base.n_seeds), "The number of images"),
+        first_seed=whole(values.get("first_seed", base.first_seed), "The first seed"),
+        own=tuple(
+            (whole(i, "A feature's number"), as_strength(b, f"The strength of feature #{i}")) for i, b in own.items()
+        ),
+        hold=_in_order(values.get("hold", base.hold), holdable(lens, base.attribute)),
+        solo=tuple(whole(i, "A feature's number") for i in _listed(values.get("solo"))),
+    )
+    check(lens, view)
+    return view
+
+
+def to_values(view: View) -> dict[str, Any]:
+    """A view as ``from_values`` reads it, as plain JSON values."""
+    return {
+        "prompt": None if view.prompt is None else shown_prompt(view.prompt),
+        "attribute": view.attribute,
+        "target": view.target,
+        "beta": view.beta,
+        "n_features": view.n_features,
+        "sampler": view.sampler,
+        "window": None if view.window is None else list(view.window),
+        "n_seeds": view.n_seeds,
+        "first_seed": view.first_seed,
+        "own": {str(i): b for i, b in view.own},
+        "hold": list(view.hold),
+        "solo": list(view.solo),
+    }
+
+
+def as_strength(value: Any, name: str) -> float:
+    """A number, or one sentence that names what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise LensError(f"{name} must be a number; it is '{str(value)[:40]}'.") from None
+
+
+def whole(value: Any, name: str) -> int:
+    """A whole number, or one sentence that names what is none."""
+    number = as_strength(value, name)
+    if not abs(number) < 2**63 or number != int(number):
+        raise LensError(f"{name} must be a whole number; it is {str(value)[:40]}.")
+    return int(number)
+
+
+def _window(lens: DiffusionLens, window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    first, stop = whole(window[0], "The first step"), whole(window[1], "The last step")
+    return None if (first, stop) == (0, lens.manifest.n_steps) else (first, stop)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _in_order(chosen: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What is chosen, in the order of ``known``; strangers last, for the check to name."""
+    names = [str(name) for name in _listed(chosen)]
+    return (*(name for name in known if name in names), *(name for name in names if name not in known))

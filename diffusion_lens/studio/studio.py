@@ -37,6 +37,9 @@ _importing = threading.Lock()
 KEPT_BASES = 16
 BASE_BYTES = 16 * 2**20
 KEPT_ROWS = 24
+KEPT_MIXES = 32
+DRAFT_STEPS = 4
+"""Of a draft, shown while a slider is dragged (E3): to look at, never to measure."""
 
 
 def import_engine() -> None:
@@ -130,6 +133,7 @@ class Studio:
         self.seen = threading.Event()
         self._bases: Recent[Base] = Recent(KEPT_BASES)
         self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS)
+        self.mixes: Recent[tuple[SweepResult, ...]] = Recent(KEPT_MIXES)
         self._warming = False
 
     def warm_up(self, patience: float = 0.0) -> None:
@@ -164,7 +168,8 @@ class Studio:
         """The measured point of a stored sweep that this view stands on or nearest to (its own setting alone)."""
         setting = self.lens.settings[view.attribute]
         shipped = (setting.target, setting.n_features, setting.sampler, setting.window, set(setting.hold))
-        if view.own or (view.target, view.n_features, view.sampler, view.window, set(view.hold)) != shipped:
+        asked = (view.target, view.n_features, view.sampler, view.window, set(view.hold))
+        if view.own or view.solo or asked != shipped:
             return None
         for result in self.sweeps(view.prompt, view.attribute):
             if not result.is_control:
@@ -228,6 +233,23 @@ class Studio:
         after = _row(drawn[0], drawn[1], view.attribute)
         error = sight.error(before.images, after.images) if sight else None
         return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2], error)
+
+    def draft(self, view: View, visitor: str = "") -> np.ndarray:
+        """The edited images in few steps, ``uint8 [n, H, W, 3]``: what the full ones will roughly be, not measured.
+
+        Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor's next drawing ended it.
+        """
+        check(self.lens, view)
+        full = self.lens.manifest.n_steps
+        steps = min(DRAFT_STEPS, full)
+        request = self.lens.request(view.prompt, view.seeds, n_steps=steps)
+        if view.window is not None:
+            first = min(view.window[0] * steps // full, steps - 1)
+            view = replace(view, window=(first, max(first + 1, -(-view.window[1] * steps // full))))
+        with self.work(f"{visitor}:draw", urgent=True) as progress:
+            turns = interventions(self.lens, view)
+            edit = self.lens.edit(*turns) if turns else None
+            return self.lens.generate(request, edit=edit, batch_size=len(request.seeds), progress=progress).images
 
     def _base(self, request: GenerationRequest, progress: Progress, on_latents: OnLatents | None) -> Base:
         base = self._bases.get(request)

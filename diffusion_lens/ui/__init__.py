@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from diffusion_lens.ui import (
     atlas,
     depth,
     explore,
-    explore_handlers,
     frame,
     methods_tab,
     sweep,
@@ -78,7 +77,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         gr.components.Navbar(visible=False)  # the header has its own, which also says what takes no prompt
     frame.bar([LensLink(s.lens.manifest.name, s.path, s.lens.prompts == (None,), s is studio) for s in studios])
     with gr.Tabs(selected="explore", overflow_behavior="wrap", elem_id="dl-tabs") as tabs:
-        with gr.Tab("Explore", id="explore") as explore_tab:
+        with gr.Tab("Explore", id="explore"):
             tab = explore.layout(studio)
         with gr.Tab("Measure", id="measure"), gr.Tabs(overflow_behavior="wrap", elem_id="dl-measure"):
             _measure(studio, tab)
@@ -86,8 +85,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
             built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))
-    explore.return_to(studio, explore_tab, tab)
-    _connect(demo, studio, tab)
+    _connect(demo, studio)
 
 
 def _measure(studio: Studio, tab: explore.Explore) -> None:
@@ -104,25 +102,11 @@ def _measure(studio: Studio, tab: explore.Explore) -> None:
         built_when_looked_at(depth_tab, lambda _: depth.build())
 
 
-def _connect(demo: gr.Blocks, studio: Studio, tab: explore.Explore) -> None:
-    def arrive(request: gr.Request) -> tuple[Any, ...]:
-        query = {str(k): str(v) for k, v in dict(request.query_params).items()}
-        return explore_handlers.open_link(studio, str(request.session_hash), query)
-
+def _connect(demo: gr.Blocks, studio: Studio) -> None:
     def leave(request: gr.Request) -> None:
-        for work in ("draw", "sweep", "balance", "methods"):
+        for work in ("draw", "sweep", "mix", "methods"):
             studio.stops.stop(f"{request.session_hash}:{work}")
 
-    def first_view(page: explore_handlers.Page, *values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from explore_handlers.draw_linked(studio, page, *values)
-        studio.seen.set()
-        studio.warm_up()
-
-    quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    demo.load(arrive, None, [*tab.changed, tab.status], **quick).then(
-        lent(30)(first_view), [tab.page, *tab.controls], tab.outputs, concurrency_id="live", concurrency_limit=8,
-        **quick,
-    )  # fmt: skip
     demo.unload(leave)
 
 

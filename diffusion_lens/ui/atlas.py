@@ -185,7 +185,7 @@ class AtlasTab(Panel):
         self.steer.click(
             self.steer_in_explore, self.explore.inputs | {self.feature}, self.explore.changed_parts | {self.tabs},
             **AT_ONCE,
-        ).then(**self.explore.live)  # fmt: skip
+        )  # fmt: skip
 
 
 def build(studio: Studio, tabs: gr.Tabs, explore: Explore) -> None:

@@ -12,11 +12,16 @@ from diffusion_lens.ui.html import html
 log = logging.getLogger(__name__)
 
 
-def explain(error: Exception) -> str:
-    """The status line for whatever ended some work; surprises are logged."""
+def told(error: Exception) -> str:
+    """The sentence for whatever ended some work; surprises are logged."""
     if isinstance(error, LensError):
-        return html("parts.status", str(error), bad=True)
+        return str(error)
     if isinstance(error, Cancelled):
-        return html("parts.status", texts.STOPPED)
+        return texts.STOPPED
     log.error("Work for a visitor failed.", exc_info=error)
-    return html("parts.status", texts.FAILED.format(kind=type(error).__name__), bad=True)
+    return texts.FAILED.format(kind=type(error).__name__)
+
+
+def explain(error: Exception) -> str:
+    """The same as a status line; what is no plain end stands out."""
+    return html("parts.status", told(error), bad=not isinstance(error, Cancelled))

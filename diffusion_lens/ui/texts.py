@@ -7,17 +7,11 @@ from html import escape
 TITLE = "Diffusion Lens"
 TAGLINE = "Open a diffusion model, turn the features that decide who appears, and measure what happens."
 
-CHOOSE = ("1", "Choose", "what the model draws, and what you look for in it")
-FEATURES = ("2", "Features", "units inside the model that speak for it; bright is where they fire")
-TURN = ("3", "Turn", "all features of the set at once")
-SEE = ("4", "See and measure", "the same seeds before and after")
 
 NO_PROMPT = "This model takes no prompt: it draws from everything it learnt."
 WAKING = "The model is waking up; this is the nearest stored result."
-PREVIEW = "Preview: decoded by {name}; the figures follow with the full images."
-PREVIEW_ERROR = "The preview was off by {off:.1f} of 255 levels on average."
-UNMEASURED = "Nothing is read in a preview: shares, ratios and side effects stand here once the full images are there."
 STOPPED = "Stopped; what was measured stays."
+MEASURED = "Measured: the curve is of exactly what is on screen."
 LOAD_FIRST = "Stored sweep, measured when this lens was made: {setting}."
 OTHER_SETTING = (
     "These stored sweeps were made with another setting than the one the sliders turn; run the sweep to measure it."
@@ -32,8 +26,6 @@ ATLAS_INTRO = (
     "Every point is a feature; near points write similar directions into the model. Click a point; or walk through "
     "the table with the arrow keys and press Enter."
 )
-HOLD = "Hold still"
-SHIPPED_ONLY = "This holds for the shipped turn, without your own changes to features, sampler, steps and what is held."
 FAILED = "That went wrong on our side ({kind}). Nothing you set is lost; try again."
 
 
@@ -56,16 +48,6 @@ def status(text: str, *, bad: bool = False) -> str:
     kind = "dl-status dl-bad" if bad else "dl-status"
     mark = '<span aria-hidden="true">⚠ </span>' if bad else ""
     return f'<p class="{kind}" role="{"alert" if bad else "status"}">{mark}{escape(text)}</p>'
-
-
-def unmeasured() -> str:
-    """What stands in the figures' place beside a preview."""
-    return f'<section class="dl-measure"><h3>Preview</h3><p class="dl-quiet">{UNMEASURED}</p></section>'
-
-
-def link(query: str) -> str:
-    """The permalink of what is on screen."""
-    return f'<p class="dl-link"><a class="dl-permalink" href="{escape(query)}">Link to this view</a></p>'
 
 
 def seconds(left: float | None) -> str:

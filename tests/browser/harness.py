@@ -67,6 +67,6 @@ def opened(address: str, patience: int) -> Iterator[Any]:
         tab.set_default_timeout(patience)
         listen(tab, complaints)
         tab.goto(address)
-        tab.wait_for_selector("#dl-after img")
+        tab.wait_for_selector("[data-part=after] img")
         yield tab
     assert complaints == []

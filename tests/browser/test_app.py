@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from harness import chromium, listen, marks, served, visit
+from workbench import AFTER, BEFORE, SLIDER, alert, drag, query, settled, sources, strength
 
 from diffusion_lens.lens.lens import DiffusionLens
 
@@ -44,133 +44,10 @@ def page(browser: Any, address: str, complaints: list[str]) -> Iterator[Any]:
     tab = context.new_page()
     listen(tab, complaints)
     tab.goto(address)
-    tab.wait_for_selector("#dl-after img")
-    tab.wait_for_selector("#dl-measures .dl-bar")
+    settled(tab)
     yield tab
     context.close()
     assert complaints == []
-
-
-def status(page: Any) -> str:
-    """The status line of Explore."""
-    return str(page.locator("#dl-status p").inner_text())
-
-
-def wait_for_status(page: Any, pattern: str) -> str:
-    """Wait until the status line matches; returns it."""
-    page.wait_for_function(
-        "p => new RegExp(p).test(document.querySelector('#dl-status p')?.innerText ?? '')", arg=pattern
-    )
-    return status(page)
-
-
-def sources(page: Any, row: str) -> list[str]:
-    """The images of one row."""
-    return [i.get_attribute("src") for i in page.locator(f"{row} img").all()]
-
-
-def test_beta_by_keyboard_changes_images_and_ratio(page: Any) -> None:
-    before, after = sources(page, "#dl-before"), sources(page, "#dl-after")
-    measured = page.locator("#dl-measures").inner_text()
-    assert len(before) == len(after) == 8
-    slider = page.locator("#dl-beta input[type=range]")
-    slider.focus()
-    start = float(slider.input_value())
-    for _ in range(16):
-        page.keyboard.press("ArrowLeft")
-    moved = float(slider.input_value())
-    assert moved < start
-    wait_for_status(page, f"β = {moved:g}: .*drawn in")
-    assert sources(page, "#dl-after") != after
-    assert page.locator("#dl-measures").inner_text() != measured
-    assert f"b={moved:g}" in page.locator(".dl-permalink").get_attribute("href")
-    alts = [i.get_attribute("alt") for i in page.locator("#dl-after img").all()]
-    assert all(re.fullmatch(r"Seed \d+, after the turn: read as .+", alt) for alt in alts)
-
-
-def test_one_feature_turns_alone_by_keyboard(page: Any) -> None:
-    box = page.locator("#dl-cards input[type=checkbox]").first
-    box.focus()
-    page.keyboard.press("Space")
-    slider = page.locator("#dl-cards input[type=range]:visible").first
-    slider.focus()
-    for _ in range(4):
-        page.keyboard.press("ArrowRight")
-    own = slider.input_value()
-    page.wait_for_function("v => document.querySelector('.dl-permalink').href.includes(v)", arg=f"%3A{float(own):g}")
-    assert f"at {float(own):g}" in page.locator("#dl-after h3").inner_text()
-
-
-def test_bad_input_is_said_and_loses_nothing(page: Any) -> None:
-    prompt = page.locator("#dl-prompt input")
-    prompt.fill("a portrait of an astronaut")
-    prompt.press("Enter")
-    said = wait_for_status(page, "never saw")
-    assert "astronaut" in said and "portrait" in said
-    assert len(sources(page, "#dl-after")) == 8
-    prompt.fill("a portrait of a nurse")
-    prompt.press("Enter")
-    wait_for_status(page, "drawn in")
-    number = page.locator("#dl-beta input[type=number]")
-    number.fill("99")
-    number.press("Enter")
-    wait_for_status(page, "must lie between")
-    page.locator("#dl-reset").focus()
-    page.keyboard.press("Enter")
-    wait_for_status(page, "β = 1: .*drawn in")
-
-
-def test_a_link_opens_the_same_view(page: Any, address: str) -> None:
-    page.goto(f"{address}?v=1&p=a+portrait+of+a+nurse&a=age&t=young&b=2.5&n=16&s=3&k=2&m=symmetric&w=0-2")
-    wait_for_status(page, "β = 2.5: .*young.*drawn in")
-    assert len(sources(page, "#dl-after")) == 16
-    assert page.locator("#dl-prompt input").input_value() == "a portrait of a nurse"
-
-
-def test_two_lenses_side_by_side(page: Any, address: str) -> None:
-    """From the first lens to the one that takes no prompt, β there by keyboard, its link, and back."""
-    page.locator(".dl-model summary").press("Enter")
-    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="prompt-free").focus()
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/prompt-free")
-    page.get_by_text("takes no prompt").first.wait_for()
-    assert page.locator("#dl-prompt input").count() == 0
-    page.wait_for_selector("#dl-measures .dl-bar")
-    before = sources(page, "#dl-after")
-    slider = page.locator("#dl-beta input[type=range]")
-    slider.focus()
-    for _ in range(6):
-        page.keyboard.press("ArrowRight")
-    moved = slider.input_value()
-    wait_for_status(page, f"β = {float(moved):g}: .*drawn in")
-    assert len(before) == 8 and sources(page, "#dl-after") != before
-    link = page.locator(".dl-permalink").evaluate("link => link.href")
-    assert link.startswith(f"{address}prompt-free?") and "p=" not in link
-    page.goto(link)
-    wait_for_status(page, f"β = {float(moved):g}: .*drawn in")
-    page.locator(".dl-model summary").click()
-    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="tiny").click()
-    page.wait_for_selector("#dl-prompt input")
-    assert page.url == address
-
-
-def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
-    prompt = page.locator("#dl-prompt input")
-    prompt.fill("a portrait of a nurse")
-    prompt.press("Enter")
-    wait_for_status(page, "drawn in")
-    visit(page, "sweep")
-    page.wait_for_function(
-        "() => document.querySelector('#dl-sweep-prompt input')?.value === 'a portrait of a nurse'"
-        " && /Run sweep/.test(document.querySelector('#dl-sweep-status').innerText)"
-    )
-    other = page.locator("#dl-sweep-prompt input")
-    other.fill("a portrait of a doctor")
-    other.press("Enter")
-    page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
-    page.get_by_role("tab", name="Explore").click()
-    page.wait_for_function("() => document.querySelector('.dl-permalink').href.includes('doctor')")
-    assert prompt.input_value() == "a portrait of a doctor"
 
 
 def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
@@ -204,26 +81,15 @@ def test_the_atlas_by_mouse_and_by_keyboard(page: Any) -> None:
     number = heading.inner_text().split("#")[1]
     page.locator("#dl-turn-feature").focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector(f"#dl-cards .dl-slot:first-child article[aria-label^='Feature {number},']")
-    wait_for_status(page, "drawn in")
+    page.wait_for_selector(f".dx-row.dx-own[data-id='{number}']")
+    settled(page)
+    assert f"{number}:" in query(page)["f"]
 
 
 def test_about_shows_the_classifiers_errors(page: Any) -> None:
     page.get_by_role("tab", name="About").click()
     page.wait_for_selector("#dl-errors .heatmaplayer")
     assert "perceived gender presentation" in page.locator(".dl-prose").inner_text()
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_never_scrolls_sideways(browser: Any, address: str, theme: str) -> None:
-    tab = browser.new_page(viewport={"width": 400, "height": 800})
-    tab.set_default_timeout(PATIENCE)
-    tab.goto(f"{address}?__theme={theme}")
-    tab.wait_for_selector("#dl-after img")
-    for name in ("Explore", "Sweep", "Atlas", "About"):
-        visit(tab, name.lower())
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 400, name
-    tab.close()
 
 
 def test_every_tab_has_an_address_and_back_leads_back(page: Any, address: str) -> None:
@@ -249,3 +115,190 @@ def test_the_theme_is_switched_by_keyboard_and_kept(page: Any) -> None:
     page.wait_for_function("() => document.body.classList.contains('dark')")
     page.reload()
     page.wait_for_function("() => document.body.classList.contains('dark')")
+
+
+def test_it_opens_unchanged_with_an_invitation_and_nothing_to_scroll(page: Any, address: str) -> None:
+    assert page.url == address and strength(page) == 1
+    assert page.locator(".dx-invite").count() == 1 and "unchanged" in page.locator("[data-part=steered]").inner_text()
+    assert sources(page, BEFORE) == sources(page, AFTER) and len(sources(page)) == 8
+    for width, height in ((1280, 720), (390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        for part in (".dx-sentence", AFTER, SLIDER, ".dx-big"):
+            box = page.locator(part).bounding_box()
+            assert box["y"] >= 48 and box["y"] + box["height"] <= height, (part, width, box)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_slider_by_keyboard(page: Any) -> None:
+    """At most eight tab stops lead to it; arrows, page keys and ends move it, images and address follow."""
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "dl-slider":
+            break
+    assert page.evaluate("document.activeElement.id") == "dl-slider"
+    before = sources(page)
+    page.keyboard.press("ArrowRight")
+    one = strength(page)
+    page.keyboard.press("PageUp")
+    assert strength(page) > one > 1
+    page.keyboard.press("End")
+    assert strength(page) == float(page.locator(SLIDER).get_attribute("aria-valuemax"))
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    moved = strength(page)
+    page.wait_for_function("b => new URLSearchParams(location.search).get('b') === b", arg=f"{moved:g}")
+    settled(page)
+    assert sources(page) != before and f"β {moved:g}".replace("-", "−") in page.locator(SLIDER).get_attribute(
+        "aria-valuetext"
+    )
+    page.keyboard.press("Control+z")
+    settled(page)
+    assert strength(page) == 1
+    page.keyboard.press("Control+Shift+z")
+    settled(page)
+    assert strength(page) == moved
+
+
+def test_a_drag_shows_drafts_and_then_the_full_images(page: Any) -> None:
+    drag(page, 4.0, hold=True)
+    page.wait_for_selector(f"{AFTER} .dx-draft")
+    assert "not measured" in page.locator("[data-part=state]").inner_text()
+    assert page.locator(f"{AFTER} figcaption").first.inner_text() == "draft"
+    page.mouse.up()
+    settled(page)
+    assert query(page)["b"] == f"{strength(page):g}"
+    alts = [b.get_attribute("aria-label") for b in page.locator(f"{AFTER} button").all()]
+    assert all(alt.startswith("Seed ") and "steered: read as " in alt for alt in alts)
+    page.locator(f"{AFTER} button").first.click()
+    assert page.locator("dialog[open] table tbody tr").count() >= 3
+    page.keyboard.press("Escape")
+
+
+def test_feature_rows_steer_mute_solo_and_take_any_feature(page: Any) -> None:
+    row = page.locator(".dx-row").first
+    number = row.get_attribute("data-id")
+    row.locator("input").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    settled(page)
+    assert f"{number}:" in query(page)["f"] and "dx-own" in row.get_attribute("class")
+    assert "not of this mix" in page.locator("[data-part=numbers]").inner_text()
+    row.locator(".dx-mute").click()
+    settled(page)
+    assert query(page)["f"] == f"{number}:1" and row.locator(".dx-mute").get_attribute("aria-pressed") == "true"
+    row.locator(".dx-remove").click()
+    settled(page)
+    assert "f" not in query(page)
+    row.locator(".dx-solo").click()
+    settled(page)
+    assert query(page)["o"] == number
+    row.locator(".dx-solo").click()
+    settled(page)
+    outside = next(str(i) for i in range(32) if not page.locator(f".dx-row[data-id='{i}']").count())
+    page.locator(".dx-add").click()
+    page.keyboard.type(outside)
+    page.wait_for_selector(f".dx-hit:has-text('#{outside} ')")
+    page.keyboard.press("Enter")
+    settled(page)
+    assert query(page)["f"].startswith(f"{outside}:") and page.locator(f".dx-own[data-id='{outside}']").count() == 1
+
+
+def test_this_mix_is_measured_and_led_to_even(page: Any) -> None:
+    page.locator(".dx-options").click()
+    page.get_by_label("symmetric", exact=True).check()
+    page.keyboard.press("Escape")
+    settled(page)
+    assert page.locator(".dx-line.dx-other").count() == 1, "the stored curve is of another sampler, and says so"
+    page.locator(".dx-measure").click()
+    page.wait_for_function(
+        "() => /exactly what is on screen/.test(document.querySelector('[data-part=numbers]').innerText)"
+    )
+    assert page.locator(".dx-line.dx-other").count() == 0 and page.locator(".dx-control").count() == 1
+    page.locator(".dx-go").click()
+    page.locator(".dx-pop .dx-item").first.click()
+    page.wait_for_selector(".dx-said")
+    settled(page)
+    assert "50 %" in page.locator(".dx-said").inner_text()
+
+
+def test_words_of_the_sentence_are_its_controls(page: Any) -> None:
+    page.locator(".dx-word").first.press("Enter")
+    page.keyboard.type("a portrait of an astronaut")
+    page.keyboard.press("Enter")
+    assert "astronaut" in alert(page) and page.locator(".dx-vocabulary .dx-chip").count() > 3
+    page.locator(".dx-pop input[type=search]").fill("a portrait of a nurse")
+    page.keyboard.press("Enter")
+    settled(page)
+    assert page.locator("[data-part=alert]").inner_text() == "" and query(page)["p"] == "a portrait of a nurse"
+    page.locator(".dx-word").nth(1).click()
+    page.get_by_role("button", name="old people").click()
+    page.wait_for_function("() => new URLSearchParams(location.search).get('a') === 'age'")
+    settled(page)
+    assert "old people" in page.locator(".dx-sentence").inner_text()
+
+
+def test_a_link_opens_the_same_view(page: Any, address: str) -> None:
+    page.goto(f"{address}?v=1&p=a+portrait+of+a+nurse&a=age&t=young&b=2.5&n=16&s=3&k=2&m=symmetric&w=0-2&f=1:2,3:4")
+    settled(page)
+    assert strength(page) == 2.5 and len(sources(page)) == 16
+    assert query(page) == {"v": "1", "p": "a portrait of a nurse", "a": "age", "t": "young", "b": "2.5", "n": "16",
+                           "s": "3", "k": "2", "m": "symmetric", "w": "0-2", "f": "1:2,3:4"}  # fmt: skip
+    images = sources(page)
+    visit(page, "atlas")
+    page.go_back()
+    page.wait_for_function("() => dl.tab() === 'explore'")
+    settled(page)
+    assert sources(page) == images and strength(page) == 2.5
+    page.goto(f"{address}?v=1&b=x")
+    assert "cannot be opened" in alert(page)
+
+
+def test_two_lenses_side_by_side(page: Any, address: str) -> None:
+    """From the first lens to the one that takes no prompt, β there by keyboard, its link, and back."""
+    page.locator(".dl-model summary").press("Enter")
+    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="prompt-free").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/prompt-free")
+    settled(page)
+    assert "no prompt" in page.locator(".dx-sentence").inner_text()
+    drag(page, 3.0)
+    settled(page)
+    moved = strength(page)
+    assert page.url.startswith(f"{address}prompt-free?") and "p" not in query(page)
+    page.reload()
+    settled(page)
+    assert strength(page) == moved
+    page.locator(".dl-model summary").click()
+    page.get_by_role("navigation", name="Lenses").get_by_role("link", name="tiny").click()
+    page.wait_for_function("() => document.querySelector('.dx-word')")
+    assert page.url == address
+
+
+def test_the_sweep_tab_and_explore_have_one_subject(page: Any) -> None:
+    page.locator(".dx-word").first.click()
+    page.get_by_role("button", name="a nurse").click()
+    settled(page)
+    visit(page, "sweep")
+    page.wait_for_function(
+        "() => document.querySelector('#dl-sweep-prompt input')?.value === 'a portrait of a nurse'"
+        " && /Run sweep/.test(document.querySelector('#dl-sweep-status').innerText)"
+    )
+    other = page.locator("#dl-sweep-prompt input")
+    other.fill("a portrait of a doctor")
+    other.press("Enter")
+    page.wait_for_selector("#dl-sweep-plot .scatterlayer .point")
+    visit(page, "explore")
+    page.wait_for_function("() => /a doctor/.test(document.querySelector('.dx-sentence').innerText)")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_never_scrolls_sideways(browser: Any, address: str, theme: str) -> None:
+    tab = browser.new_page(viewport={"width": 320, "height": 700}, has_touch=True)
+    tab.set_default_timeout(PATIENCE)
+    tab.goto(f"{address}?__theme={theme}")
+    settled(tab)
+    for name in ("explore", "sweep", "atlas", "about"):
+        visit(tab, name)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 320, name
+    tab.close()

@@ -11,8 +11,9 @@ import pytest
 from conftest import make_text_pipeline
 from harness import served
 from lens_fixtures import PROMPTS
-from test_app import browser, complaints, page, pytestmark, sources, wait_for_status  # noqa: F401
+from test_app import browser, complaints, page, pytestmark  # noqa: F401
 from typer.testing import CliRunner
+from workbench import BEFORE, drag, settled, sources
 
 from diffusion_lens.cli.app import app
 from diffusion_lens.fit.run import Models, load_config
@@ -57,17 +58,11 @@ def test_the_flags_are_kept_beside_the_work_and_with_the_lens(fitted: Path) -> N
 
 
 def test_a_fitted_lens_shows_images_and_a_turn_redraws_them(page: Any) -> None:  # noqa: F811
-    before, after = sources(page, "#dl-before"), sources(page, "#dl-after")
+    before, after = sources(page, BEFORE), sources(page)
     assert len(before) == len(after) == 8 and all(before) and all(after)
-    slider = page.locator("#dl-beta input[type=range]")
-    slider.focus()
-    start = float(slider.input_value())
-    for _ in range(10):
-        page.keyboard.press("ArrowRight")
-    moved = float(slider.input_value())
-    assert moved > start
-    wait_for_status(page, f"β = {moved:g}: .*drawn in")
-    drawn = sources(page, "#dl-after")
-    assert len(drawn) == 8 and drawn != after and drawn != sources(page, "#dl-before")
+    drag(page, 5.0)
+    settled(page)
+    drawn = sources(page)
+    assert len(drawn) == 8 and drawn != after and drawn != sources(page, BEFORE)
     page.get_by_role("tab", name="Atlas").click()
     page.locator("#dl-atlas-map .scatterlayer .point").first.wait_for()

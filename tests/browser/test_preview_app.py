@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import tiny_vae
 from harness import marks, opened, served
+from workbench import AFTER, drag, settled
 
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.run_options import RunOptions
@@ -42,18 +42,12 @@ def address(gate: threading.Event, tiny_lens_folder: Path, tmp_path: Path) -> It
 
 def test_a_preview_is_marked_and_replaced(gate: threading.Event, address: str) -> None:
     with opened(address, PATIENCE) as page:
-        page.wait_for_selector("#dl-measures .dl-bar")
-        page.locator("#dl-beta input[type=range]").focus()
-        page.keyboard.press("ArrowLeft")
-        page.wait_for_selector("#dl-before .dl-preview img")
-        said: Any = page.locator("#dl-status p")
-        assert "Preview: decoded by little-one" in said.inner_text()
-        assert page.locator("#dl-measures .dl-bar").count() == 0 and page.locator(".dl-permalink").count() == 0
-        assert page.locator("#dl-after .dl-blank").count() == 8
+        drag(page, 3.0)
+        page.wait_for_selector(f"{AFTER} .dx-draft img[src]")
+        assert "little-one" in page.locator("[data-part=state]").inner_text()
+        assert "not measured" in page.locator("[data-part=state]").inner_text()
         if SHOTS:
             page.screenshot(path=str(Path(SHOTS) / "preview.png"), full_page=True)
         gate.set()
-        page.wait_for_function("() => /The preview was off by/.test(document.querySelector('#dl-status p').innerText)")
-        page.wait_for_selector("#dl-measures .dl-bar")
-        assert page.locator(".dl-preview").count() == 0 and page.locator("#dl-after img").count() == 8
-        assert page.locator(".dl-permalink").count() == 1
+        settled(page)
+        assert page.locator(f"{AFTER} img").count() == 8
