@@ -136,7 +136,7 @@
 
     // ---- answers ------------------------------------------------------------------------------------------------
     const take = (news) => {
-      if (!news || (news.serial ?? serial) < shown) return;
+      if (!news || (news.serial ?? serial) < shown || (linked && news.serial === 0 && scene.choices)) return;
       if (news.serial !== undefined) shown = Math.max(shown, news.serial);
       const late = news.serial !== undefined && news.serial < serial;
       if (drafting && news.serial !== undefined && (news.pictures || news.said || news.alert)) {
@@ -163,7 +163,7 @@
       if (pictures?.draft && !late) wait(dragging ? false : busy);
       if (news.alert !== undefined) part.alert.textContent = news.alert;
       if (news.alert) { wait(false); part.after.classList.add("dx-stale"); offerWords(news.alert); }
-      if (onBook()) { wait(false); flip(); if (!dragging) remember(); }
+      if (onBook() && !late) { wait(false); flip(); if (!dragging) remember(); }
       if (news.view && rowsOf !== JSON.stringify([news.view.attribute, news.view.target, news.view.n_features])) {
         rowsOf = JSON.stringify([news.view.attribute, news.view.target, news.view.n_features]);
         extra = new Map(); // rows say what they do towards this class
@@ -867,7 +867,14 @@
     }
     if (props.scene?.choices) take(props.scene);
     wait(linked || !scene.pictures);
-    ask(linked ? { query: location.search } : {});
+    const link = location.search;
+    // Right after it was made, gradio may still hold the component's first value: ask until the answer is to this.
+    const arrive = () => {
+      if (shown > 0 || serial > 3) return;
+      ask(linked ? { query: link } : {});
+      setTimeout(arrive, 2500);
+    };
+    setTimeout(arrive, 60);
     root.dataset.ready = "1";
   };
 })();
