@@ -14,6 +14,7 @@ from diffusion_lens.cli import (
     judge,
     measure,
     portraits,
+    scan,
     serve,
 )
 from diffusion_lens.cli.output import make_printable
@@ -33,7 +34,7 @@ app = typer.Typer(
         "Every command explains itself with --help."
     ),
 )
-for family in (draw, measure, judge, compare, dissect, fit, flip_books, build, serve):
+for family in (draw, measure, judge, compare, dissect, fit, flip_books, scan, build, serve):
     family.register(app)
 app.add_typer(portraits.app, name="portraits")
 

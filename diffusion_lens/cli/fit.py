@@ -274,6 +274,11 @@ def _judge(reading: _Reading, work: Path, device: str, offline: bool) -> tuple[A
     return judge, str((work / "classifier.json").resolve())
 
 
+def open_judge(classifier: str, labels: Path | None, find_faces: bool, work: Path, device: str) -> Any:
+    """The classifier that flags name, as ``fit`` opens it; its error is measured with ``calibrate``, not here."""
+    return _judge(_Reading(classifier, labels, find_faces, None, False, None, ""), work, device, False)[0]
+
+
 def _prompts(prompts: list[str] | None, more: list[str] | None, file: Path | None) -> tuple[str, ...]:
     from diffusion_lens.fit.defaults import read_prompts
 

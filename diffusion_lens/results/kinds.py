@@ -22,6 +22,7 @@ from diffusion_lens.results.joint import JointResult, load_joint, save_joint
 from diffusion_lens.results.manifest import Manifest
 from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.results.records import load_sweep, save_sweep
+from diffusion_lens.results.scan import Scan, load_scan, save_scan
 from diffusion_lens.results.sweeps import SweepResult
 
 T = TypeVar("T")
@@ -123,6 +124,12 @@ def _flip_book_stem(found: FlipBook) -> str:
     return f"{_file_name(found.attribute.name)}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
 
 
+def _scan_stem(found: Scan) -> str:
+    """One scan of a prompt: another one replaces it."""
+    prompt = re.sub(r"[^a-z0-9]+", "-", (found.prompt or "").lower()).strip("-")
+    return f"scan-{prompt}"[:80].rstrip("-") if prompt else "scan"
+
+
 def _file_name(text: str) -> str:
     return text.replace(" ", "-")
 
@@ -155,6 +162,15 @@ KINDS: tuple[Kind[Any], ...] = (
     Kind(
         "flip-book", FlipBook, "flip-books", "flip-books/*.json", _flip_book_stem, save_flip_book,
         lambda folder, stem, _: load_flip_book(folder, stem), _of_flip_book, MAX_BOOKS,
+    ),
+    Kind(
+        "scan", Scan, "scan --store", "scans/*.json", _scan_stem,
+        lambda found, folder, stem: save_scan(found, folder / f"{stem}.json"),
+        lambda folder, stem, _: load_scan(folder / f"{stem}.json"),
+        lambda found, manifest: {
+            "model": (found.model_id, manifest.base_model.id),
+            "classifier": (found.classifier_id, manifest.classifier_id),
+        },
     ),
 )  # fmt: skip
 

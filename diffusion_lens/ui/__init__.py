@@ -20,6 +20,7 @@ from diffusion_lens.ui import (
     explore,
     frame,
     methods_tab,
+    scan,
     sweep,
     texts,
 )
@@ -98,6 +99,8 @@ def _measure(studio: Studio, tab: explore.Explore) -> None:
         )
     with gr.Tab("Methods", id="methods") as methods:
         methods_tab.layout(studio, methods, tab)
+    with gr.Tab("Where it lives", id="scan") as scan_tab:
+        built_when_looked_at(scan_tab, lambda _: scan.build(studio))
     with gr.Tab("Depth", id="depth") as depth_tab:
         built_when_looked_at(depth_tab, lambda _: depth.build())
 

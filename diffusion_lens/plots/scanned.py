@@ -1,0 +1,117 @@
+"""Where an attribute lives: sites by steps, how well it is read there and how far it is steered from there."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, colour_bar, percent, points, span
+from diffusion_lens.results.scan import Cell, Scan
+
+ROW = 34
+"""Pixels a site."""
+LIGHT, DARK = "#FFFFFF", "#1A1A1A"
+
+
+def scan_figure(scan: Scan, attribute: str) -> go.Figure:
+    """Two maps of sites by steps: a probe's accuracy, and points that the target class moved; * where it is sure."""
+    about = next(a for a in scan.attributes if a.name == attribute)
+    sites, steps = [s.name for s in scan.sites], [s.label for s in scan.steps]
+    rows = [scan.column(attribute, site) for site in sites]
+    figure = make_subplots(
+        rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.16,
+        subplot_titles=("A probe reads it (share right)", f"Steered: points more {about.target}"),
+    )  # fmt: skip
+    chance = 1 / len(about.classes)
+    read = [[c for c in row if c.reading is not None] for row in rows]
+    figure.add_trace(
+        go.Heatmap(
+            x=[steps[c.steps] for c in read[0]], y=sites, z=[[_share(c) for c in row] for row in read],
+            zmin=chance, zmax=1, colorscale=SEQUENTIAL,
+            text=[[_accuracy(c) for c in row] for row in read], texttemplate="%{text}",
+            customdata=[[_read_text(c) for c in row] for row in read], hovertemplate="%{customdata}<extra></extra>",
+            colorbar={**colour_bar("", tickformat=".0%"), "x": 0.44},
+        ),
+        row=1, col=1,
+    )  # fmt: skip
+    figure.add_trace(
+        go.Heatmap(
+            x=steps, y=sites, z=[[100 * c.steering.direction.change for c in row] for row in rows],
+            zmin=-100, zmax=100, colorscale=[list(stop) for stop in DIVERGING],
+            text=[[_change(c) for c in row] for row in rows], texttemplate="%{text}", textfont={"color": DARK},
+            customdata=[[_moved_text(c, about.target) for c in row] for row in rows],
+            hovertemplate="%{customdata}<extra></extra>", colorbar=colour_bar(""),
+        ),
+        row=1, col=2,
+    )  # fmt: skip
+    look = blank(height=130 + ROW * len(sites)).layout
+    figure.update_layout(
+        height=look.height, template="none", paper_bgcolor=look.paper_bgcolor, plot_bgcolor=look.plot_bgcolor,
+        font=look.font, hoverlabel=look.hoverlabel, margin={"l": 8, "r": 12, "t": 34, "b": 56},
+    )  # fmt: skip
+    figure.update_annotations(font={"size": 13, "color": TEXT})
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False, ticks="")
+    figure.update_xaxes(
+        type="category", showgrid=False, automargin=True, ticks="",
+        title={"text": "denoising steps, from noise", "font": {"size": 13}, "standoff": 8},
+    )  # fmt: skip
+    return figure
+
+
+def describe_scan(scan: Scan, attribute: str) -> str:
+    """Where the attribute is read best, where it is steered best, and whether these are one place."""
+    about = next(a for a in scan.attributes if a.name == attribute)
+    read = scan.reads_best(attribute)
+    best = max((scan.best(attribute, s.name) for s in scan.sites), key=lambda c: c.steering.score)
+    assert read.reading is not None
+    told = (
+        f"{attribute.capitalize()} is read best at {read.site}, steps {scan.steps[read.steps].label}: "
+        f"{percent(read.reading.accuracy)} right ({span(read.reading.interval)}; {percent(read.reading.shuffled)} "
+        "with shuffled labels)."
+    )
+    if not best.steering.is_sure:
+        return f"{told} No site moves it further than a random direction of the same length does."
+    own = best.steering.direction
+    return (
+        f"{told} It is steered best at {best.site}, steps {scan.steps[best.steps].label}: {points(own.change)} points "
+        f"more {about.target} ({points(own.interval[0])} to {points(own.interval[1])}, n = {own.n}; random direction "
+        f"{points(best.steering.control.change)}), {percent(own.kept)} of the other attributes kept."
+    )
+
+
+def _share(cell: Cell) -> float:
+    return math.nan if cell.reading is None else cell.reading.accuracy
+
+
+def _accuracy(cell: Cell) -> str:
+    return "" if cell.reading is None else f"{100 * cell.reading.accuracy:.0f}{' *' if cell.reading.is_sure else ''}"
+
+
+def _change(cell: Cell) -> str:
+    change = cell.steering.direction.change
+    return "–" if math.isnan(change) else f"{points(change)}{' *' if cell.steering.is_sure else ''}"
+
+
+def _read_text(cell: Cell) -> str:
+    if cell.reading is None:
+        return "a probe reads one step"
+    read = cell.reading
+    return (
+        f"{cell.site}<br>{percent(read.accuracy)} right ({span(read.interval)}), n = {read.n}"
+        f"<br>shuffled labels {percent(read.shuffled)} ({span(read.shuffled_range)} in {read.n_shuffles})"
+    )
+
+
+def _moved_text(cell: Cell, target: str) -> str:
+    own, control = cell.steering.direction, cell.steering.control
+    if own.n == 0:
+        return f"{cell.site}<br>no image was decided both times ({own.n_uncertain} undecided)"
+    return (
+        f"{cell.site}<br>{points(own.change)} points more {target} "
+        f"({points(own.interval[0])} to {points(own.interval[1])}), n = {own.n}, {own.n_uncertain} undecided"
+        f"<br>random direction {points(control.change)} "
+        f"({points(control.interval[0])} to {points(control.interval[1])})"
+        f"<br>{percent(own.kept)} of the other attributes kept (random: {percent(control.kept)})"
+    )
