@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from diffusion_lens.portraits.recipe import RecipeConfig
 
 DENOISERS = ("pipeline", "unconditional", "mmdit")
-STAGES = ("autoencoder", *DENOISERS, "classifier")
+READERS = ("classifier", "labeller")
+STAGES = ("autoencoder", *DENOISERS, *READERS)
 MAX_TRIES = 200_000
 
 app = typer.Typer(
@@ -45,7 +46,11 @@ def train(
     work: Annotated[Path, typer.Option(help="Folder of stages and checkpoints.")] = Path("runs/portraits"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     start: Annotated[
-        Path | None, typer.Option("--from", help="A finished pipeline folder whose denoiser is trained further.")
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A finished pipeline whose denoiser is trained further, or whose autoencoder a reader sees through.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the one stage named.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch size of the one stage named.")] = None,
@@ -67,7 +72,7 @@ def train(
     ] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train the bundled models from nothing: autoencoder, U-Nets with and without a prompt, transformer, classifier.
+    """Train the bundled models from nothing: autoencoder, U-Nets, transformer, the judge, and a second labeller.
 
     Hours on two cores, minutes on a graphics card; the same command on both. A stopped run goes on with --resume.
 
@@ -80,6 +85,8 @@ def train(
       python -m diffusion_lens portraits train --stage pipeline --from runs/first/pipeline --match 1000 --steps 1500
 
       python -m diffusion_lens portraits train --stage mmdit --from assets/portraits/pipeline
+
+      python -m diffusion_lens portraits train --stage labeller --from assets/portraits/pipeline
     """
     import torch
 
@@ -89,9 +96,9 @@ def train(
     strange = next((name for name in chosen if name not in STAGES), None)
     if strange is not None:
         raise LensError(f"There is no stage '{strange}'; choose among {', '.join(STAGES)}.")
-    if start is not None and (len(chosen) != 1 or chosen[0] not in DENOISERS):
-        raise LensError("With --from, name the one --stage to train further: pipeline, unconditional or mmdit.")
-    if match and start is None:
+    if start is not None and (len(chosen) != 1 or chosen[0] == "autoencoder"):
+        raise LensError(f"With --from, name the one --stage that starts there: {', '.join((*DENOISERS, *READERS))}.")
+    if match and (start is None or chosen[0] in READERS):
         raise LensError("--match measures the shares of a finished pipeline: name it with --from.")
     config, paths = recipe_config(chosen, steps, batch_size, drawings, lr, focus), recipe.Paths(work)
     place = torch.device(pick_device(device))
@@ -105,8 +112,9 @@ def train(
         with progress(name) as bar:
             if name == "autoencoder":
                 recipe.autoencoder_stage(config, paths, place, bar.work)
-            elif name == "classifier":
-                recipe.classifier_stage(config, paths, place, bar.work)
+            elif name in READERS:
+                stage_of = recipe.classifier_stage if name == "classifier" else recipe.labeller_stage
+                stage_of(config, paths, place, bar.work, start=start)
             elif name == "mmdit":
                 recipe.transformer_stage(config, paths, place, bar.work, resume=resume, start=start, match=match)
             else:
@@ -150,12 +158,12 @@ def recipe_config(
     name = {"pipeline": "denoiser"}.get(stages[0], stages[0])
     if focus is not None and stages[0] not in DENOISERS:
         raise LensError(f"Only the denoisers have a focus: --stage {', '.join(DENOISERS)}.")
-    if name != "classifier":
+    if name not in READERS:
         part = getattr(config, name)
         return config.model_copy(update={name: part.model_copy(update=changes)})
     if batch_size is not None or lr is not None:
-        raise LensError("The classifier's batch size and learning rate are fixed; set its steps alone.")
-    return config.model_copy(update={"classifier_steps": steps})
+        raise LensError(f"The {name}'s batch size and learning rate are fixed; set its steps alone.")
+    return config.model_copy(update={f"{name}_steps": steps})
 
 
 @app.command("export")

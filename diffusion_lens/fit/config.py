@@ -29,7 +29,7 @@ class FitConfig(StrictConfig):
             ``variant`` which of its weight files are read (see ``load_model``).
         bundle_pipeline: copy the pipeline into the lens, so that the folder is complete.
         classifier: folder of the classifier that judges. labeller: of the one whose reading trains the probes
-            (``None``: the same; a lens says so, for the classifier that mitigates should not be the judge).
+            and chooses the settings (``None``: the same; a lens says so, for what mitigates should not be the judge).
         attributes: names of what is to be steered; the classifier knows their classes.
         sampling_prompts: prompts drawn from in turn (empty: unconditional). prompts: suggested to users.
         n_images: images sampled and labelled. first_seed: of them.

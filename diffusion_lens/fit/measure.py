@@ -48,10 +48,10 @@ def fit_settings(work: Work) -> None:
     for (name, number, setting, place), bar in zip(mine, work.progress.parts(len(mine)), strict=True):
         if base is None or base.request != asked[place]:
             base = observe_baseline(
-                work.model, asked[place], work.classifier, batch_size=work.config.batch_size, n_examples=0
+                work.model, asked[place], work.chooser, batch_size=work.config.batch_size, n_examples=0
             )
         measure_setting(
-            work.model, sae, attributions[name], work.classifier, base, setting, probes=probes,
+            work.model, sae, attributions[name], work.chooser, base, setting, probes=probes,
             batch_size=work.config.batch_size, n_examples=0, progress=bar,
             keep=pieces.part(name).part(trial_name(number, place)),
         )  # fmt: skip
@@ -82,7 +82,7 @@ def _choose(work: Work, name: str) -> Setting:
         work.model,
         read_sae(work),
         read_attributions(work)[name],
-        work.classifier,
+        work.chooser,
         _asked(work),
         _candidates(work, name),
         probes=read_probes(work),

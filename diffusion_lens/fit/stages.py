@@ -27,6 +27,7 @@ from diffusion_lens.features.train_probe import train_probe
 from diffusion_lens.features.train_sae import train_sae
 from diffusion_lens.fit.config import FitConfig
 from diffusion_lens.judging.classify import Classifier
+from diffusion_lens.judging.labelled import HumanLabels
 from diffusion_lens.model.activations import ActivationStore, SampleSpec, collect_to
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -58,6 +59,16 @@ class Work:
     def pieces(self, stage: str) -> Workspace:
         """What a stage has finished."""
         return Workspace(self.folders[stage])
+
+    @property
+    def chooser(self) -> Classifier:
+        """Who settings are chosen by: the labeller, so that the judge has seen no step of the fit.
+
+        People's labels are of images that exist; beside them, and beside a labeller whose error is not known, it is the
+        judge that chooses.
+        """
+        known = all(name in self.labeller.confusion for name in self.config.attributes)
+        return self.labeller if known and not isinstance(self.labeller, HumanLabels) else self.classifier
 
     def attribute(self, name: str) -> Attribute:
         """A steered attribute, with the classes that the labeller knows; the judge must know the same."""

@@ -1,7 +1,7 @@
 """The recipe: from nothing to the stock pipelines in ``assets/``, stage by stage, each resumable.
 
-``draw → autoencoder → latents → denoiser (text-conditional) → denoiser (unconditional) → transformer → classifier``. A
-stage whose result lies in the work folder is read, not made again.
+``draw → autoencoder → latents → denoiser (text-conditional) → denoiser (unconditional) → transformer → classifier
+→ labeller``. A stage whose result lies in the work folder is read, not made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError
 from diffusion_lens.base.weights import weights_digest
 from diffusion_lens.base.workspace import Workspace
-from diffusion_lens.judging.classify import HeadsClassifier, calibrate, train_heads
+from diffusion_lens.judging.classify import Architecture, HeadsClassifier, calibrate, train_heads
 from diffusion_lens.measuring.observe import read
 from diffusion_lens.model.generate import generate_batches, request
 from diffusion_lens.model.pipelines import load_model
@@ -47,6 +47,8 @@ from diffusion_lens.portraits.networks import DenoiserConfig, make_scheduler
 MAX_SHARD = "9MB"  # a hub repository takes files up to 10 MB without LFS
 HELD_OUT_SEED = 900_000_000
 CLASSIFIER_SEED = 500_000_000
+LABELLER_SEED = 600_000_000
+LABELLER_HELD_OUT_SEED = 800_000_000
 MATCH_SEED = 300_000_000
 MAX_MATCH = 10_000
 DRAWN_AT_ONCE = 20_000
@@ -60,13 +62,16 @@ class RecipeConfig(StrictConfig):
 
     Attributes:
         n_drawings: training pictures of the denoiser.
-        n_classifier: balanced training pictures of the classifier.
+        n_classifier: balanced training pictures of the classifier. n_labeller, labeller_steps: as the classifier's,
+            of the second one that labels.
     """
 
     n_drawings: int = 120_000
     n_classifier: int = 60_000
     n_held_out: int = 12_000
     classifier_steps: int = 4_000
+    n_labeller: int = 8_000
+    labeller_steps: int = 700
     autoencoder: AutoencoderTrainConfig = AutoencoderTrainConfig()
     denoiser: DenoiserTrainConfig = DenoiserTrainConfig()
     unconditional: DenoiserTrainConfig = DenoiserTrainConfig(shape=DenoiserConfig(text_width=0), caption_dropout=0.0)
@@ -88,6 +93,11 @@ class Paths:
     def classifier(self) -> Path:
         """The trained classifier."""
         return self.work / "classifier"
+
+    @property
+    def labeller(self) -> Path:
+        """The trained labeller."""
+        return self.work / "labeller"
 
     @property
     def latents(self) -> Path:
@@ -361,47 +371,114 @@ def export_stage(config: RecipeConfig, paths: Paths, name: str) -> Path:
     return save_pipeline(load_average(checkpoint, shape), vae, paths.pipeline(name))
 
 
-def classifier_stage(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> HeadsClassifier:
+@dataclass(frozen=True)
+class ReaderRecipe:
+    """How one reader of the drawn world is trained: on how many drawings, from which seeds, with which network."""
+
+    name: str
+    n_drawings: int
+    n_steps: int
+    first_seed: int
+    first_held_out_seed: int
+    seed: int
+    architecture: Architecture
+    widths: tuple[int, int, int, int]
+    image_size: int
+
+
+def classifier_stage(
+    config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress, *, start: Path | None = None
+) -> HeadsClassifier:
     """Train the judge on fresh balanced drawings, half of them seen through the autoencoder as samples are.
 
-    Their colours vary more than the world's; its error is measured on the world's own.
+    Their colours vary more than the world's; its error is measured on the world's own. ``start``: a pipeline folder
+    whose autoencoder it is; else that of the work folder.
     """
+    own = ReaderRecipe(
+        "classifier", config.n_classifier, config.classifier_steps, CLASSIFIER_SEED, HELD_OUT_SEED, 0, "residual",
+        (32, 64, 80, 112), 64,
+    )  # fmt: skip
+    return _reader(own, config, paths, device, progress, start)
 
-    def train() -> HeadsClassifier:
-        return _train_classifier(config, paths, device, progress)
 
+def labeller_stage(
+    config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress, *, start: Path | None = None
+) -> HeadsClassifier:
+    """Train the second reader: another network, seed and drawings than the judge's, on smaller images, the same way.
+
+    It labels what probes learn from, and chooses settings, so that the judge stays one that no step of a fit has seen.
+    ``start`` as in ``classifier_stage``.
+    """
+    own = ReaderRecipe(
+        "labeller", config.n_labeller, config.labeller_steps, LABELLER_SEED, LABELLER_HELD_OUT_SEED, 1, "separable",
+        (16, 24, 64, 128), 48,
+    )  # fmt: skip
+    return _reader(own, config, paths, device, progress, start)
+
+
+def _reader(
+    own: ReaderRecipe,
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    progress: Progress,
+    start: Path | None,
+) -> HeadsClassifier:
     return Workspace(paths.work).piece(
-        paths.classifier.name, train, lambda path, made: made.save(path), HeadsClassifier.load
+        own.name,
+        partial(_train_reader, own, config, paths, device, progress, start),
+        lambda path, made: made.save(path),
+        HeadsClassifier.load,
     )
 
 
-def _train_classifier(config: RecipeConfig, paths: Paths, device: torch.device, progress: Progress) -> HeadsClassifier:
-    decoder, drawing, training = progress.parts((2, 1, 4), (None, "balanced drawings", "classifier"))
-    vae = autoencoder_stage(config, paths, device, decoder)
-    train = draw_many(
-        config.n_classifier,
-        first_seed=CLASSIFIER_SEED,
-        balanced=True,
-        variation=WIDE,
-        progress=drawing,
-    )
-    images = train.images.copy()
-    half = len(images) // 2
-    latents = encode_all(vae, torch.from_numpy(images[:half]), device=device)
-    images[:half] = decode_images(vae, latents)
-    classifier = train_heads(
-        torch.from_numpy(images),
-        torch.from_numpy(train.labels),
+def _train_reader(
+    own: ReaderRecipe,
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    progress: Progress,
+    start: Path | None,
+) -> HeadsClassifier:
+    drawing, training = progress.parts((3, 4), (None, own.name))
+    pieces = Workspace(paths.work)
+    draw = partial(_reader_drawings, own, config, paths, device, drawing, start)
+    drawn = pieces.tensors(f"{own.name}-drawings-{own.n_drawings}", draw)
+    reader = train_heads(
+        torch.from_numpy(drawn["images"]),
+        torch.from_numpy(drawn["labels"]),
         world.ATTRIBUTES,
-        n_steps=config.classifier_steps,
+        n_steps=own.n_steps,
         batch_size=256 if device.type == "cuda" else 128,
         lr=2e-3,
-        seed=0,
+        seed=own.seed,
         device=device,
         progress=training,
+        widths=own.widths,
+        architecture=own.architecture,
+        image_size=own.image_size,
+        checkpoint=paths.work / f"{own.name}-training.pt",
     )
-    held = draw_many(config.n_held_out, first_seed=HELD_OUT_SEED, balanced=True)
-    return calibrate(classifier, held.images, held.labels)
+    held = draw_many(config.n_held_out, first_seed=own.first_held_out_seed, balanced=True)
+    return calibrate(reader, held.images, held.labels)
+
+
+def _reader_drawings(
+    own: ReaderRecipe,
+    config: RecipeConfig,
+    paths: Paths,
+    device: torch.device,
+    progress: Progress,
+    start: Path | None,
+) -> dict[str, np.ndarray]:
+    """Balanced drawings ``images`` with ``labels``, the first half of them seen through the autoencoder."""
+    decoder, drawing = progress.parts((2, 1), (None, "balanced drawings"))
+    vae = autoencoder_stage(config, paths, device, decoder) if start is None else open_parts(start)[1].to(device)
+    train = draw_many(own.n_drawings, first_seed=own.first_seed, balanced=True, variation=WIDE, progress=drawing)
+    images = train.images.copy()
+    half = len(images) // 2
+    images[:half] = decode_images(vae, encode_all(vae, torch.from_numpy(images[:half]), device=device))
+    return {"images": images, "labels": train.labels}
 
 
 def make_pipeline(nets: Nets, vae: AutoencoderTiny) -> StableDiffusionPipeline | LDMPipeline | StableDiffusion3Pipeline:

@@ -105,6 +105,7 @@ class Manifest(StrictConfig):
         vocabulary: the words the model knows; ``None`` for models with an open vocabulary.
         settings: attribute → how it is steered.
         classifier_id: of the one that judges images; ``labeller_id``: of the one whose reading trained the probes.
+            ``judged_apart`` says whether the two are different ones.
         files: path inside the folder → its seal; ``lens.json`` itself is not listed.
     """
 
@@ -124,6 +125,11 @@ class Manifest(StrictConfig):
     classifier_id: str
     labeller_id: str | None = None
     files: dict[str, FileSeal] = Field(default_factory=dict)
+
+    @property
+    def judged_apart(self) -> bool:
+        """Whether another classifier judges than the one that labelled and chose."""
+        return self.labeller_id is not None and self.labeller_id != self.classifier_id
 
     @property
     def lens_id(self) -> str:

@@ -26,6 +26,7 @@ from diffusion_lens.fit.config import STAGES, FitConfig, stage_hashes
 from diffusion_lens.fit.estimate import Estimate, Speed, StageCost, estimate
 from diffusion_lens.fit.run import Models, check_space, fit, load_config, prepare, run_stage
 from diffusion_lens.fit.stages import PositionChunks, Work, activations_of, select
+from diffusion_lens.judging.labelled import HumanLabels
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.activations import ActivationStore
 from diffusion_lens.model.generate import Capture, generate, request
@@ -163,8 +164,20 @@ def test_a_labeller_beside_the_judge_is_recorded(
     lens = fit(
         quick(), tmp_path / "l", work=tmp_path / "w", models=Models(text_model, tiny_fit_models.classifier, other)
     )
-    assert lens.manifest.labeller_id == "e" * 16
+    assert lens.manifest.labeller_id == "e" * 16 and lens.manifest.judged_apart
     assert lens.manifest.classifier_id == tiny_fit_models.classifier.classifier_id
+
+
+def test_the_labeller_chooses_so_that_the_judge_has_seen_no_step(
+    tiny_fit_models: Models, text_model: DiffusionModel, tmp_path: Path
+) -> None:
+    own, other = tiny_fit_models.classifier, make_classifier(text_model)
+    people = HumanLabels(own.attributes, {}, "people")
+    for labeller, chooser in ((other, other), (own, own), (people, own)):
+        work = prepare(quick(), Models(text_model, own, labeller), tmp_path)
+        assert work.chooser is chooser
+    unknown = replace(other, config=other.config.model_copy(update={"confusion": {}}))
+    assert prepare(quick(), Models(text_model, own, unknown), tmp_path).chooser is own
 
 
 def test_what_does_not_fit_together_is_refused_before_anything_runs(tiny_fit_models: Models, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from watching import steps
 
+from diffusion_lens.base.progress import Cancelled, Progress, Status
+from diffusion_lens.base.resume import Checkpoint
 from diffusion_lens.base.types import Attribute, LensError, Predictions
+from diffusion_lens.base.weights import weights_digest
+from diffusion_lens.judging import classify
 from diffusion_lens.judging.calibration import choose_threshold, confusion_counts, fit_temperature, softmax
 from diffusion_lens.judging.classify import (
     HeadsClassifier,
@@ -55,6 +61,46 @@ def test_it_learns_both_attributes(trained: HeadsClassifier) -> None:
     for column, attribute in enumerate((COLOUR, SHAPE)):
         assert predictions[attribute.name].attribute == attribute
         assert (predictions[attribute.name].labels == labels[:, column].numpy()).mean() > 0.95
+
+
+def test_a_second_architecture_reads_as_well_and_is_another(trained: HeadsClassifier, tmp_path: Path) -> None:
+    images, labels = drawn(400, seed=0)
+    told = {"n_steps": 60, "batch_size": 32, "lr": 1e-2, "widths": WIDTHS}
+    other = train_heads(images, labels, (COLOUR, SHAPE), architecture="separable", image_size=24, **told)  # type: ignore[arg-type]
+    seen, truth = drawn(200, seed=2)
+    for column, attribute in enumerate((COLOUR, SHAPE)):
+        read = other.predict(seen.numpy())[attribute.name]
+        assert (read.labels == truth[:, column].numpy()).mean() > 0.9
+    assert other.classifier_id != trained.classifier_id and other.features(seen.numpy()).shape == (200, WIDTHS[-1])
+    other.save(tmp_path)
+    again = HeadsClassifier.load(tmp_path)
+    assert again.classifier_id == other.classifier_id
+    np.testing.assert_array_equal(again.features(seen.numpy()), other.features(seen.numpy()))
+
+
+def test_ids_of_classifiers_that_came_before_the_second_architecture_stay(trained: HeadsClassifier) -> None:
+    told = trained.config.model_dump_json(exclude={"confusion", "uncertain", "architecture"})
+    assert trained.classifier_id == weights_digest(trained.network, told)
+
+
+def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classify, "Checkpoint", partial(Checkpoint, seconds=0.0))
+    images, labels = drawn(60, seed=0)
+    told = {"n_steps": 8, "batch_size": 8, "widths": WIDTHS}
+
+    def stop(status: Status) -> None:
+        if status.done >= 5:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        train_heads(images, labels, (COLOUR, SHAPE), checkpoint=tmp_path / "c.pt", progress=Progress(stop), **told)  # type: ignore[arg-type]
+    begun: list[int] = []
+    again = train_heads(
+        images, labels, (COLOUR, SHAPE), checkpoint=tmp_path / "c.pt",
+        progress=Progress(lambda status: begun.append(status.done)), **told,
+    )  # type: ignore[arg-type]  # fmt: skip
+    whole = train_heads(images, labels, (COLOUR, SHAPE), **told)  # type: ignore[arg-type]
+    assert again.classifier_id == whole.classifier_id and begun[0] > 1
 
 
 def test_predictions_are_the_calibrated_softmax_of_the_network(calibrated: HeadsClassifier) -> None:
