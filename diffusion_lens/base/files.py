@@ -181,7 +181,11 @@ def read_json(path: Path) -> Any:
     """Read JSON; raises ``LensError`` that names the file."""
     if not path.exists():
         raise LensError(f"{path.name} is missing from {path.parent}.")
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The values of a JSON text that stands in ``path``; ``LensError`` for none, too many, or nested too deep."""
     if sum(map(text.count, ",:[{")) > MAX_JSON_PARTS:
         raise LensError(f"{path} holds more than {MAX_JSON_PARTS:,} values; restore it from the original.")
     try:
@@ -230,6 +234,14 @@ def load_metadata(path: Path) -> dict[str, str]:
     """The text → text header of a safetensors file (empty if it has none)."""
     with _open_tensors(path) as handle:
         return dict(handle.metadata() or {})
+
+
+def load_header(path: Path, name: str) -> Any:
+    """The JSON that a safetensors file keeps under ``name`` in its header; raises ``LensError`` that names the file."""
+    metadata = load_metadata(path)
+    if name not in metadata:
+        raise LensError(f"{path} says nothing of '{name[:40]}' in its header; restore it from the original.")
+    return parse_json(metadata[name], path)
 
 
 @contextmanager

@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_lens.base.types import LensError
 
 WEIGHTS_VARIABLE = "DIFFUSION_LENS_WEIGHTS"
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-"""What diffusers raises for files that are missing, broken or of another kind."""
+LOAD_ERRORS = (Exception,)
+"""What libraries raise for files that are missing, broken or of another kind: tokenizers raise bare ``Exception``s."""
 
 
 def weights_folder() -> Path:

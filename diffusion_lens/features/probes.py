@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.files import load_header, load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.foreign import check_array, reading
 from diffusion_lens.base.plain import from_plain, to_plain
 from diffusion_lens.base.types import Attribute, LensError
 
@@ -103,13 +104,16 @@ def save_probes(path: Path, probes: Mapping[str, Probe]) -> None:
 
 def load_probes(path: Path, device: str = "cpu") -> dict[str, Probe]:
     """Read what ``save_probes`` wrote, by attribute name."""
-    arrays = load_tensors(path)
-    found = {}
-    for name, attribute in load_metadata(path).items():
-        parts = {
-            key.removeprefix(f"{name}."): torch.from_numpy(value)
-            for key, value in arrays.items()
-            if key.startswith(f"{name}.")
-        }
-        found[name] = Probe.from_tensors(from_plain(Attribute, json.loads(attribute)), parts).to(device)
+    arrays, found = load_tensors(path), {}
+    with reading(path, "a file of probes", "restore it from the original"):
+        for name in load_metadata(path):
+            attribute = from_plain(Attribute, load_header(path, name))
+            parts = {
+                key.removeprefix(f"{name}."): torch.from_numpy(
+                    check_array(key, value, (None,) * value.ndim, finite=True)
+                )
+                for key, value in arrays.items()
+                if key.startswith(f"{name}.")
+            }
+            found[name] = Probe.from_tensors(attribute, parts).to(device)
     return found

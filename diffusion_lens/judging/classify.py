@@ -256,10 +256,15 @@ class HeadsClassifier:
         path = folder / "model.safetensors"
         if not path.is_file():
             raise LensError(f"model.safetensors is missing from {folder}; copy the classifier's folder again.")
-        network = _build(config)
         try:
-            network.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError):
+            state = load_file(path)
+            with torch.device("meta"):  # memory is given to what the file holds, not to what its configuration claims
+                wanted = {name: value.shape for name, value in HeadsNetwork(config).state_dict().items()}
+            if {name: value.shape for name, value in state.items()} != wanted:
+                raise ValueError
+            network = _build(config)
+            network.load_state_dict(state)
+        except (SafetensorError, RuntimeError, ValueError, OverflowError, TypeError):
             raise LensError(f"{path} does not fit its config.json; copy the classifier's folder again.") from None
         return _finish(config, network, device)
 

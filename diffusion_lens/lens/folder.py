@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from diffusion_lens.base.files import check_empty, copy_file, read_json
-from diffusion_lens.base.sheets import load_sheets
+from diffusion_lens.base.foreign import check_rows, count_tables, reading
+from diffusion_lens.base.sheets import SheetIndex, load_sheets
 from diffusion_lens.base.transaction import changing, read_whole
 from diffusion_lens.base.types import Atlas, Attribute, Attribution, LensError
 from diffusion_lens.results.comparison import Comparison
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from diffusion_lens.model.run_options import RunOptions
 
 T = TypeVar("T")
+RESTORE = "restore it from the original"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -196,7 +198,14 @@ class LensFolder:
     def fitted_from(self) -> Mapping[str, Any]:
         """The ``FitConfig`` that the lens was fitted from, as stored; empty where it was made in another way."""
         name = "fit/config.json"
-        return read_json(self.folder / name) if name in self.manifest.files else {}
+        return _mapping(self.folder / name) if name in self.manifest.files else {}
+
+    @property
+    def d_sae(self) -> int:
+        """Features of the SAE, read without its weights."""
+        path = self.folder / "sae/cfg.json"
+        with reading(path, "an SAE's configuration", RESTORE):
+            return int(_mapping(path)["d_sae"])
 
     @property
     def model(self) -> DiffusionModel:
@@ -233,10 +242,12 @@ class LensFolder:
         """Attribute → counts ``[true, read]`` of the judging classifier, read without loading its network."""
         if self._parts.has("classifier"):
             return self.classifier.confusion
-        if "classifier/config.json" not in self.manifest.files:
+        name = "classifier/config.json"
+        if name not in self.manifest.files:
             return {}
-        tables = read_json(self.folder / "classifier/config.json").get("confusion", {})
-        return {name: np.asarray(table, dtype=np.int64) for name, table in tables.items()}
+        with reading(self.folder / name, "a classifier's description", RESTORE):
+            known = [a.attribute() for a in (*self.manifest.attributes, *self.manifest.nuisances)]
+            return count_tables(_mapping(self.folder / name).get("confusion", {}), known)
 
     @property
     def probes(self) -> dict[str, Probe]:
@@ -246,8 +257,7 @@ class LensFolder:
     @property
     def attributions(self) -> dict[str, Attribution]:
         """Attribute → the shipped attribution, by integrated gradients."""
-        path = self.folder / "attribution.safetensors"
-        return self._parts.get("attributions", partial(load_attributions, path))
+        return self._parts.get("attributions", self._load_attributions)
 
     @property
     def atlas(self) -> Atlas:
@@ -284,8 +294,29 @@ class LensFolder:
         """Several attributes steered at once, where ``together --store`` measured it."""
         return next(iter(self.stored(JointResult).values()), None)
 
+    def _load_attributions(self) -> dict[str, Attribution]:
+        path = self.folder / "attribution.safetensors"
+        found = load_attributions(path)
+        with reading(path, "a file of this lens's attributions", RESTORE):
+            for attribute in self.attributes:
+                own = found[attribute.name]
+                fits = own.attribute == attribute and own.sae_id == self.manifest.sae_id
+                if not fits or own.scores.shape[1:] != (self.manifest.n_steps, self.d_sae):
+                    raise ValueError(f"the scores of {attribute.name} are of other classes, steps or features")
+        return found
+
     def _load_atlas(self) -> Atlas:
-        atlas, dissection = load_atlas(self.folder / "atlas.safetensors"), self.dissection
+        path = self.folder / "atlas.safetensors"
+        atlas, dissection = load_atlas(path), self.dissection
+        n_pool = SheetIndex.load(self.folder / "examples/pool.json").n
+        with reading(path, "this lens's atlas", RESTORE):
+            if atlas.sae_id != self.manifest.sae_id or len(atlas.density) != self.d_sae:
+                raise ValueError("it is of another SAE")
+            for name in ("top_images", "random_images", "near_images"):
+                check_rows(name, getattr(atlas, name), n_pool, least=-1)
+            for one in (*self.manifest.attributes, *self.manifest.nuisances):
+                if one.name in atlas.effects and atlas.effects[one.name].shape[1] != len(one.classes):
+                    raise ValueError(f"the effects on {one.name} are of other classes")
         return atlas if dissection is None else to_atlas(dissection, atlas)
 
     def _load_model(self) -> DiffusionModel:
@@ -320,7 +351,14 @@ class LensFolder:
     def _load_probes(self) -> dict[str, Probe]:
         from diffusion_lens.features.probes import load_probes
 
-        return load_probes(self.folder / "probes.safetensors", self.device)
+        path = self.folder / "probes.safetensors"
+        found = load_probes(path, self.device)
+        with reading(path, "a file of this lens's probes", RESTORE):
+            for attribute in self.attributes:
+                own = found[attribute.name]
+                if own.attribute != attribute or own.n_steps != self.manifest.n_steps:
+                    raise ValueError(f"the probe of {attribute.name} is of other classes or steps")
+        return found
 
     def _load_classifier(self) -> Classifier:
         from diffusion_lens.judging.described import open_classifier
@@ -349,6 +387,13 @@ def _check_identity(base: BaseModelRef, model: DiffusionModel) -> None:
                 f"made on (its content is {found.get(part, 'missing')}, expected {digest}): the lens's features mean "
                 "nothing in another model; restore it, or fit a lens to this one."
             )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise LensError(f"{path} does not hold a JSON object; {RESTORE}.")
+    return values
 
 
 def _find(source: str | Path, revision: str | None, offline: bool) -> Path:

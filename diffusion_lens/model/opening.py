@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from diffusion_lens.base.files import read_json
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.weights import LOAD_ERRORS, reason
+from diffusion_lens.model.claims import check_claims
 from diffusion_lens.model.families.registry import supported
 from diffusion_lens.model.run_options import is_missing_folder
 from diffusion_lens.model.stored import INDEX, StoredPipeline, check_shards, open_stored, stored_parts, weight_files
@@ -86,6 +87,8 @@ def open_pipeline(
         for name, kind in ((name, _class(*named)) for name, named in parts.items())
         if kind is not None
     }
+    for name in set(parts) - set(networks):
+        check_claims(name, folder / name, ())
     # What the index leaves empty is said: diffusers takes some of it for missing.
     given: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]} | networks
     if not safety_checker and CHECKER in index:
@@ -178,6 +181,7 @@ def _load_part(
     files = weight_files(folder).get(variant, ())
     try:
         check_shards(name, files)
+        check_claims(name, folder, files)
         with _aloud():
             network, report = kind.from_pretrained(
                 str(folder), variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True,

@@ -24,12 +24,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.base.weights import reason
 from diffusion_lens.model.codec import Decoded, decode_pixels, decode_preview
+from diffusion_lens.model.failures import failing
 from diffusion_lens.model.families.base import USUAL, Conditioning, Encoded, Family, Settings
 from diffusion_lens.model.families.registry import KINDS, family_of
 from diffusion_lens.model.hooks import capture
-from diffusion_lens.model.memory import Room, is_out_of_memory
+from diffusion_lens.model.memory import Room
 from diffusion_lens.model.opening import open_pipeline
 from diffusion_lens.model.placement import place
 from diffusion_lens.model.preview import PreviewDecoder, load_preview
@@ -115,12 +115,8 @@ class DiffusionModel:
             conditioning = self.condition("" if self.is_text else None, 1, 1.0)
             t = self.scheduler(1).timesteps[0]
             blank = torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.dtype)
-            try:
+            with failing("This model cannot run on images of its own size"):
                 self.predict(blank, t, conditioning)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise LensError(f"This model cannot run on images of its own size: {reason(error)}") from error
         if tap.calls > 1:
             raise LensError(
                 f"'{self.hook_name}' runs {tap.calls} times in a forward pass; choose a module that runs once."
@@ -158,10 +154,8 @@ class DiffusionModel:
         the device). Raises ``LensError`` where it cannot take ``n_steps``.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        try:
+        with failing(f"This model's {type(scheduler).__name__} cannot take {n_steps} steps"):
             scheduler.set_timesteps(n_steps, **self.family.schedule(self, n_steps))
-        except ValueError as error:
-            raise LensError(f"This model's {type(scheduler).__name__} cannot take {n_steps} steps: {error}") from None
         if len(scheduler.timesteps) != n_steps:
             raise LensError(
                 f"This model's {type(scheduler).__name__} makes {len(scheduler.timesteps)} steps of {n_steps}; "
@@ -188,7 +182,8 @@ class DiffusionModel:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ``LensError`` for words this model never saw or cannot read, and for those it would cut off."""
-        self.family.check_prompt(self, prompt)
+        with failing("This model's tokenizer cannot read the prompt"):
+            self.family.check_prompt(self, prompt)
 
     def forget_prompts(self) -> None:
         """Drop cached prompt embeddings; needed when the text encoder's weights change."""
@@ -202,7 +197,8 @@ class DiffusionModel:
                 self.prompts.move_to_end(prompt)
                 return self.prompts[prompt]
             # Outside inference mode, so that training code may use the cached tensors too.
-            with torch.inference_mode(False), torch.no_grad():
+            told = failing("This model's text encoder cannot read a prompt")
+            with told, torch.inference_mode(False), torch.no_grad():
                 encoded = self.family.encode(self, prompt)
                 encoded = {name: self._placed(value) for name, value in encoded.items()}
             self.prompts[prompt] = encoded
@@ -248,7 +244,7 @@ class DiffusionModel:
 
     def decode_checked(self, latents: Tensor, batch_size: int = 16) -> Decoded:
         """The same, and which of them show nobody: not finite, censored, or one flat colour."""
-        with torch.inference_mode():
+        with torch.inference_mode(), failing("This model's autoencoder cannot decode"):
             parts = [decode_pixels(self.family, self.pipeline, part) for part in latents.split(batch_size)]
         return Decoded(np.concatenate([p.images for p in parts]), tuple(f for p in parts for f in p.faults))
 
@@ -295,7 +291,8 @@ def wrap_pipeline(
     stand in for, unknown hook names, naming some that exist, and for a preview that cannot be loaded or does not
     decode this pipeline's latents.
     """
-    family = family_of(pipe)
+    with failing("This model cannot be opened"):
+        family = family_of(pipe)
     if options is not None:
         options = options.resolved()
         device, dtype = options.device, options.torch_dtype

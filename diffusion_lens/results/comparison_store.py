@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lens.base.files import read_json
+from diffusion_lens.base.foreign import reading
 from diffusion_lens.base.plain import from_plain, to_plain
 from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Predictions
@@ -91,16 +92,11 @@ def load_comparison(folder: Path, stem: str, missing: Missing) -> Comparison:
     """
     path = folder / f"{stem}.json"
     values = read_json(path)
-    try:
+    with reading(path, "a stored comparison", "run: compare --store"):
         if values.get("format_version") not in (1, FORMAT_VERSION):
             raise LensError(f"{path} has another format than {FORMAT_VERSION}; run: compare --store.")
         read = _read_0_4 if values["format_version"] == 1 else _read
         return _check(read(values, folder, stem, missing))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, LensError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LensError(f"{path} is not a stored comparison ({reason}); run: compare --store.") from None
 
 
 def _read(values: dict[str, Any], folder: Path, stem: str, _: Missing) -> Comparison:

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from diffusion_lens.base.files import read_json
-from diffusion_lens.base.types import Attribute, GenerationRequest, LensError, Predictions, Share
+from diffusion_lens.base.foreign import reading
+from diffusion_lens.base.types import Attribute, GenerationRequest, Predictions, Share
 from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.results.measurement_files import FORMAT_VERSION, Missing, measured_beside, save_measured
 
@@ -46,15 +47,11 @@ def load_shares(folder: Path, stem: str, missing: Missing) -> CountedShares:
     """
     path = folder / f"{stem}.json"
     values = read_json(path)
-    try:
+    with reading(path, "a file of counted shares", "run check --full --part 1 --store again"):
         if values.get("format_version") == FORMAT_VERSION:
             measured = measured_beside(values, folder, stem)
             return _some(dict(zip(map(str, values["prompts"]), measured, strict=True)))
         return _of_0_4(values, missing)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, LensError):
-            raise
-        raise LensError(f"{path} holds no counted shares; run check --full --part 1 --store again.") from None
 
 
 def _some(measurements: Mapping[str, Measurement]) -> CountedShares:

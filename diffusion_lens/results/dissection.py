@@ -6,6 +6,7 @@ Reads and writes without torch, so that the app's first page can show it; ``diss
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_lens.base.files import load_metadata, load_tensors, save_tensors
+from diffusion_lens.base.files import load_header, load_tensors, save_tensors
+from diffusion_lens.base.foreign import check_array, reading
+from diffusion_lens.base.plain import from_plain
 from diffusion_lens.base.types import Atlas, LensError
 
 PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")
@@ -89,15 +92,38 @@ def save_dissection(path: Path, found: Dissection) -> None:
 
 def load_dissection(path: Path) -> Dissection:
     """Read what ``save_dissection`` wrote; raises ``LensError`` that names a file of another kind."""
-    arrays, metadata = load_tensors(path), load_metadata(path)
-    try:
-        texts = json.loads(metadata["dissection"])
-        texts |= {name: tuple(texts[name]) for name in ("features", "betas")}
-        texts["classes"] = {name: tuple(own) for name, own in texts["classes"].items()}
-        parts: dict[str, Any] = {part: {name: arrays[f"{part}.{name}"] for name in texts["classes"]} for part in PARTS}
-        return Dissection(**texts, **parts)
-    except (KeyError, TypeError, ValueError):
-        raise LensError(f"{path.name} is not a stored dissection; run dissect --store again.") from None
+    arrays = load_tensors(path)
+    with reading(path, "a stored dissection", "run dissect --store again"):
+        told = from_plain(_Texts, load_header(path, "dissection"))
+        parts: dict[str, Any] = {part: {name: arrays[f"{part}.{name}"] for name in told.classes} for part in PARTS}
+        _check(told, parts)
+        return Dissection(**{text: getattr(told, text) for text in TEXTS}, **parts)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What the header says of a ``Dissection``."""
+
+    features: tuple[int, ...]
+    betas: tuple[float, ...]
+    classes: dict[str, tuple[str, ...]]
+    sae_id: str
+    source: str
+    alpha: float
+    n: int
+
+
+def _check(told: _Texts, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Raise ``ValueError`` for arrays of other turns or classes, and for numbers that cannot be."""
+    turns = len(told.features)
+    if not (told.classes and turns and turns == len(told.betas) and min(told.features) >= 0):
+        raise ValueError("its features, strengths and classes do not fit together")
+    if not (np.isfinite(told.betas).all() and 0 < told.alpha < 1 and told.n >= 1):
+        raise ValueError("its strengths, its rate of false discoveries or its number of images cannot be")
+    for part, arrays in parts.items():
+        for name, array in arrays.items():
+            own = (turns,) if part == "flips" else (turns, len(told.classes[name]))
+            check_array(f"{part}.{name}", array, own, finite=part in ("effects", "low", "high", "flips"))
 
 
 @lru_cache(maxsize=4)
@@ -179,7 +205,7 @@ def to_atlas(found: Dissection, atlas: Atlas) -> Atlas:
 
     Raises ``LensError`` for an atlas of another SAE.
     """
-    if found.sae_id != atlas.sae_id:
+    if found.sae_id != atlas.sae_id or max(found.features) >= len(atlas.density):
         raise LensError("This dissection belongs to another SAE; dissect this lens.")
     effects: dict[str, np.ndarray] = {}
     for name, measured in found.effects.items():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from diffusion_lens.base.files import read_json, write_json
-from diffusion_lens.base.plain import to_plain
-from diffusion_lens.base.types import Change, LensError, Share
+from diffusion_lens.base.foreign import check_array, reading
+from diffusion_lens.base.plain import from_plain, to_plain
+from diffusion_lens.base.types import Change, Share
 
 TOGETHER = "together"
 
@@ -70,19 +70,41 @@ def save_joint(result: JointResult, path: Path) -> None:
 def load_joint(path: Path) -> JointResult:
     """Read what ``save_joint`` wrote; raises ``LensError`` that names a bad file."""
     values = read_json(path)
-    try:
-        read: dict[str, Any] = dict(values)
-        for side in ("before", "after"):
-            table = dict(values[side])
-            read[side] = JointTable(
-                tuple(table["attributes"]), tuple(tuple(own) for own in table["classes"]),
-                np.asarray(table["counts"], dtype=np.int64), int(table["n"]),
-            )  # fmt: skip
-        read["shares"] = TypeAdapter(dict[str, tuple[Share, ...]]).validate_python(values["shares"])
-        read["spillover"] = TypeAdapter(dict[str, tuple[Change, ...]]).validate_python(values["spillover"])
-        interference = values["interference"].items()
-        read["interference"] = {name: {k: float(v) for k, v in own.items()} for name, own in interference}
-        read["shared_features"] = tuple(values["shared_features"])
-        return JointResult(**read)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise LensError(f"{path} is not a stored result of steering together; run together --store again.") from None
+    with reading(path, "a stored result of steering together", "run together --store again"):
+        told = from_plain(_Stored, values)
+        read: dict[str, Any] = {field.name: getattr(told, field.name) for field in fields(told)}
+        return JointResult(**read | {"before": told.before.table(), "after": told.after.table()})
+
+
+@dataclass(frozen=True)
+class _StoredTable:
+    """A ``JointTable`` as plain values."""
+
+    attributes: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]
+    counts: list[Any]
+    n: int
+
+    def table(self) -> JointTable:
+        """The table; ``ValueError`` where its counts are not of its classes."""
+        counts = check_array("counts", np.asarray(self.counts), [len(own) for own in self.classes])
+        if len(self.attributes) != len(self.classes) or counts.dtype.kind not in "iu" or self.n < 0:
+            raise ValueError("its counts are not of its classes")
+        return JointTable(self.attributes, self.classes, counts.astype(np.int64), self.n)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A ``JointResult`` as plain values."""
+
+    before: _StoredTable
+    after: _StoredTable
+    shares: dict[str, tuple[Share, ...]]
+    spillover: dict[str, tuple[Change, ...]]
+    interference: dict[str, dict[str, float]]
+    shared_features: tuple[int, ...]
+    order_matters: float
+    description: str
+    steered: dict[str, str]
+    prompt: str | None
+    sae_id: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from diffusion_lens.base.types import LensError
+from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.results.comparison import Comparison
 from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.counted import CountedShares, load_shares, save_shares
@@ -83,13 +83,17 @@ class Kind(Generic[T]):
 
 
 def _of_comparison(found: Comparison, manifest: Manifest) -> dict[str, tuple[str, str]]:
-    known = [a.attribute() for a in (*manifest.attributes, *manifest.nuisances)]
-    own = found.attribute
     return {
         "model": (found.model_id, manifest.base_model.id),
         "SAE": (found.sae_id, manifest.sae_id),
-        "attribute": (own.name, own.name if own in known else ", ".join(a.name for a in known)),
+        "attribute": _known(found.attribute, manifest),
     }
+
+
+def _known(own: Attribute, manifest: Manifest) -> tuple[str, str]:
+    """An attribute's name, and what it should be: itself, where the lens reads it with the same classes."""
+    known = [a.attribute() for a in (*manifest.attributes, *manifest.nuisances)]
+    return own.name, own.name if own in known else ", ".join(a.name for a in known)
 
 
 def _of_sweep(found: SweepResult, manifest: Manifest) -> dict[str, tuple[str, str]]:
@@ -97,6 +101,7 @@ def _of_sweep(found: SweepResult, manifest: Manifest) -> dict[str, tuple[str, st
         "model": (found.request.model_id, manifest.base_model.id),
         "SAE": (found.provenance.get("sae", manifest.sae_id), manifest.sae_id),
         "classifier": (found.classifier_id, manifest.classifier_id),
+        "attribute": _known(found.attribute, manifest),
     }
 
 

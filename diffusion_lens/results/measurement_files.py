@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_lens.base.files import load_tensors, read_json, save_tensors, write_json
+from diffusion_lens.base.foreign import check_array, count_tables
 from diffusion_lens.base.plain import from_plain, to_plain
 from diffusion_lens.base.sheets import load_sheets, save_sheets
 from diffusion_lens.base.types import FAULTS, Attribute, EditSpec, Fault, GenerationRequest, LensError, Predictions
@@ -105,10 +106,13 @@ def _key(one: Measurement) -> _Key:
 def unpack(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray], images: np.ndarray) -> list[Measurement]:
     """What ``pack`` packed, references included; foreign values raise as they come."""
     attributes = [from_plain(Attribute, a) for a in values["attributes"]]
-    confusion = {name: np.asarray(table, dtype=np.int64) for name, table in values["confusion"].items()}
+    confusion = count_tables(values["confusion"], attributes)
     sizes = [int(one["request"]["seeds"]) for one in values["measurements"]]
     total = sum(sizes) * len(attributes)
-    labels, certain = arrays["labels"], np.unpackbits(arrays["certain"], count=total).astype(bool)
+    if min(sizes, default=0) < 0:
+        raise ValueError("a measurement has fewer images than none")
+    labels = check_array("labels", arrays["labels"], (None,))
+    certain = np.unpackbits(arrays["certain"], count=total).astype(bool)
     if len(labels) != total or len(arrays["seeds"]) != sum(sizes):
         raise LensError(f"{len(labels)} readings are kept of {total} that are spoken of.")
     found: list[Measurement] = []

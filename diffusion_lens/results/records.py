@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from diffusion_lens.base.files import load_metadata, load_tensors, read_json, save_tensors
+from diffusion_lens.base.files import load_header, load_tensors, read_json, save_tensors
+from diffusion_lens.base.foreign import check_array, reading
 from diffusion_lens.base.plain import from_plain, to_plain
 from diffusion_lens.base.sheets import load_sheets
 from diffusion_lens.base.types import (
@@ -35,6 +36,7 @@ from diffusion_lens.results.measurement_files import (
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 
 POINT = "point"
+RESTORE = "restore it from the original"
 
 
 def save_point(folder: Path, point: SweepPoint) -> None:
@@ -102,16 +104,11 @@ def load_sweep(folder: Path, stem: str, missing: Missing) -> SweepResult:
     """
     path = folder / f"{stem}.json"
     values = read_json(path)
-    try:
+    with reading(path, "a stored sweep", "fit the lens again"):
         if values.get("format_version") == FORMAT_VERSION:
             return sweep_of(values, measured_beside(values, folder, stem))
         images = load_sheets(folder, f"{stem}-examples") if n_examples_of_0_4(values) else NO_IMAGES
         return sweep_of_0_4(values, images, missing)
-    except (KeyError, IndexError, TypeError, AttributeError, ValidationError, ValueError) as error:
-        if isinstance(error, LensError):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LensError(f"{path} is not a stored sweep ({reason}); fit the lens again.") from None
 
 
 def n_examples_of_0_4(values: Mapping[str, Any]) -> int:
@@ -181,14 +178,27 @@ def save_attributions(path: Path, attributions: dict[str, Attribution]) -> None:
 
 def load_attributions(path: Path) -> dict[str, Attribution]:
     """Read what ``save_attributions`` wrote, by attribute name."""
-    arrays, metadata = load_tensors(path), load_metadata(path)
     found = {}
-    for name, scores in arrays.items():
-        values = json.loads(metadata[name])
-        values.update(scores=scores, attribute=from_plain(Attribute, values["attribute"]))
-        values["completeness_gap"] = float(values["completeness_gap"])
-        found[name] = Attribution(**values)
+    with reading(path, "a file of attributions", RESTORE):
+        for name, scores in load_tensors(path).items():
+            told = from_plain(_Attributed, load_header(path, name))
+            values = {field.name: getattr(told, field.name) for field in dataclasses.fields(told)}
+            classes = len(told.attribute.classes)
+            values["scores"] = check_array(name, scores, (classes, None, None), finite=True)
+            found[name] = Attribution(**values)
     return found
+
+
+@dataclass(frozen=True)
+class _Attributed:
+    """What the header says of an ``Attribution``."""
+
+    completeness_gap: float
+    attribute: Attribute
+    method: str
+    baseline: str
+    sae_id: str
+    n_images: int
 
 
 ATLAS_ARRAYS = (
@@ -206,12 +216,43 @@ def save_atlas(path: Path, atlas: Atlas) -> None:
 
 def load_atlas(path: Path) -> Atlas:
     """Read what ``save_atlas`` wrote; raises ``LensError`` that names a file of another kind."""
-    arrays, metadata = load_tensors(path), load_metadata(path)
+    arrays = load_tensors(path)
     missing = [name for name in ATLAS_ARRAYS if name not in arrays]
-    if missing or "atlas" not in metadata:
-        raise LensError(f"{path.name} is not an atlas ({', '.join(missing) or 'no header'}); fit the lens again.")
-    texts = json.loads(metadata["atlas"])
-    texts.update(steps=tuple(texts["steps"]), labels=tuple(texts["labels"]))
-    effects = {name.split(".", 1)[1]: array for name, array in arrays.items() if name.startswith("effects.")}
-    fields: dict[str, Any] = {name: arrays[name] for name in ATLAS_ARRAYS}
-    return Atlas(**fields, **texts, effects=effects)
+    if missing:
+        raise LensError(f"{path.name} is not an atlas ({', '.join(missing)}); fit the lens again.")
+    with reading(path, "an atlas", "fit the lens again"):
+        told = from_plain(_AtlasTexts, load_header(path, "atlas"))
+        effects = {name.split(".", 1)[1]: array for name, array in arrays.items() if name.startswith("effects.")}
+        _check_atlas(arrays, effects, told)
+        fields: dict[str, Any] = {name: arrays[name] for name in ATLAS_ARRAYS}
+        texts = {field.name: getattr(told, field.name) for field in dataclasses.fields(told)}
+        return Atlas(**fields, **texts, effects=effects)
+
+
+@dataclass(frozen=True)
+class _AtlasTexts:
+    """What the header says of an ``Atlas``."""
+
+    steps: tuple[int, ...]
+    labels: tuple[str, ...]
+    label_source: str
+    layout: str
+    sae_id: str
+    effect_source: str = ""
+
+
+def _check_atlas(arrays: Mapping[str, np.ndarray], effects: Mapping[str, np.ndarray], told: _AtlasTexts) -> None:
+    """Raise ``ValueError`` for arrays that are not of the same features, or of numbers that cannot be."""
+    d, y, x = (*arrays["density"].shape, 0, 0, 0)[0], *(*arrays["heatmaps"].shape, 0, 0, 0, 0)[2:4]
+    tops, randoms = ((*arrays[name].shape, 0, 0)[1] for name in ("top_images", "random_images"))
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "xy": (d, 2), "density": (d,), "step_profile": (d, len(told.steps)), "top_images": (d, None),
+        "heatmaps": (d, tops, y, x), "random_images": (d, None), "random_heatmaps": (d, randoms, y, x),
+        "near_images": (d, None),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        check_array(name, arrays[name], shape, finite=not name.endswith("heatmaps"))
+    for name, effect in effects.items():
+        check_array(f"effects.{name}", effect, (d, None))
+    if len(told.labels) != d:
+        raise ValueError(f"{len(told.labels)} labels are of {d} features")
