@@ -17,8 +17,9 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.results.comparison import CompareConfig, Comparison
 from diffusion_lens.studio.fits import KeptFits
 from diffusion_lens.studio.jobs import TELL_EVERY, Event, stream
+from diffusion_lens.studio.recent import Recent
 from diffusion_lens.studio.state import View, check
-from diffusion_lens.studio.studio import Picture, Recent, Row, Studio, import_engine
+from diffusion_lens.studio.studio import Picture, Row, Studio, import_engine
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from diffusion_lens.methods.protocol import Fitted, Method
 
 KEPT_FITS = 24
+FITS_BYTES = 96 * 2**20
 MAX_FIT_SECONDS = 600.0
 """A fit that is expected to take longer is refused here: it belongs on the command line."""
 
@@ -137,7 +139,7 @@ class MethodBench:
 
     def __init__(self, studio: Studio, kept: KeptFits | None = None) -> None:
         self.studio = studio
-        self._fits: Recent[Fitted] = Recent(KEPT_FITS)
+        self._fits: Recent[Fitted] = Recent(KEPT_FITS, FITS_BYTES)
         self._kept = kept or KeptFits()
         self._fitting = threading.Lock()
         self._own: tuple[DiffusionLens, Draws] | None = None

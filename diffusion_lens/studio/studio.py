@@ -6,12 +6,11 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +20,9 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.as_json import sweep_json
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult
 from diffusion_lens.steering.settings import control_intervention, describe_setting
-from diffusion_lens.studio.lane import Lane, Stops
+from diffusion_lens.studio.lane import Lane, Stops, Wait
 from diffusion_lens.studio.previews import Preview, Sight
+from diffusion_lens.studio.recent import Recent
 from diffusion_lens.studio.state import View, check, interventions
 
 if TYPE_CHECKING:
@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
     from diffusion_lens.model.generate import OnLatents, Trajectory
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 _importing = threading.Lock()
 
 KEPT_BASES = 16
 BASE_BYTES = 16 * 2**20
+ALL_BASES_BYTES = 128 * 2**20
 KEPT_ROWS = 24
+ALL_ROWS_BYTES = 96 * 2**20
 KEPT_MIXES = 32
+ALL_MIXES_BYTES = 64 * 2**20
 DRAFT_STEPS = 4
 """Of a draft, shown while a slider is dragged (E3): to look at, never to measure."""
 
@@ -49,32 +51,6 @@ def import_engine() -> None:
     """
     with _importing:
         import diffusion_lens.measuring.sweep  # noqa: F401
-
-
-class Recent(Generic[T]):
-    """The latest few values by key; safe from several threads."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
-        self._guard = threading.Lock()
-
-    def get(self, key: Hashable) -> T | None:
-        """The value, now the latest; ``None`` where it is gone."""
-        with self._guard:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key]
-
-    def put(self, key: Hashable, value: T) -> T:
-        """Keep ``value`` and drop the oldest beyond the size."""
-        with self._guard:
-            self._values[key] = value
-            self._values.move_to_end(key)
-            while len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
 
 
 @dataclass(frozen=True)
@@ -131,9 +107,9 @@ class Studio:
         self.lane: Lane = beside.lane if beside else Lane()
         self.stops: Stops = beside.stops if beside else Stops()
         self.seen = threading.Event()
-        self._bases: Recent[Base] = Recent(KEPT_BASES)
-        self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS)
-        self.mixes: Recent[tuple[SweepResult, ...]] = Recent(KEPT_MIXES)
+        self._bases: Recent[Base] = Recent(KEPT_BASES, ALL_BASES_BYTES)
+        self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS, ALL_ROWS_BYTES)
+        self.mixes: Recent[tuple[SweepResult, ...]] = Recent(KEPT_MIXES, ALL_MIXES_BYTES)
         self._warming = False
 
     def warm_up(self, patience: float = 0.0) -> None:
@@ -200,19 +176,20 @@ class Studio:
         visitor: str = "",
         *,
         on_preview: Callable[[Preview[Row]], None] | None = None,
+        on_wait: Callable[[Wait], None] | None = None,
         flag: threading.Event | None = None,
     ) -> Picture:
         """Draw the view now: unedited images from the cache where they are, edited ones restarted from them.
 
         ``on_preview`` is called with what a tiny autoencoder shows (see ``previews``) before images are decoded in
-        full; they alone are measured and kept. ``flag``: see ``work``.
+        full; they alone are measured and kept. ``on_wait``, ``flag``: see ``work``.
         Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor ended it.
         """
         check(self.lens, view)
         began = time.monotonic()
         turns = interventions(self.lens, view)
         request = self.lens.request(view.prompt, view.seeds)
-        with self.work(f"{visitor}:draw", urgent=True, flag=flag) as progress:
+        with self.work(f"{visitor}:draw", urgent=True, flag=flag, on_wait=on_wait) as progress:
             sight: Sight[Row] | None = None
             if on_preview is not None:
                 sight = Sight(self.lens.model, view, bool(turns), on_preview, progress.check)
@@ -270,16 +247,29 @@ class Studio:
         *,
         urgent: bool,
         tell: Callable[[Status], None] | None = None,
+        on_wait: Callable[[Wait], None] | None = None,
         flag: threading.Event | None = None,
     ) -> Iterator[Progress]:
         """A turn on the lane; yields the progress of the work, which gives way at every step and ends when stopped.
 
         ``owner`` is a visitor and what they do; ``stops.stop(owner)`` ends it at its next step. ``flag``: one that
         ``stops.start(owner)`` gave before, for whoever ends this work and no later one of the same owner.
+        ``tell`` hears of every step, ``on_wait`` how long it takes until there is a turn.
+        Raises ``LensError`` for long work (not ``urgent``) of a visitor whose other long work still runs.
         """
         import_engine()
         flag = flag or self.stops.start(owner)
-        with self.lane.hold(urgent=urgent) as turn:
+        ended = Progress(stop=flag)
+
+        def wait(queue: Wait) -> None:
+            ended.check()
+            if on_wait is not None:
+                on_wait(queue)
+
+        with (
+            nullcontext() if urgent else self.stops.one_long_job(owner),
+            self.lane.hold(urgent=urgent, tell=wait) as turn,
+        ):
 
             def hear(status: Status) -> None:
                 if tell is not None:

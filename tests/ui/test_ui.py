@@ -24,8 +24,9 @@ from diffusion_lens.studio import state
 from diffusion_lens.studio.lane import Lane, Stops
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.pictures import spotlight
+from diffusion_lens.studio.recent import Recent
 from diffusion_lens.studio.state import View
-from diffusion_lens.studio.studio import Recent, Studio
+from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import grid
 
 
@@ -285,7 +286,7 @@ class TestLane:
 
 
 def test_caches_are_bounded() -> None:
-    cache: Recent[int] = Recent(2)
+    cache: Recent[int] = Recent(2, 0)
     for i in range(3):
         cache.put(i, i)
     assert cache.get(0) is None and cache.get(2) == 2
