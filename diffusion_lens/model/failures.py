@@ -13,7 +13,7 @@ from diffusion_lens.model.memory import is_out_of_memory
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Turn what goes wrong inside into a ``LensError``: ``what`` (why). Memory that runs out goes through as it is."""
+    """Turn what goes wrong inside into a ``LensError``: ``what: why``. Memory that runs out goes through as it is."""
     try:
         yield
     except (LensError, Cancelled):
@@ -21,4 +21,4 @@ def failing(what: str) -> Iterator[None]:
     except Exception as error:  # tokenizers raise nothing more special
         if is_out_of_memory(error):
             raise
-        raise LensError(f"{what} ({reason(error)}); the files of this model do not fit together.") from error
+        raise LensError(f"{what}: {reason(error)}") from error

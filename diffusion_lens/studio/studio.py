@@ -107,8 +107,8 @@ class Studio:
         self.lane: Lane = beside.lane if beside else Lane()
         self.stops: Stops = beside.stops if beside else Stops()
         self.seen = threading.Event()
-        self._bases: Recent[Base] = Recent(KEPT_BASES, ALL_BASES_BYTES)
-        self._rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS, ALL_ROWS_BYTES)
+        self.bases: Recent[Base] = Recent(KEPT_BASES, ALL_BASES_BYTES)
+        self.rows: Recent[tuple[np.ndarray, dict[str, Predictions], float | None]] = Recent(KEPT_ROWS, ALL_ROWS_BYTES)
         self.mixes: Recent[tuple[SweepResult, ...]] = Recent(KEPT_MIXES, ALL_MIXES_BYTES)
         self._warming = False
 
@@ -197,7 +197,7 @@ class Studio:
             before = _row(base.start.generation.images, base.readings, view.attribute)
             edit = self.lens.edit(*turns) if turns else None
             key = (request, edit.spec.digest if edit else None)
-            drawn = self._rows.get(key)
+            drawn = self.rows.get(key)
             if drawn is None:
                 drawn = (base.start.generation.images, base.readings, None)
                 if edit is not None:
@@ -206,7 +206,7 @@ class Studio:
                         on_latents=sight.edited(before) if sight else None,
                     )  # fmt: skip
                     drawn = (made.images, self.lens.classify(made.images), made.activation_ratio)
-                self._rows.put(key, drawn)
+                self.rows.put(key, drawn)
         after = _row(drawn[0], drawn[1], view.attribute)
         error = sight.error(before.images, after.images) if sight else None
         return Picture(view, view.beta, before, after, False, time.monotonic() - began, drawn[2], error)
@@ -229,7 +229,7 @@ class Studio:
             return self.lens.generate(request, edit=edit, batch_size=len(request.seeds), progress=progress).images
 
     def _base(self, request: GenerationRequest, progress: Progress, on_latents: OnLatents | None) -> Base:
-        base = self._bases.get(request)
+        base = self.bases.get(request)
         if base is not None:
             return base
         from diffusion_lens.model.generate import record_trajectory
@@ -238,7 +238,7 @@ class Studio:
             self.lens.model, request, batch_size=len(request.seeds), progress=progress, max_bytes=BASE_BYTES,
             on_latents=on_latents,
         )  # fmt: skip
-        return self._bases.put(request, Base(start, self.lens.classify(start.generation.images)))
+        return self.bases.put(request, Base(start, self.lens.classify(start.generation.images)))
 
     @contextmanager
     def work(

@@ -19,6 +19,7 @@ from diffusion_lens.ui import (
     depth,
     explore,
     frame,
+    front,
     methods_tab,
     scan,
     sweep,
@@ -28,7 +29,9 @@ from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.frame import LensLink
 from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.lazy import built_when_looked_at
+from diffusion_lens.ui.sessions import keep_tidy
 from diffusion_lens.ui.theme import theme
+from diffusion_lens.ui.visitor import visitor_of
 
 QUEUE = 64
 SESSIONS = 500
@@ -107,8 +110,7 @@ def _measure(studio: Studio, tab: explore.Explore) -> None:
 
 def _connect(demo: gr.Blocks, studio: Studio) -> None:
     def leave(request: gr.Request) -> None:
-        for work in ("draw", "sweep", "mix", "methods"):
-            studio.stops.stop(f"{request.session_hash}:{work}")
+        studio.stops.leave(visitor_of(request))
 
     demo.unload(leave)
 
@@ -120,7 +122,8 @@ def launch(*lenses: DiffusionLens, **options: Any) -> None:
     """
     studios = _studios(lenses)
     demo = _assemble(studios)
-    demo.launch(**{**launch_options(), **options, "prevent_thread_lock": True})
+    demo.launch(**{**launch_options(), **front.options(studios), **options, "prevent_thread_lock": True})
+    keep_tidy(demo)
     studios[0].warm_up(PATIENCE)
     if not options.get("prevent_thread_lock"):
         demo.block_thread()
@@ -135,4 +138,5 @@ def launch_options() -> dict[str, Any]:
         "footer_links": [],
         "ssr_mode": False,
         "state_session_capacity": SESSIONS,
+        "max_file_size": front.MAX_FILE,
     }
