@@ -70,13 +70,13 @@ def wait_for(child: subprocess.Popen[bytes], address: str) -> None:
 
 def peak_bytes(pid: int) -> float:
     """The most memory a process ever held, in bytes (Linux)."""
-    text = Path(f"/proc/{pid}/status").read_text()
+    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return 1024.0 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")))
 
 
 def cpu_seconds(pid: int) -> float:
     """Processor time that a process has used so far, its threads included (Linux): what a busy machine leaves alone."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

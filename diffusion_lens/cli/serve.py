@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
-from typing import Annotated
+import urllib.request
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffusion_lens.base.assets import assets_folder
+from diffusion_lens.base.types import LensError
 from diffusion_lens.cli.console import guarded
 from diffusion_lens.cli.options import DEFAULT_RUN, open_lens, with_flags
 from diffusion_lens.lens.bundled import lenses_to_open
 from diffusion_lens.model.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from diffusion_lens.studio.status import Status
+
+FIRST_PORT = 7860
+"""Gradio's own."""
+MAX_STATUS = 2**20
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +48,9 @@ def serve(
             "decoded in full: marked as a preview and never measured. Off by default.",
         ),
     ] = "",
+    status: Annotated[
+        bool, typer.Option("--status", help="Say how the app that runs at this host and port is doing, and end.")
+    ] = False,
     running: RunOptions = DEFAULT_RUN,
 ) -> None:
     """Open the app in the browser: features, sliders, images, ratios, live.
@@ -46,9 +60,27 @@ def serve(
     python -m diffusion_lens serve --lens runs/my-lens --port 8000
 
     python -m diffusion_lens serve --lens runs/my-lens --lens runs/another
+
+    python -m diffusion_lens serve --status --port 8000
     """
+    if status:
+        typer.echo("\n".join(running_app(host, port or FIRST_PORT).lines))
+        return
     from diffusion_lens.ui import launch
 
     names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets_folder())
     running = running.model_copy(update={"preview": preview})
     launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share)
+
+
+def running_app(host: str, port: int) -> Status:
+    """How the app at an address is doing; raises ``LensError`` where none answers."""
+    from diffusion_lens.base.plain import from_plain
+    from diffusion_lens.studio.status import Status
+
+    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    try:
+        with urllib.request.urlopen(f"{address}/status", timeout=10) as answer:
+            return from_plain(Status, json.loads(answer.read(MAX_STATUS)))
+    except (OSError, ValueError, http.client.HTTPException):
+        raise LensError(f"No app of this program answers at {address}; say --port, and --host where it is.") from None

@@ -118,10 +118,10 @@ class SparseAutoencoder(nn.Module):
         columns are decoded, and a pure shift needs no encoder.
         """
         ids = torch.as_tensor(ids, dtype=torch.long, device=self.W_dec.device)
-        gain = (scale - 1).to(self.W_dec)
+        gain = scale - 1
         change = shift.to(self.W_dec).expand(h.shape[0], -1)[:, None]
-        if bool(gain.any()):
-            change = change + gain[:, None] * self.feature_acts_of(h.to(self.W_dec), ids)
+        if bool(gain.any()):  # asked where it was made: a device would have to be waited for
+            change = change + gain.to(self.W_dec)[:, None] * self.feature_acts_of(h.to(self.W_dec), ids)
         moved = change @ self.W_dec[ids]
         if self.cfg.layout == "map":
             return moved.reshape(h.shape).to(h)

@@ -524,12 +524,12 @@ def save_pipeline(nets: Nets, vae: AutoencoderTiny, folder: Path) -> Path:
             _edit_json(path, dtype="float32")
         if isinstance(nets, TransformerParts):  # diffusers passes over it; ``model.opening`` reads it
             _edit_json(partial / "model_index.json", _max_sequence_length=0)
-        (partial / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n")
+        (partial / "planted.json").write_text(json.dumps(world.table(), indent=1) + "\n", encoding="utf-8")
     for module in modules:
         module.float()
     return folder
 
 
 def _edit_json(path: Path, *, remove: Sequence[str] = (), **changes: str | int) -> None:
-    values = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
-    path.write_text(json.dumps({**values, **changes}, indent=2) + "\n")
+    values = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in remove}
+    path.write_text(json.dumps({**values, **changes}, indent=2) + "\n", encoding="utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,6 +187,29 @@ def test_serve_hands_the_lens_to_the_app(run: Run, monkeypatch: pytest.MonkeyPat
     lens, options = calls[0]
     assert lens.manifest.name == "tiny"
     assert options == {"server_name": "127.0.0.1", "server_port": 8123, "share": False}
+
+
+def test_serve_status_says_how_a_running_app_is_doing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "seconds": 7200, "memory_mb": 600.0, "peak_mb": 700.0, "drawing": True, "waiting": 2, "running": 3,
+        "lenses": {"tiny": {"model_loaded": True, "runs": 1, "runs_mb": 2.0, "rows": 0, "rows_mb": 0.0}},
+    }  # fmt: skip
+    asked: list[str] = []
+
+    def answer(address: str, timeout: float) -> io.BytesIO:
+        asked.append(address)
+        return io.BytesIO(json.dumps(told).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    done = run("serve", "--status", "--host", "0.0.0.0")
+    assert done.exit_code == 0 and asked == ["http://127.0.0.1:7860/status"]
+    assert "Up for 2.0 h; memory 600 MB" in done.output and "drawing, 2 waiting" in done.output
+    assert "tiny: model loaded; kept 1 unedited runs (2.0 MB)" in done.output
+    monkeypatch.undo()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        missing = run("serve", "--status", "--port", nobody.getsockname()[1])
+    assert "No app of this program answers at" in mistake(missing)
 
 
 MISTAKES = [
