@@ -27,6 +27,9 @@ MAX_VISITORS = 1000
 MEMORY = 0.7
 """Share of the former estimate that stays when another turn has been timed."""
 
+PLACES = {"sweep": "Sweep", "mix": "Explore", "balance": "Explore", "methods": "Methods"}
+"""Where a long work is begun, as the app's tabs are called."""
+
 
 @dataclass(frozen=True)
 class Wait:
@@ -244,7 +247,8 @@ class Stops:
         with self._guard:
             running, n = self._long.get(visitor, (work, 0))
             if running != work:
-                raise LensError(f"One long job at a time: your {running} is still running; stop it or wait for it.")
+                place = PLACES.get(running, running)
+                raise LensError(f"One long job at a time: what you began under {place} still runs; stop it, or wait.")
             self._long[visitor] = (work, n + 1)
         try:
             yield

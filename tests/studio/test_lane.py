@@ -181,7 +181,7 @@ class TestStops:
         stops = Stops()
         with stops.one_long_job("me:sweep"):
             with (
-                pytest.raises(LensError, match="your sweep is still running"),
+                pytest.raises(LensError, match="what you began under Sweep still runs"),
                 stops.one_long_job("me:balance"),
             ):
                 pass
