@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from diffusion_lens.cli import (
+    audit,
     build,
     compare,
     dissect,
@@ -34,7 +35,7 @@ app = typer.Typer(
         "Every command explains itself with --help."
     ),
 )
-for family in (draw, measure, judge, compare, dissect, fit, flip_books, scan, build, serve):
+for family in (draw, measure, judge, audit, compare, dissect, fit, flip_books, scan, build, serve):
     family.register(app)
 app.add_typer(portraits.app, name="portraits")
 

@@ -31,6 +31,7 @@ def observe(
     n_examples: int = 8,
     progress: Progress | None = None,
     on_batch: OnBatch | None = None,
+    allow_none: bool = False,
 ) -> Measurement:
     """Draw a request, batch by batch, and read each batch in one pass of the classifier.
 
@@ -39,13 +40,17 @@ def observe(
         start: a recorded unedited run from which an edited one restarts, bit for bit as from noise.
         n_examples: images kept, the first ones.
         progress: of the drawing; may be cancelled at every step.
+        allow_none: count a run in which no image shows anybody, for one that is a part of more.
 
     Raises:
         LensError: what ``generate`` refuses, a reference of another request or classifier, or no image that shows
             anybody.
     """
     parts = generate_batches(model, request, edit=edit, batch_size=batch_size, progress=progress, start=start)
-    return read(parts, request, classifier, reference=reference, n_examples=n_examples, on_batch=on_batch)
+    return read(
+        parts, request, classifier, reference=reference, n_examples=n_examples, on_batch=on_batch,
+        allow_none=allow_none,
+    )  # fmt: skip
 
 
 def read(
@@ -56,6 +61,7 @@ def read(
     reference: Measurement | None = None,
     n_examples: int = 8,
     on_batch: OnBatch | None = None,
+    allow_none: bool = False,
 ) -> Measurement:
     """A ``Measurement`` of images as they come, in the order of the request's seeds."""
     readings: list[dict[str, Predictions]] = []
@@ -76,7 +82,8 @@ def read(
         ratios.append((1.0 if part.activation_ratio is None else part.activation_ratio, len(part.images)))
         if on_batch is not None:
             on_batch(part)
-    require_valid(faults)
+    if not allow_none:
+        require_valid(faults)
     found = Measurement(
         request=request,
         edit=edit,
