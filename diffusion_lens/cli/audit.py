@@ -112,10 +112,10 @@ def show_record(record: AuditRecord) -> None:
     )
 
 
-def check_plan_alone(prompt: list[str] | None, turn: list[str] | None, lens: str) -> None:
+def check_plan_alone(prompt: list[str] | None, turn: list[str] | None) -> None:
     """Raise ``LensError`` where flags say again what a plan says."""
-    if prompt or turn or lens:
-        raise LensError("A plan says what is audited: leave --lens, --prompt and --turn out, or write them into it.")
+    if prompt or turn:
+        raise LensError("A plan says what is audited: leave --prompt and --turn out, or write them into it.")
 
 
 def show_schema(which: str) -> None:
@@ -214,7 +214,7 @@ def audit(
         show_schema(schema)
         return
     if plan is not None:
-        check_plan_alone(prompt, turn, opening.lens)
+        check_plan_alone(prompt, turn)
         _audit_plan(plan, out, opening.running, people or [], card=card, as_json=as_json)
         return
     from diffusion_lens.studies.audit.run import audit as measure

@@ -378,9 +378,14 @@ def open_subject(plan: SubjectPlan, folder: Path, options: RunOptions) -> Subjec
 def _open_lens(plan: SubjectPlan, folder: Path, options: RunOptions) -> Drawn:
     lens = DiffusionLens.from_pretrained(_place(plan.lens, folder), options=options)
     judge: Classifier = open_judge(plan, folder, str(lens.device)) if plan.judge else lens.classifier
+    return lens_subject(plan, lens, judge)
+
+
+def lens_subject(plan: SubjectPlan, lens: DiffusionLens, judge: Classifier) -> Drawn:
+    """An open lens as a subject, read by ``judge``."""
     pin = {"lens": lens.manifest.lens_id, "judge": judge.classifier_id}
     focus = tuple(a.name for a in lens.attributes if a.name in {b.name for b in judge.attributes})
-    return Drawn(plan, plan.name or lens.manifest.name, judge, lens.prompts, focus, pin, lens, options, folder)
+    return Drawn(plan, plan.name or lens.manifest.name, judge, lens.prompts, focus, pin, lens)
 
 
 def _open_model(plan: SubjectPlan, judge: Classifier, folder: Path, options: RunOptions) -> Drawn:
