@@ -27,7 +27,7 @@
   const s = (tag, attributes, ...children) => h(tag, { ...attributes, svg: true }, ...children);
 
   dl.pane = ({ element, props, trigger, watch, server, events }) => {
-    const [DRAW, MEASURE, HALT] = events;
+    const [DRAW, MEASURE, HALT, ALONE] = events;
     const root = element.querySelector(".dx");
     const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((e) => [e.dataset.part, e]));
     const compact = root.classList.contains("dx-compact");
@@ -56,6 +56,9 @@
     let rowsWanted = 6;
     let rowsOf = "";
     let opener = null;
+    let keyed = null; // the view before keys began to move the slider
+    let typing = 0;
+    const tried = new Map(); // what a feature alone changed, in which setting
     const muted = new Map(); // feature → its strength before it was muted
     const past = [];
     const future = [];
@@ -102,6 +105,8 @@
     };
     // The view has been set: draw it in full, unless stored frames show it already.
     const commit = (before, more = {}) => {
+      clearTimeout(typing);
+      keyed = null;
       keep(before);
       sentence = more.sentence ?? "";
       delete more.sentence;
@@ -150,6 +155,12 @@
       if ("book" in news) { book = news.book; bookOf = book ? setOf(news.view) + mixOf(news.view) : ""; if (book) load(book.src); }
       if ("measuring" in news) { measuring = news.measuring; if (!measuring && goal !== null && curve?.of === "this") seek(); }
       if ("said" in news) said = news.said;
+      if (news.alone) {
+        if (news.alone.says) tried.set(setting(news.alone.of) + news.alone.id, news.alone.says);
+        for (const [key, says] of tried) if (says === "…" && !news.alone.says) tried.delete(key);
+        asking.shift();
+        nextAlone();
+      }
       if (pictures && !(late && !pictures.draft)) {
         const before = pictures.before?.images ? pictures.before : { ...scene.pictures?.before, ...(pictures.before ?? {}) };
         scene.pictures = { ...pictures, before };
@@ -553,7 +564,8 @@
           const c = scene.choices.classes;
           const other = c.find((x) => x !== view.target);
           const span = one && a.ratio_low !== null && a.ratio_high !== null ? ` (${signed(a.ratio_low)} to ${signed(a.ratio_high)})` : "";
-          rows.push(line(`ln(${view.target} / ${other}) ${signed(ratios[0])} → ${signed(ratios[1])}${span}${a.adjusted || b.adjusted ? " *" : ""}`));
+          const from = still ? "" : `${signed(ratios[0])} → `;
+          rows.push(line(`ln(${view.target} / ${other}) ${from}${signed(ratios[1])}${span}${a.adjusted || b.adjusted ? " *" : ""}`));
         }
       } else {
         rows.push(h("p", { class: "dx-big" }, n && !scene.pictures.draft ? `${k} of ${n} ${people}` : people));
@@ -696,8 +708,6 @@
       if (!same(before, view)) commit(before); else paint();
     };
     for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) part.slider.addEventListener(kind, release);
-    let keyed = null;
-    let typing = 0;
     part.slider.addEventListener("keydown", (event) => {
       const { low, high, step: unit } = scale();
       const big = Math.max(unit, (high - low) / 8);
@@ -773,11 +783,30 @@
         onclick: () => { const was = structuredClone(view); drop(id); muted.delete(id); commit(was); } }, "×");
       return h("li", { class: "dx-row", "data-id": String(id) },
         h("span", { class: "dx-thumbs" }, ...row.thumbs.map((src) => h("img", { src, alt: "" }))),
-        h("span", { class: "dx-name", title: `${row.name} · ${row.says}` }, h("b", {}, `#${id} `), row.name, h("small", {}, row.says)),
+        h("span", { class: "dx-name", title: `${row.name} · ${row.says}` }, h("b", {}, `#${id} `), row.name, h("small", {}, h("span", {}, `${row.says} · `),
+          h("button", { type: "button", class: "dx-alone", title: "Draw what this feature changes alone, in this setting and on these seeds", onclick: () => tryAlone(id) }, "alone here?"))),
         slider, h("output", {}), mute, solo, remove);
+    };
+    // What decides what a feature does alone: all but the strengths.
+    const setting = (v) => JSON.stringify([v.prompt, v.attribute, v.target, v.n_features, v.sampler, v.window, v.hold, v.n_seeds, v.first_seed]);
+    const asking = []; // one after another: the next one would end the one before
+    const tryAlone = (id) => {
+      tried.set(setting(view) + id, "…");
+      asking.push(id);
+      if (asking.length === 1) nextAlone();
+      renderRows();
+    };
+    const nextAlone = () => {
+      if (!asking.length) return;
+      props.value = { view: structuredClone(view), serial, known: "", alone: asking[0] };
+      trigger(ALONE);
     };
     const refreshRow = (element) => {
       const id = Number(element.dataset.id);
+      const [line, button] = [element.querySelector("small"), element.querySelector(".dx-alone")];
+      const told = tried.get(setting(view) + id);
+      const says = told ?? "alone here?";
+      if (button.textContent !== says) { button.textContent = says; button.disabled = told !== undefined; line.classList.toggle("dx-told", told !== undefined); line.title = told ?? ""; }
       const { low, high, identity } = scale();
       const mine = view.own[id] !== undefined;
       const value = strengthOf(id);

@@ -28,7 +28,7 @@ from timing import Result
 
 from diffusion_lens.lens.lens import DiffusionLens
 
-NAMES = ("start", "slider", "sweep", "overhead", "attribution", "memory")
+NAMES = ("start", "flips", "draft", "slider", "sweep", "overhead", "attribution", "memory")
 
 
 def benchmarks(lens: str, repeats: int) -> dict[str, Callable[[], Iterator[Result]]]:
@@ -43,6 +43,8 @@ def benchmarks(lens: str, repeats: int) -> dict[str, Callable[[], Iterator[Resul
     return {
         "start": lambda: outside.start(lens, min(3, repeats)),
         "memory": lambda: outside.working_memory(lens),
+        "flips": lambda: outside.flips(lens),
+        "draft": lambda: inside.draft(the_lens(), max(10, repeats)),
         "slider": lambda: inside.slider(the_lens(), max(10, repeats)),
         "overhead": lambda: inside.overhead(the_lens(), repeats),
         "sweep": lambda: inside.sweep(the_lens(), min(5, repeats)),

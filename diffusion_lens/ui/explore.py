@@ -22,7 +22,7 @@ from diffusion_lens.ui.panel import AT_ONCE, Component, Updates, Values
 from diffusion_lens.ui.scene import Scene
 from diffusion_lens.ui.visitor import visitor_of
 
-ON_LOAD = "window.dl.pane({ element, props, trigger, watch, server, events: ['draw', 'measure', 'halt'] });"
+ON_LOAD = "window.dl.pane({ element, props, trigger, watch, server, events: ['draw', 'measure', 'halt', 'alone'] });"
 
 LIVE: dict[str, Any] = {
     "show_progress": "hidden", "concurrency_id": "live", "concurrency_limit": 8, "api_visibility": "private",
@@ -45,7 +45,7 @@ Strength: Any = ABCMeta.__new__(
 )
 
 Drawing = Callable[[str, Any], Iterator[Scene]]
-"""``draw`` or ``measure`` of one studio: (visitor, question) → what to show, part by part."""
+"""``draw``, ``measure`` or ``alone`` of one studio: (visitor, question) → what to show, part by part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,7 @@ def _connect(studio: Studio, pane: Component) -> None:
     # Lent once, when the app is built, and not with every visitor's tab.
     draw: Drawing = lent(30)(partial(handlers.draw, studio))
     measure: Drawing = lent(120)(partial(handlers.measure, studio))
+    alone: Drawing = lent(30)(partial(handlers.alone, studio))
 
     def on_draw(value: Any, request: gr.Request) -> Iterator[Any]:
         for shown in draw(visitor_of(request), value):
@@ -147,9 +148,14 @@ def _connect(studio: Studio, pane: Component) -> None:
         for shown in measure(visitor_of(request), value):
             yield gr.update(scene=shown)
 
+    def on_alone(value: Any, request: gr.Request) -> Iterator[Any]:
+        for shown in alone(visitor_of(request), value):
+            yield gr.update(scene=shown)
+
     def on_halt(request: gr.Request) -> None:
         handlers.stop(studio, visitor_of(request))
 
     pane.draw(on_draw, pane, pane, **LIVE)
     pane.measure(on_measure, pane, pane, **MEASURING)
+    pane.alone(on_alone, pane, pane, **LIVE)
     pane.halt(on_halt, None, None, **AT_ONCE)

@@ -15,7 +15,7 @@ from diffusion_lens.studio.curves import of_results
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import DRAFT_STEPS, Picture, Studio
-from diffusion_lens.ui import flip_books, scene, texts
+from diffusion_lens.ui import flip_books, scene, texts, words
 from diffusion_lens.ui.errors import told
 from diffusion_lens.ui.scene import Scene
 
@@ -156,6 +156,26 @@ def measure(studio: Studio, visitor: str, value: Any) -> Iterator[Scene]:
         yield {"measuring": None, **({"said": texts.STOPPED} if stopped else {"alert": told(error)})}
 
 
+def alone(studio: Studio, visitor: str, value: Any) -> Iterator[Scene]:
+    """What one feature changes alone in this setting, at the far end of its slider, on the images on screen."""
+    try:
+        view = read_view(studio, value)
+        feature = valid_feature(studio.lens, value.get("alone") if isinstance(value, Mapping) else None)
+        if feature is None:
+            raise LensError("There is no such feature; choose one of the list.")
+        far = far_end(studio, view)
+        picture = studio.draw(replace(view, own=((feature, far),), solo=(feature,)), f"{visitor}:alone")
+        yield {"alone": {"id": feature, "says": words.alone(picture), "of": state.to_values(view)}}
+    except Exception as error:
+        yield {"alone": {}, "alert": "" if isinstance(error, Cancelled) else told(error)}
+
+
+def far_end(studio: Studio, view: View) -> float:
+    """The end of the slider that is further from changing nothing."""
+    ends = state.scale(studio.lens.setting(view.attribute))
+    return ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
+
+
 def stop(studio: Studio, visitor: str) -> None:
     """End the visitor's measuring at its next step."""
     studio.stops.stop(f"{visitor}:mix")
@@ -168,9 +188,7 @@ def with_feature(studio: Studio, value: Any, feature: int | None) -> View | None
     view = read_view(studio, value)
     if any(i == feature for i, _ in view.own):
         return view
-    ends = state.scale(studio.lens.setting(view.attribute))
-    far = ends.high if ends.high - ends.identity >= ends.identity - ends.low else ends.low
-    added = replace(view, own=((int(feature), far), *view.own))
+    added = replace(view, own=((int(feature), far_end(studio, view)), *view.own))
     state.check(studio.lens, added)
     return added
 

@@ -6,10 +6,11 @@ from diffusion_lens.base.types import FeatureCard
 from diffusion_lens.results.dissection import FeatureEffect
 from diffusion_lens.studio.feature_rows import FeatureRow
 from diffusion_lens.studio.state import EMPTY_PROMPT
+from diffusion_lens.studio.studio import Picture
 
 PEOPLE = {
     ("gender", "male"): "men", ("gender", "female"): "women", ("age", "young"): "young people",
-    ("age", "adult"): "middle-aged people", ("age", "old"): "old people", ("tone", "light"): "people with light skin",
+    ("age", "adult"): "adults", ("age", "old"): "old people", ("tone", "light"): "people with light skin",
     ("tone", "medium"): "people with medium skin", ("tone", "brown"): "people with brown skin",
     ("tone", "dark"): "people with dark skin",
 }  # fmt: skip
@@ -73,10 +74,14 @@ def feature_name(card: FeatureCard, effect: FeatureEffect | None) -> str:
 
 
 def effect_name(effect: FeatureEffect) -> str:
-    """A measured effect of a feature alone: ``Turned down, more women (44 in 100)``."""
-    down = "Turned down" if effect.beta < 0 else "Turned up"
+    """A measured effect of a feature alone, with the strength it was measured at: ``At −4: more women (44 in 100)``."""
     label = effect.label if effect.attribute not in ATTRIBUTES else people(effect.attribute, effect.label)
-    return f"{down}, more {label} ({100 * effect.difference:.0f} in 100)"
+    return f"At {strength(effect.beta)}: more {label} ({100 * effect.difference:.0f} in 100)"
+
+
+def strength(beta: float) -> str:
+    """A strength as people read it: ``−4``."""
+    return f"{beta:g}".replace("-", "−")
 
 
 def sought(effect: FeatureEffect) -> str:
@@ -85,18 +90,33 @@ def sought(effect: FeatureEffect) -> str:
 
 
 def feature_says(row: FeatureRow, attribute: str) -> str:
-    """The line under a row's name: which way it pushes, how often it fires, at which strength its name was measured."""
+    """The line under a row's name: which way it pushes, how often it fires, whether its name is a guess."""
     named = people(attribute, row.pushes)
     pushes = {
         "target": f"pushes towards {named}",
         "opposite": f"pushes {'away from' if row.against else 'towards'} {named}",
     }.get(row.role, "added by you")
     told = [pushes, f"fires on {rate(row.card.density)}"]
-    if row.effect is not None:
-        told.append(f"named by what it did alone at {row.effect.beta:g}".replace("-", "−"))
-    elif row.card.label:
+    if row.effect is None and row.card.label:
         told.append("a guess from images")
     return " · ".join(told)
+
+
+def alone(picture: Picture) -> str:
+    """What one feature alone changed in the images of a view: ``alone at 3, here: 2 of 8 now men; smile 3 of 8``."""
+    view, before, after = picture.view, picture.before, picture.after
+    head = f"alone at {strength(view.own[0][1])}, here: "
+    target = after.readings[view.attribute].attribute.index(view.target)
+    new = after.certain & (after.labels == target) & ~(before.certain & (before.labels == target))
+    told = [f"{int(new.sum())} of {len(new)} now {people(view.attribute, view.target)}"] if new.any() else []
+    moved = []
+    for name, read in after.readings.items():
+        was = before.readings[name]
+        n = int((read.certain & was.certain & (read.labels != was.labels)).sum())
+        if n and not (name == view.attribute and told):
+            moved.append((n, f"{name} {n} of {len(new)}"))
+    told += [text for _, text in sorted(moved, key=lambda pair: -pair[0])[:2]]
+    return head + ("; ".join(told) or f"nothing changed in {len(new)}")
 
 
 def rate(share: float) -> str:

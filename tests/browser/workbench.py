@@ -35,7 +35,7 @@ def query(page: Any) -> dict[str, str]:
 
 def alert(page: Any) -> str:
     """What is wrong, once something is."""
-    page.wait_for_function("() => document.querySelector('[data-part=alert]').textContent")
+    page.wait_for_function("() => document.querySelector('[data-part=alert]')?.textContent")
     return str(page.locator('[data-part="alert"]').inner_text())
 
 

@@ -167,6 +167,17 @@ class TestFeatures:
         (alone,) = state.interventions(tiny_lens, replace(view, beta=3.0, own=((other, 2.0),), solo=(other,)))
         assert alone.features.ids == (other,) and alone.beta == 2.0
 
+    def test_what_a_feature_does_alone_is_read_in_this_setting(self, studio: Studio, view: View) -> None:
+        feature = state.poles(studio.lens, view)[0].ids[0]
+        here = replace(view, beta=2.0, own=((5, 3.0),), sampler="symmetric")
+        told = last(handlers.alone(studio, "a", asks(here, alone=feature)))["alone"]
+        picture = studio.draw(replace(here, own=((feature, 6.0),), solo=(feature,)))
+        before, after = (row.readings["glasses"] for row in (picture.before, picture.after))
+        n = int((before.certain & after.certain & (before.labels != after.labels)).sum())
+        assert told["id"] == feature and told["says"].startswith("alone at 6, here: ")
+        assert (f"glasses {n} of 8" in told["says"]) <= (n > 0)
+        assert "feature" in last(handlers.alone(studio, "a", asks(view, alone="x")))["alert"]
+
     def test_every_feature_is_found_by_number_and_named_ones_by_word(self, studio: Studio, view: View) -> None:
         told = handlers.find(studio, {"view": state.to_values(view), "text": "#17"})
         assert told["rows"][0]["id"] == 17 and len(told["rows"][0]["thumbs"]) <= 3
