@@ -83,6 +83,7 @@
       const own = Object.entries(v.own ?? {});
       if (own.length) q.set("f", own.map(([i, b]) => `${i}:${b}`).join(","));
       if (v.solo?.length) q.set("o", v.solo.join(","));
+      if (v.where) q.set("x", v.where.map((row) => row.replaceAll("#", "1").replaceAll(".", "0")).join("-"));
       return `?${q}`;
     };
     const remember = () => { if (!compact && (linked || past.length)) dl.remember("explore", {}, query(view)); };
@@ -290,7 +291,7 @@
       part.large.replaceChildren(
         h("form", { method: "dialog" }, h("button", { class: "dx-close", "aria-label": "Close" }, "×")),
         h("h3", {}, `Seed ${p.seeds[i]}`),
-        h("div", { class: "dx-pair" }, picture(p.before, "as the model draws it"), picture(p.after, `steered, β = ${num(view.beta)}`)),
+        h("div", { class: "dx-pair" }, picture(p.before, "as the model draws it"), painting(picture(p.after, `steered, β = ${num(view.beta)}`))),
         h("table", {}, h("thead", {}, h("tr", {}, ...["read as", "before", "after"].map((t) => h("th", { scope: "col" }, t)))),
           h("tbody", {}, ...every.map((a) => {
             const [was, is] = [name(p.before, a), name(p.after, a)];
@@ -298,6 +299,38 @@
           }))),
       );
       part.large.showModal();
+    };
+    // The brush: the site's map over the image; positions that are painted are steered, the others stay as they are.
+    const painting = (figure) => {
+      const [rows, columns] = scene.choices.grid;
+      const painted = Array.from({ length: rows }, (_, y) => Array.from({ length: columns }, (_, x) => (view.where?.[y]?.[x] ?? ".") === "#"));
+      const cells = [];
+      let brush = null;
+      const only = h("button", { type: "button", class: "dx-button", onclick: () => { part.large.close(); change({ where: painted.map((row) => row.map((on) => (on ? "#" : ".")).join("")) }); } }, "Steer only where painted");
+      const all = h("button", { type: "button", class: "dx-button dx-soft", onclick: () => { part.large.close(); change({ where: null }); } }, "Steer everywhere");
+      const refresh = () => { only.disabled = !painted.flat().some(Boolean); };
+      const paintAt = (y, x, on) => { painted[y][x] = on; cells[y * columns + x].setAttribute("aria-checked", String(on)); refresh(); };
+      const board = h("div", { class: "dx-brush", role: "group", "aria-label": "Brush: choose the positions that are steered", style: `grid-template-columns: repeat(${columns}, 1fr)` });
+      for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) {
+        const cell = h("button", { type: "button", role: "checkbox", class: "dx-cell", tabindex: cells.length ? "-1" : "0", "aria-checked": String(painted[y][x]), "aria-label": `row ${y + 1}, column ${x + 1}` });
+        cell.addEventListener("pointerdown", (e) => { e.preventDefault(); if (cell.hasPointerCapture(e.pointerId)) cell.releasePointerCapture(e.pointerId); brush = !painted[y][x]; paintAt(y, x, brush); });
+        cell.addEventListener("pointerenter", () => { if (brush !== null) paintAt(y, x, brush); });
+        cell.addEventListener("keydown", (e) => {
+          const to = { ArrowRight: [y, x + 1], ArrowLeft: [y, x - 1], ArrowDown: [y + 1, x], ArrowUp: [y - 1, x] }[e.key];
+          if (to) { e.preventDefault(); e.stopPropagation(); if (to[1] >= 0 && to[1] < columns) cells[to[0] * columns + to[1]]?.focus(); }
+          if (e.key === " " || e.key === "Enter") { e.preventDefault(); paintAt(y, x, !painted[y][x]); }
+        });
+        cells.push(cell);
+      }
+      board.append(...cells);
+      const lift = () => { brush = null; };
+      board.addEventListener("pointerup", lift);
+      board.addEventListener("pointerleave", lift);
+      refresh();
+      figure.classList.add("dx-canvas");
+      figure.firstChild.after(board);
+      figure.append(h("p", { class: "dx-note" }, `Brush: paint the positions of the model's ${rows} × ${columns} map where features are steered.`), h("div", { class: "dx-buttons" }, only, view.where ? all : ""));
+      return figure;
     };
     part.large.addEventListener("click", (event) => { if (event.target === part.large) part.large.close(); });
     // On a phone the unedited row shows while a finger rests on the images.
@@ -788,7 +821,7 @@
         slider, h("output", {}), mute, solo, remove);
     };
     // What decides what a feature does alone: all but the strengths.
-    const setting = (v) => JSON.stringify([v.prompt, v.attribute, v.target, v.n_features, v.sampler, v.window, v.hold, v.n_seeds, v.first_seed]);
+    const setting = (v) => JSON.stringify([v.prompt, v.attribute, v.target, v.n_features, v.sampler, v.window, v.hold, v.n_seeds, v.first_seed, v.where]);
     const asking = []; // one after another: the next one would end the one before
     const tryAlone = (id) => {
       tried.set(setting(view) + id, "…");
@@ -871,7 +904,9 @@
       const stale = picturesOf && !same({ ...picturesOf, beta: 0 }, { ...view, beta: 0 });
       const p = scene.pictures;
       const apart = Object.entries(view.own).length;
-      const now = view.beta === scale().identity && !apart ? "Steered: unchanged so far" : `Steered, β = ${num(view.beta)}${apart ? ` and ${apart} of its own` : ""} — same seeds`;
+      const only = `${view.solo?.length ? `, ${view.solo.map((i) => `#${i}`).join(" and ")} alone` : ""}${view.where ? ", only where painted" : ""}`;
+      const now = view.beta === scale().identity && !apart ? `Steered: unchanged so far${only}`
+        : `Steered, β = ${num(view.beta)}${apart ? `, ${apart} apart` : ""}${only} — same seeds`;
       part.steered.textContent = now;
       const waiting = busy ? (said || "drawing …") : "";
       part.state.textContent = p?.draft ? `${p.draft}: not measured` : waiting || (stale ? "" : p?.book ? "stored frames" : p?.stored ? "stored images" : "");

@@ -132,7 +132,9 @@ def _books(lens: DiffusionLens) -> Iterator[tuple[Path, FlipBook]]:
 
 def _as_viewed(lens: DiffusionLens, file: Path, stored: FlipBook, view: View) -> Book | None:
     setting = lens.settings.get(view.attribute)
-    if setting is None or view.own or view.solo or tuple(view.seeds) != stored.request.seeds[: view.n_seeds]:
+    if setting is None or tuple(view.seeds) != stored.request.seeds[: view.n_seeds]:
+        return None
+    if view.own or view.solo or view.where:
         return None
     shipped = (setting.n_features, setting.sampler, setting.window, set(setting.hold))
     if (view.n_features, view.sampler, view.window, set(view.hold)) != shipped:

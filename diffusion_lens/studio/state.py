@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from diffusion_lens.base.types import MAX_SEED, EditSpec, FeatureSet, Intervention, LensError, Sampler, strength_of
+from diffusion_lens.base.types import (
+    LEFT,
+    MAX_SEED,
+    TURNED,
+    EditSpec,
+    FeatureSet,
+    Intervention,
+    LensError,
+    Sampler,
+    check_where,
+    strength_of,
+)
+from diffusion_lens.base.where import Where, check_grid, from_link, to_link
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.steering.settings import Scale as Scale
 from diffusion_lens.steering.settings import feature_sets
@@ -34,6 +46,7 @@ class View:
         n_features: features per pole. window: half-open range of edited steps, ``None`` for all.
         hold: other attributes that the turn leaves alone.
         solo: features that alone are steered, each at its own strength or else at β; none: all of the set.
+        where: the positions of the site's map that are steered, as ``Intervention.where``; ``None`` for all.
     """
 
     prompt: str | None
@@ -48,6 +61,7 @@ class View:
     own: tuple[tuple[int, float], ...] = ()
     hold: tuple[str, ...] = ()
     solo: tuple[int, ...] = ()
+    where: Where | None = None
 
     @property
     def seeds(self) -> range:
@@ -117,6 +131,11 @@ def check(lens: DiffusionLens, view: View) -> None:
         raise LensError(f"Up to {MAX_OWN} features can have a strength of their own; here are {len(view.own)}.")
     if len({i for i, _ in view.own}) < len(view.own):
         raise LensError("A feature has one strength of its own, not two.")
+    if view.where is not None:
+        check_where(view.where)
+        check_grid(view.where, grid(lens))
+        if not any(TURNED in row for row in view.where):
+            raise LensError("Nothing is painted, so nothing would be steered; paint a position, or steer everywhere.")
     n_steps = lens.manifest.n_steps
     if view.window is not None and not 0 <= view.window[0] < view.window[1] <= n_steps:
         raise LensError(f"The turned steps must start before they end, within steps 1 to {n_steps}.")
@@ -126,6 +145,12 @@ def check(lens: DiffusionLens, view: View) -> None:
     strange = [name for name in view.hold if name not in free]
     if strange:
         raise LensError(f"'{strange[0]}' cannot be kept here; choose among {', '.join(free) or 'nothing'}.")
+
+
+def grid(lens: DiffusionLens) -> tuple[int, int]:
+    """Rows and columns of the site's map, which a brush paints on."""
+    rows, columns = lens.atlas.heatmaps.shape[-2:]
+    return int(rows), int(columns)
 
 
 def check_prompt(lens: DiffusionLens, prompt: str | None) -> None:
@@ -161,7 +186,7 @@ def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
         found.append(
             Intervention(
                 features, setting.mode, strength=strength, opposite=opposite, overrides=tuple(inside.items()),
-                window=view.window, sampler=view.sampler, hold=view.hold,
+                window=view.window, sampler=view.sampler, hold=view.hold, where=view.where,
             )
         )  # fmt: skip
     for i, own in apart.items():
@@ -169,9 +194,10 @@ def interventions(lens: DiffusionLens, view: View) -> tuple[Intervention, ...]:
             alone = FeatureSet((i,), (0.0,), view.attribute, view.target, features.sae_id)
             found.append(
                 Intervention(
-                    alone, setting.mode, strength=own, window=view.window, sampler=view.sampler, hold=view.hold
+                    alone, setting.mode, strength=own, window=view.window, sampler=view.sampler, hold=view.hold,
+                    where=view.where,
                 )
-            )
+            )  # fmt: skip
     return tuple(found)
 
 
@@ -185,7 +211,8 @@ def is_recommended(lens: DiffusionLens, view: View) -> bool:
     """Whether a view steers the lens's own set as it ships it, at whatever strength and towards whatever class."""
     setting = lens.setting(view.attribute)
     shipped = (setting.n_features, setting.sampler, setting.window, set(setting.hold))
-    return not (view.own or view.solo) and (view.n_features, view.sampler, view.window, set(view.hold)) == shipped
+    asked = (view.n_features, view.sampler, view.window, set(view.hold))
+    return not (view.own or view.solo or view.where) and asked == shipped
 
 
 def to_query(view: View) -> str:
@@ -202,6 +229,8 @@ def to_query(view: View) -> str:
         values["f"] = ",".join(f"{i}:{b:g}" for i, b in view.own)
     if view.solo:
         values["o"] = ",".join(map(str, view.solo))
+    if view.where:
+        values["x"] = to_link(view.where)
     return "?" + urlencode(values)
 
 
@@ -240,7 +269,7 @@ def _read_query(lens: DiffusionLens, query: Mapping[str, str]) -> View:
     sampler: Any = query["m"]
     return View(
         prompt, attribute, query["t"], float(query["b"]), int(query["k"]), sampler, window,
-        int(query["n"]), int(query["s"]), own, hold, solo,
+        int(query["n"]), int(query["s"]), own, hold, solo, from_link(query["x"]) if "x" in query else None,
     )  # fmt: skip
 
 
@@ -271,6 +300,7 @@ def from_values(lens: DiffusionLens, values: Mapping[str, Any]) -> View:
         ),
         hold=_in_order(values.get("hold", base.hold), holdable(lens, base.attribute)),
         solo=tuple(whole(i, "A feature's number") for i in _listed(values.get("solo"))),
+        where=_painted(values.get("where")),
     )
     check(lens, view)
     return view
@@ -291,6 +321,7 @@ def to_values(view: View) -> dict[str, Any]:
         "own": {str(i): b for i, b in view.own},
         "hold": list(view.hold),
         "solo": list(view.solo),
+        "where": None if view.where is None else list(view.where),
     }
 
 
@@ -315,6 +346,11 @@ def _window(lens: DiffusionLens, window: Any) -> tuple[int, int] | None:
         return None
     first, stop = whole(window[0], "The first step"), whole(window[1], "The last step")
     return None if (first, stop) == (0, lens.manifest.n_steps) else (first, stop)
+
+
+def _painted(value: Any) -> Where | None:
+    rows = tuple(str(row) for row in _listed(value))
+    return rows if any(LEFT in row for row in rows) else None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -145,7 +145,7 @@ class Studio:
         setting = self.lens.settings[view.attribute]
         shipped = (setting.target, setting.n_features, setting.sampler, setting.window, set(setting.hold))
         asked = (view.target, view.n_features, view.sampler, view.window, set(view.hold))
-        if view.own or view.solo or asked != shipped:
+        if view.own or view.solo or view.where or asked != shipped:
             return None
         for result in self.sweeps(view.prompt, view.attribute):
             if not result.is_control:

@@ -97,6 +97,7 @@ def choices(lens: DiffusionLens, attribute: str) -> dict[str, Any]:
         "seed_counts": list(state.SEED_COUNTS),
         "max_features": min(state.MAX_FEATURES, lens.atlas.density.size),
         "max_own": state.MAX_OWN,
+        "grid": list(state.grid(lens)),
         "words": list(lens.manifest.vocabulary or ()),
         "planted": {state.shown_prompt(p): by[attribute] for p, by in planted.items() if attribute in by},
         "now": [words.now(attribute, c) for c in own.classes],

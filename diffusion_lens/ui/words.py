@@ -75,7 +75,12 @@ def feature_name(card: FeatureCard, effect: FeatureEffect | None) -> str:
 
 def effect_name(effect: FeatureEffect) -> str:
     """A measured effect of a feature alone, with the strength it was measured at: ``At −4: more women (44 in 100)``."""
-    label = effect.label if effect.attribute not in ATTRIBUTES else people(effect.attribute, effect.label)
+    name = effect.attribute
+    if name in ATTRIBUTES:
+        label = people(name, effect.label)
+    else:  # "long hair" says of what it is, "blue" does not
+        told = set(name.split()) & set(effect.label.split())
+        label = effect.label if told else f"{effect.label} ({name})"
     return f"At {strength(effect.beta)}: more {label} ({100 * effect.difference:.0f} in 100)"
 
 

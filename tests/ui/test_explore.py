@@ -56,6 +56,7 @@ class TestAsking:
     @pytest.mark.parametrize("changes", [
         {}, {"prompt": ""}, {"beta": 2.25, "window": (1, 3), "sampler": "symmetric", "n_seeds": 16},
         {"own": ((1, -1.5), (30, 3.0)), "solo": (30,), "hold": ("age",)}, {"first_seed": 2**40, "n_features": 1},
+        {"where": ("####", "#..#", "#..#", "####")},
     ])  # fmt: skip
     def test_a_view_comes_back_from_the_page(self, studio: Studio, view: View, changes: dict[str, Any]) -> None:
         wanted = replace(view, **changes)
@@ -66,6 +67,7 @@ class TestAsking:
         {"own": {"1": "nan"}}, {"own": {"99": 1}},
         {"window": 3}, {"window": [3, 1]}, {"hold": ["wealth"]}, {"attribute": "wealth"}, {"target": "robot"},
         {"sampler": ["asymmetric"]}, {"n_seeds": 1000}, {"prompt": "an astronaut"}, {"solo": [77]},
+        {"where": ["..#."] * 9}, {"where": ["?..."] * 4}, {"where": ["....", "#"]},
     ])  # fmt: skip
     def test_what_cannot_be_drawn_is_one_sentence(self, studio: Studio, view: View, bad: dict[str, Any]) -> None:
         told = last(handlers.draw(studio, "a", {"view": {**state.to_values(view), **bad}, "serial": 3}))
@@ -177,6 +179,15 @@ class TestFeatures:
         assert told["id"] == feature and told["says"].startswith("alone at 6, here: ")
         assert (f"glasses {n} of 8" in told["says"]) <= (n > 0)
         assert "feature" in last(handlers.alone(studio, "a", asks(view, alone="x")))["alert"]
+
+    def test_a_brush_steers_where_it_painted(self, studio: Studio, view: View) -> None:
+        lens = studio.lens
+        where = ("##..", "##..", "....", "....")
+        assert state.grid(lens) == (4, 4)
+        (steer,) = state.interventions(lens, replace(view, beta=3.0, where=where))
+        assert steer == replace(lens.intervention(view.attribute, view.target, 3.0), where=where)
+        told = last(handlers.draw(studio, "a", asks(replace(view, beta=3.0, where=where))))
+        assert told["curve"]["of"] == "recommended" and "x=1100-1100-0000-0000" in told["link"]
 
     def test_every_feature_is_found_by_number_and_named_ones_by_word(self, studio: Studio, view: View) -> None:
         told = handlers.find(studio, {"view": state.to_values(view), "text": "#17"})

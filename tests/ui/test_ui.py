@@ -47,6 +47,7 @@ class TestViews:
         {}, {"prompt": ""}, {"beta": -3.75, "own": ((0, 2.5), (31, -4.0))}, {"window": (0, 2), "sampler": "symmetric"},
         {"window": None, "n_seeds": 16, "first_seed": 2**40, "n_features": 1}, {"hold": ("age",)},
         {"own": tuple((i, 2.0) for i in range(8)), "solo": (3, 5)},
+        {"where": ("#...", "....", "....", "...#")},
     ])  # fmt: skip
     def test_links_open_the_view_they_were_made_of(
         self, tiny_lens: DiffusionLens, view: View, changes: dict[str, Any]
@@ -64,7 +65,8 @@ class TestViews:
         ("v", "99"), ("a", "wealth"), ("t", "robot"), ("b", "nan"), ("b", "inf"), ("b", "1e9"), ("n", "100000"),
         ("s", "-1"), ("s", "1" * 30), ("k", "0"), ("w", "3-1"), ("w", "0-99"), ("w", "x"), ("m", "psychic"),
         ("f", "1:2,1:3"), ("f", "999999:1"), ("f", "x"), ("p", "astronaut"), ("p", "a " * 500),
-        ("h", "wealth"), ("h", "gender"), ("h", "age,age"), ("o", "999999"), ("o", "x"),
+        ("h", "wealth"), ("h", "gender"), ("h", "age,age"), ("o", "999999"), ("o", "x"), ("x", "11-00"), ("x", "what"),
+        ("x", "0000-0000-0000-0000"),
     ])  # fmt: skip
     def test_broken_links_are_refused_in_one_sentence(
         self, tiny_lens: DiffusionLens, view: View, key: str, value: str
