@@ -16,6 +16,7 @@ from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
     atlas,
+    compare_two,
     depth,
     explore,
     frame,
@@ -84,7 +85,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         with gr.Tab("Explore", id="explore"):
             tab = explore.layout(studio)
         with gr.Tab("Measure", id="measure"), gr.Tabs(overflow_behavior="wrap", elem_id="dl-measure"):
-            _measure(studio, tab)
+            _measure(studios, i, tab)
         with gr.Tab("Atlas", id="atlas") as atlas_tab:
             built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
         with gr.Tab("About", id="about") as about_tab:
@@ -92,9 +93,11 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
     _connect(demo, studio)
 
 
-def _measure(studio: Studio, tab: explore.Explore) -> None:
+def _measure(studios: Sequence[Studio], i: int, tab: explore.Explore) -> None:
     """The tabs under Measure; their ids are part of addresses (``?tab=sweep``)."""
+    studio = studios[i]
     # Lent once, when the app is built, and not with every visitor's tab.
+    draw_two: compare_two.Drawn = lent(60)(partial(compare_two.draw, studios))
     measure_points: sweep.Run = lent(120)(partial(sweep.run, studio))
     with gr.Tab("Sweep", id="sweep") as sweep_tab:
         built_when_looked_at(
@@ -102,6 +105,8 @@ def _measure(studio: Studio, tab: explore.Explore) -> None:
         )
     with gr.Tab("Methods", id="methods") as methods:
         methods_tab.layout(studio, methods, tab)
+    with gr.Tab("Compare two", id="two") as two_tab:
+        built_when_looked_at(two_tab, lambda _: compare_two.build(studios, i, draw_two))
     with gr.Tab("Where it lives", id="scan") as scan_tab:
         built_when_looked_at(scan_tab, lambda _: scan.build(studio))
     with gr.Tab("Depth", id="depth") as depth_tab:

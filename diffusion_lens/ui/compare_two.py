@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,9 +12,10 @@ import gradio as gr
 from diffusion_lens.base.types import LensError
 from diffusion_lens.studio import state
 from diffusion_lens.studio.compare_two import Read, Side, Two, compare_two, counted
+from diffusion_lens.studio.opening import opening_view
+from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Row, Studio
 from diffusion_lens.ui.errors import explain
-from diffusion_lens.ui.gpu import lent
 from diffusion_lens.ui.html import html, points
 from diffusion_lens.ui.panel import AT_ONCE, LONG, Component, Updates, Values
 from diffusion_lens.ui.visitor import visitor_of
@@ -144,6 +145,9 @@ def _whole(value: Any, name: str) -> int:
     return int(number)
 
 
+Drawn = Callable[[str, Asked], Iterator[Shown]]
+
+
 def title(side: Side, several: bool) -> str:
     """What a side draws: prompt, steer, and the lens where there are several."""
     view = side.view
@@ -254,11 +258,16 @@ def change_attribute(studios: Sequence[Studio], own: SideControls, values: Mappi
     }
 
 
-def layout(studios: Sequence[Studio], here: int) -> TwoTab:
-    """Build the tab inside an open ``gr.Blocks``; ``here``: the lens of this page, which both sides begin with."""
+def layout(studios: Sequence[Studio], here: int, drawn: Drawn) -> TwoTab:
+    """Build the tab inside an open ``gr.Blocks``; ``here``: the lens of this page, which both sides begin with.
+
+    ``drawn``: ``draw`` of these studios, lent once, when the app is built.
+    """
     gr.HTML(html("parts.intro", INTRO))
     with gr.Row(equal_height=True, elem_id="dl-two-controls"):
-        sides = tuple(_controls(studios, here, name) for name in NAMES)
+        sides = tuple(
+            _controls(studios, here, name, view) for name, view in zip(NAMES, first_sides(studios[here]), strict=True)
+        )
     with gr.Row(elem_classes="dl-go"):
         n_seeds = gr.Radio(
             list(state.SEED_COUNTS), value=state.SEED_COUNTS[0], label="Images a row", interactive=True, scale=2
@@ -277,16 +286,19 @@ def layout(studios: Sequence[Studio], here: int) -> TwoTab:
             **AT_ONCE,
         )  # fmt: skip
 
-    # Lent once, when the app is built, and not with every visitor's press.
-    drawn = lent(60)(partial(draw, studios))
-
     def press(values: Values, request: gr.Request) -> Iterator[Updates]:
-        for shown in drawn(visitor_of(request), asked_of(tab, values)):
-            named = {status: shown.status, rows: shown.rows, table: shown.table}
+        for news in drawn(visitor_of(request), asked_of(tab, values)):
+            named = {status: news.status, rows: news.rows, table: news.table}
             yield {part: text for part, text in named.items() if text is not None}
 
-    go.click(press, tab.inputs, {status, rows, table}, **LONG)
+    shown: set[Component] = {status, rows, table}
+    go.click(press, tab.inputs, shown, **LONG)
     return tab
+
+
+def build(studios: Sequence[Studio], here: int, drawn: Drawn) -> None:
+    """The same, for a tab that is built when it is looked at."""
+    layout(studios, here, drawn)
 
 
 def _halfway(ends: state.Scale) -> float:
@@ -294,15 +306,24 @@ def _halfway(ends: state.Scale) -> float:
     return round(ends.identity + round((ends.high - ends.identity) / 2 / ends.step) * ends.step, 6)
 
 
-def _controls(studios: Sequence[Studio], here: int, name: str) -> SideControls:
-    """One side's controls: A as the model draws, B with the same prompt pushed towards its shipped class."""
+def first_sides(studio: Studio) -> tuple[View, View]:
+    """What the tab begins with: two prompts as the model draws them; without prompts, unchanged and pushed."""
+    lens = studio.lens
+    first = opening_view(studio)
+    ends = state.scale(lens.setting(first.attribute))
+    first = replace(first, beta=ends.identity)
+    swept = dict.fromkeys(sweep.request.prompt for sweep in lens.sweeps)
+    others = [prompt for prompt in (*swept, *lens.prompts) if prompt and prompt != first.prompt]
+    return first, replace(first, prompt=others[0]) if others else replace(first, beta=_halfway(ends))
+
+
+def _controls(studios: Sequence[Studio], here: int, name: str, view: View) -> SideControls:
+    """One side's controls, set to a view."""
     lens = studios[here].lens
-    view = state.default_view(lens)
     ends = state.scale(lens.setting(view.attribute))
     suggested = [state.shown_prompt(p) for p in lens.prompts if p is not None]
     shown = None if view.prompt is None else state.shown_prompt(view.prompt)
     names = [studio.lens.manifest.name for studio in studios]
-    pushed = ends.identity if name == NAMES[0] else _halfway(ends)
     with gr.Column(min_width=300, elem_classes="dl-two-side"):
         model = gr.Dropdown(
             names, value=names[here], label=f"{name}: lens", visible=len(names) > 1, interactive=True,
@@ -321,7 +342,7 @@ def _controls(studios: Sequence[Studio], here: int, name: str) -> SideControls:
                 interactive=True,
             )  # fmt: skip
         beta = gr.Slider(
-            ends.low, ends.high, pushed, step=ends.step, label=f"{name}: steering strength (β)", buttons=[],
+            ends.low, ends.high, view.beta, step=ends.step, label=f"{name}: steering strength (β)", buttons=[],
             info=f"{ends.identity:g} = unchanged", interactive=True, elem_id=f"dl-two-beta-{name}",
         )  # fmt: skip
     return SideControls(model, prompt, attribute, target, beta)

@@ -12,7 +12,7 @@ from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.html import html
 
 SCRIPTS = ("app.js", "explore.js")
-STYLES = ("frame.css", "explore.css")
+STYLES = ("frame.css", "explore.css", "compare_two.css")
 """Files of the page's head, in order."""
 
 

@@ -13,7 +13,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studio.compare_two import Side, Two, compare_two, two_of
 from diffusion_lens.studio.state import default_view
 from diffusion_lens.studio.studio import Row, Studio
-from diffusion_lens.ui.compare_two import Asked, SideAsked, draw, headline, table_rows, title
+from diffusion_lens.ui.compare_two import Asked, SideAsked, draw, first_sides, headline, table_rows, title
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +133,10 @@ def test_a_visitor_sees_row_by_row_and_then_what_differs(studio: Studio) -> None
 def test_a_mistake_is_one_sentence(studio: Studio, betas: Any, changes: dict[str, Any], words: str) -> None:
     last = list(draw([studio], "somebody", asked(studio, *betas, **changes)))[-1]
     assert words in last.status and "dl-bad" in last.status and "<b>zebra" not in last.status
+
+
+def test_it_begins_with_two_prompts_or_with_a_push(studio: Studio, prompt_free_lens: DiffusionLens) -> None:
+    first, second = first_sides(studio)
+    assert first.beta == second.beta == 1 and first.prompt != second.prompt and second.prompt
+    still, pushed = first_sides(Studio(prompt_free_lens))
+    assert still.beta == 1 < pushed.beta and still.prompt is pushed.prompt is None
