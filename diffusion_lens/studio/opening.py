@@ -44,7 +44,8 @@ def first_steps(studio: Studio) -> tuple[FirstStep, ...]:
     """Unchanged, balanced, and too far."""
     view = opening_view(studio)
     ends = state.scale(studio.lens.setting(view.attribute))
-    far = max((ends.low, ends.high), key=lambda beta: abs(beta - ends.identity))
+    ahead = view.beta - ends.identity or 1.0  # the way that leads to balance, and past it
+    far = ends.high if ahead > 0 else ends.low
     return (
         FirstStep(
             replace(view, beta=ends.identity), "The model as it is",

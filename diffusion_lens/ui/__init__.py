@@ -11,6 +11,7 @@ from typing import Any
 from diffusion_lens.ui.quick_start import gr, without_collector, without_servers  # first, so that gradio comes quickly
 
 # isort: split
+from diffusion_lens.lens.bundled import FIRST
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
@@ -21,6 +22,7 @@ from diffusion_lens.ui import (
     explore,
     frame,
     front,
+    learn,
     methods_tab,
     scan,
     sweep,
@@ -88,6 +90,7 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
             _measure(studios, i, tab)
         with gr.Tab("Atlas", id="atlas") as atlas_tab:
             built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
+        learn.layout(studio, _bundled_beside(studios, i))
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))
     _connect(demo, studio)
@@ -111,6 +114,11 @@ def _measure(studios: Sequence[Studio], i: int, tab: explore.Explore) -> None:
         built_when_looked_at(scan_tab, lambda _: scan.build(studio))
     with gr.Tab("Depth", id="depth") as depth_tab:
         built_when_looked_at(depth_tab, lambda _: depth.build())
+
+
+def _bundled_beside(studios: Sequence[Studio], i: int) -> str | None:
+    """The page of the lens that ships with everything stored; ``None`` where it is this page, or not open."""
+    return next((s.path for k, s in enumerate(studios) if k != i and s.lens.manifest.name == FIRST), None)
 
 
 def _connect(demo: gr.Blocks, studio: Studio) -> None:
@@ -138,7 +146,7 @@ def launch_options() -> dict[str, Any]:
     """What ``gr.Blocks.launch`` needs for the app's look."""
     return {
         "theme": theme(),
-        "css_paths": [ASSETS / "app.css", ASSETS / "tabs.css"],
+        "css_paths": [ASSETS / name for name in ("app.css", "tabs.css", "learn.css")],
         "head": frame.head(),
         "footer_links": [],
         "ssr_mode": False,

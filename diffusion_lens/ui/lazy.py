@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import gradio as gr
 
@@ -24,6 +25,6 @@ def built_when_looked_at(tab: gr.Tab, build: Callable[[Values], None], takes: It
         build(values or {})
 
 
-def once_built(handler: Callable[[Values], Updates], takes: set[Component], gives: set[Component]) -> None:
+def once_built(handler: Callable[..., Updates], takes: set[Component], gives: set[Component]) -> Any:
     """Call a handler once what is being built stands in the browser: for what must wait for the model."""
-    gr.HTML("", js_on_load="trigger('built')", visible="hidden").built(handler, takes, gives, **READ)
+    return gr.HTML("", js_on_load="trigger('built')", visible="hidden").built(handler, takes, gives, **READ)
