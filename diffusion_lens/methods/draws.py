@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Draws:
         self.batch_size = batch_size
         self.seconds, self.uses = 0.0, 0
         self._batches: tuple[Drawn, ...] | None = None
+        self._found: dict[Hashable, Any] = {}
         if not self.prompts or not self.seeds:
             raise LensError("A fit needs at least one prompt and one seed.")
 
@@ -72,6 +74,12 @@ class Draws:
             seeds = self.seeds[number :: len(self.prompts)]
             parts += [(prompt, seeds[i : i + self.batch_size]) for i in range(0, len(seeds), self.batch_size)]
         return parts
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` finds in these images, found once for all methods that ask by the same key."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     @property
     def steps_left(self) -> int:

@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from diffusion_lens.base.types import Attribute, EditSpec, LensError, Sampler
-from diffusion_lens.model.denoise import StepContext
+from diffusion_lens.base.types import Attribute, EditSpec, GenerationRequest, LensError, Sampler
+from diffusion_lens.methods.prompts import said_classes
+from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.steering.intervene import draw_classes
 
@@ -105,3 +106,36 @@ class WeightEdit:
     def apply(self, h: Tensor, context: StepContext) -> Tensor:
         """``h`` itself."""
         return h
+
+
+@dataclass(frozen=True, eq=False)
+class RequestEdit:
+    """An edit that is another one for another batch: ``choose`` makes it from the batch's request."""
+
+    choose: Callable[[GenerationRequest], Edit]
+    spec: EditSpec
+    sampler: Sampler = "symmetric"
+    window: tuple[int, int] | None = None
+
+    def for_request(self, request: GenerationRequest) -> Edit:
+        """The edit of one batch."""
+        return self.choose(request)
+
+    def apply(self, h: Tensor, context: StepContext) -> Tensor:
+        """Nothing: whoever draws asks ``for_request`` first."""
+        raise LensError("This edit depends on the prompt; draw with it, or ask it for the edit of a request.")
+
+
+def gated(edit: Edit, attribute: Attribute) -> RequestEdit:
+    """``edit``, but nothing for prompts that name a class of ``attribute`` themselves: what was asked for stays."""
+
+    def choose(request: GenerationRequest) -> Edit:
+        return NoEdit(edit.spec) if said_classes(request.prompt, attribute) else chosen(edit, request)
+
+    return RequestEdit(choose, edit.spec, edit.sampler, edit.window)
+
+
+def chosen(edit: Edit, request: GenerationRequest) -> Edit:
+    """The edit of one batch, for edits of every kind."""
+    choose: Callable[[GenerationRequest], Edit] | None = getattr(edit, "for_request", None)
+    return edit if choose is None else choose(request)

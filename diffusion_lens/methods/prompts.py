@@ -1,4 +1,4 @@
-"""Naming a class in a prompt: "a portrait of a firefighter" → "a portrait of a female firefighter"."""
+"""Naming a class in a prompt: "a portrait of a firefighter" → "a portrait of a female firefighter"; and seeing it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from diffusion_lens.base.types import Attribute, LensError
 TAIL = " with "
 SAID_OF_SKIN = ("tone", "skin tone")
 BARE = "a portrait of a person"
+ALSO_SAID: dict[str, tuple[str, ...]] = {
+    "female": ("woman", "women", "girl", "girls", "lady"),
+    "male": ("man", "men", "boy", "boys", "gentleman"),
+    "old": ("elderly",),
+}
+"""Label → other English words that say it."""
 
 
 def name_class(prompt: str | None, attribute: Attribute, label: str, *, template: str = "") -> str:
@@ -33,3 +39,18 @@ def name_class(prompt: str | None, attribute: Attribute, label: str, *, template
     if place >= 0 and words[place].lower() in ("a", "an"):
         words[place] = "an" if re.match("[aeiou]", label, re.IGNORECASE) else "a"
     return " ".join(words) + found + tail
+
+
+def said_classes(prompt: str | None, attribute: Attribute) -> tuple[str, ...]:
+    """The classes of ``attribute`` that a prompt names, in class order: of "a female judge" ``("female",)``.
+
+    Whole words, in any case; of skin tones a label counts only before "skin". A class whose label has several words is
+    said by all of them in a row. Our working form, for English prompts.
+    """
+    text = " ".join(re.findall(r"[a-z'-]+", (prompt or "").lower()))
+    tail = " skin" if attribute.name in SAID_OF_SKIN else ""
+    return tuple(
+        label
+        for label in attribute.classes
+        if any(re.search(rf"\b{re.escape(word.lower())}{tail}\b", text) for word in (label, *ALSO_SAID.get(label, ())))
+    )

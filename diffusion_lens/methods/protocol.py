@@ -2,8 +2,9 @@
 
 ``method.fit(lens, attribute, target, options, prompts=…, seeds=…)`` gives a ``Fitted``, whose ``edit(strength)``
 is an ``Edit``.
-Strength 0 is the identity, bit for bit, for every method. No method sees the classifier that judges: ``OpenLens`` has
-none, and classes of images are read with the lens's probes.
+Strength 0 is the identity, bit for bit, for every method. No method is given the classifier that judges: ``OpenLens``
+has none, and classes of images are read with the lens's probes. Those may have learned from that same classifier's
+labels, and know its mistakes; ``Manifest.judged_apart`` says whether another one labelled.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from diffusion_lens.base.types import Atlas, Attribute, Attribution, EditSpec, F
 from diffusion_lens.features.probes import Probe
 from diffusion_lens.features.sae import SparseAutoencoder
 from diffusion_lens.methods.draws import Draws
+from diffusion_lens.methods.edits import gated
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.pipelines import DiffusionModel
 from diffusion_lens.results.manifest import Manifest, Setting
@@ -42,6 +44,8 @@ Target = str | Mapping[str, float]
 RECORD_FILE = "method.json"
 TENSORS_FILE = "method.safetensors"
 MAX_STRENGTH = 1e6
+SINCE_0_5: dict[str, Any] = {"since": "0.5"}
+"""Marks an option that version 0.4 did not have: left at its default it is not told, so that old edits are found."""
 
 
 class OpenLens(Protocol):
@@ -79,7 +83,27 @@ class OpenLens(Protocol):
 class MethodOptions(StrictConfig):
     """Options that every method has; fields carry title and description, so that an interface can draw them."""
 
+    gate: bool = Field(
+        False,
+        title="Leave explicit prompts alone",
+        description="Prompts that name a class themselves are not edited.",
+        json_schema_extra=SINCE_0_5,
+    )
     draw_seed: int = Field(0, ge=0, title="Seed of the class draw", description="Decides each image's class.")
+
+    def told(self) -> dict[str, Any]:
+        """The options as plain JSON values, as records keep them: newer ones (``SINCE_0_5``) only where they differ."""
+        values = self.model_dump(mode="json")
+        new = {n: f for n, f in type(self).model_fields.items() if f.json_schema_extra == SINCE_0_5}
+        return {n: v for n, v in values.items() if n not in new or getattr(self, n) != new[n].default}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of options, such as the published ones; ``differs`` says in a line what it is and what it is not."""
+
+    options: Mapping[str, Any]
+    differs: str
 
 
 class FittedRecord(StrictConfig):
@@ -170,7 +194,8 @@ class Fitted:
         """The edit of this strength; 0 changes nothing, bit for bit. What it does to an image its own seed decides."""
         if not np.isfinite(strength) or abs(strength) > MAX_STRENGTH:
             raise LensError(f"A strength is a finite number up to {MAX_STRENGTH:g}; it is {strength}.")
-        return self.method.build(self, float(strength))
+        made = self.method.build(self, float(strength))
+        return gated(made, self.attribute) if self.options.gate and strength else made
 
     def spec(self, strength: float) -> EditSpec:
         """The edit of this strength as data: everything but the tensors, which its digest names."""
@@ -197,6 +222,8 @@ class Method(ABC):
         options: the declared options. strengths: a grid for tuning, 0 left out; ``strength_name`` says what it is.
         aim: ``class`` steers each image to a class drawn for it, ``distribution`` pushes the whole set towards
             the target shares, ``none`` aims at no class.
+        limit: the largest strength that it takes.
+        presets: name → options worth starting from, the published ones first.
     """
 
     key: ClassVar[str]
@@ -207,8 +234,10 @@ class Method(ABC):
     options: ClassVar[type[MethodOptions]]
     strengths: ClassVar[tuple[float, ...]]
     strength_name: ClassVar[str] = "strength"
+    limit: ClassVar[float] = MAX_STRENGTH
     aim: ClassVar[Aim] = "class"
     is_control: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Preset]] = {}
 
     @abstractmethod
     def learn(self, task: Task) -> Learned:
@@ -253,7 +282,7 @@ class Method(ABC):
         seconds = time.perf_counter() - begin + (drawn_before if draws.uses > uses else 0.0)
         record = FittedRecord(
             method=self.key, lens_key=lens_key(lens), attribute=found.name, classes=found.classes,
-            target=task.shares, options=options.model_dump(mode="json"), prompts=draws.prompts, seeds=draws.seeds,
+            target=task.shares, options=options.told(), prompts=draws.prompts, seeds=draws.seeds,
             seconds=seconds, notes=dict(learned.notes),
         )  # fmt: skip
         tensors = {name: t.detach().cpu().contiguous() for name, t in learned.tensors.items()}

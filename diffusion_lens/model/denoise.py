@@ -48,7 +48,8 @@ class Edit(Protocol):
 
     An edit may also have ``model_context``, a callable ``DiffusionModel -> context manager`` for edits of weights;
     it is entered once per batch; and ``prompts``, a callable ``GenerationRequest -> one prompt per image``, for edits
-    of what each image is told. Runs happen in inference mode: an edit that needs gradients opens
+    of what each image is told; and ``for_request``, a callable ``GenerationRequest -> Edit``, for edits that depend on
+    the prompt or the seeds of a batch. Runs happen in inference mode: an edit that needs gradients opens
     ``torch.inference_mode(False)`` and ``torch.enable_grad()`` and clones ``h`` there.
     """
 

@@ -78,17 +78,26 @@ def generate_batches(
         LensError: a request for another model, a prompt where none is taken or none where one is needed, an
             asymmetric edit without DDIM or flow Euler steps, a step window that lies outside the run.
     """
-    check(model, request, edit, capture, batch_size)
+    whole = for_request(edit, request)
+    check(model, request, whole, capture, batch_size)
     if start is not None and edit is None and capture is None:
         yield _rows(start.generation, start.rows(request), request)
         return
-    first = None if start is None or capture is not None else _restart_step(start, edit)
+    first = None if start is None or capture is not None else _restart_step(start, whole)
     restart = None if first is None else start
 
     def draw(part: GenerationRequest, told: Callable[[int], None]) -> Generation:
-        return BatchRun(model, part, edit, capture, restart, first or 0).draw(told, on_latents=on_latents)
+        own = for_request(edit, part)
+        return BatchRun(model, part, own, capture, restart, first or 0).draw(told, on_latents=on_latents)
 
     yield from in_batches(model.room, request, batch_size, request.n_steps - (first or 0), draw, progress)
+
+
+def for_request(edit: Edit | None, request: GenerationRequest) -> Edit | None:
+    """The edit that a batch gets: most are the same for all, some (``for_request``) depend on its prompt or seeds."""
+    choose = getattr(edit, "for_request", None)
+    chosen: Edit | None = edit if choose is None else choose(request)
+    return chosen
 
 
 def record_trajectory(

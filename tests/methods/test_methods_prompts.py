@@ -10,7 +10,7 @@ from diffusion_lens.base.types import Attribute, EditSpec, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.controls import PromptEdit, PromptRewriting
 from diffusion_lens.methods.edits import ClassDraw
-from diffusion_lens.methods.prompts import name_class
+from diffusion_lens.methods.prompts import name_class, said_classes
 from diffusion_lens.model.denoise import condition_each
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -28,6 +28,32 @@ def test_the_portraits_worlds_own_grammar() -> None:
             assert name_class(plain, world.AGE, label) == world.caption(noun, age=label)
         for label in world.TONE.classes:
             assert name_class(plain, world.TONE, label) == world.caption(noun, tone=label)
+
+
+def test_explicit_prompts_are_seen() -> None:
+    for noun in world.PROFILES:
+        for attribute in world.STEERABLE:
+            assert said_classes(world.caption(noun), attribute) == ()
+            for label in attribute.classes:
+                assert said_classes(name_class(world.caption(noun), attribute, label), attribute) == (label,)
+    assert said_classes("A photo of a Woman and a man.", world.GENDER) == ("female", "male")
+    assert said_classes("a human in a mantle, light on a dark wall", world.GENDER) == ()
+    assert said_classes("light on a dark wall", world.TONE) == () and said_classes(None, world.AGE) == ()
+
+
+def test_a_gate_leaves_explicit_prompts_alone(tiny_lens: DiffusionLens) -> None:
+    from diffusion_lens.methods.bypass import Bypass
+
+    seeds = range(3)
+    told = {"prompts": PROMPTS, "seeds": [1, 2]}
+    fits = [Bypass().fit(tiny_lens, "gender", "male", Bypass.options(gate=gate), **told) for gate in (False, True)]
+    for prompt, kept in (("a portrait of a doctor", False), ("a portrait of a female doctor", True)):
+        plain = tiny_lens.generate(prompt, seeds=seeds).images
+        open_, shut = (tiny_lens.generate(prompt, f.edit(1.0), seeds=seeds).images for f in fits)
+        assert not np.array_equal(open_, plain)
+        assert np.array_equal(shut, plain if kept else open_)
+    assert "gate" not in fits[0].record.options and fits[1].record.options["gate"] is True
+    assert fits[0].digest != fits[1].digest
 
 
 def test_other_sentences() -> None:
