@@ -290,8 +290,8 @@ def test_stereoclinic_loses_no_relevance(
     uneven = {"female": 0.9, "male": 0.1}
     fitted = StereoClinic().fit(tiny_lens, "gender", uneven, options, prompts=PROMPTS, seeds=SEEDS, draws=draws)
     assert fitted.record.notes["relevance lost"] < 1e-2
-    with pytest.raises(LensError, match="from 0 to 1"):
-        fitted.edit(2.0)
+    with pytest.raises(LensError, match="from 0 to 4"):
+        fitted.edit(4.5)
 
 
 def test_full_damping_silences_the_chosen_neurons(tiny_lens: DiffusionLens, draws: Draws) -> None:
@@ -299,12 +299,89 @@ def test_full_damping_silences_the_chosen_neurons(tiny_lens: DiffusionLens, draw
     from diffusion_lens.methods.stereoclinic import damped
 
     model = tiny_lens.model
-    gains = {"resnets.1.conv2": torch.tensor([0.0, 1, 1, 1, 1, 1, 1, 1])}
+    gains = {"resnets.1.conv2": torch.tensor([[0.0, 1, 1, 1, 1, 1, 1, 1]])}
     x, t, told = model.noise([1]), model.scheduler(4).timesteps[0], model.condition(PROMPTS[0], 1, 1.0)
     layer = model.hook_module.get_submodule("resnets.1.conv2")
-    with torch.no_grad(), damped(model, gains), record(model.hook_module) as tape:
+    with torch.no_grad(), damped(model, gains, torch.zeros(1)), record(model.hook_module) as tape:
         model.predict(x, t, told)
     assert float(tape.inputs[layer][:, 0].abs().max()) == 0 and float(tape.inputs[layer][:, 1].abs().max()) > 0
+
+
+def test_damping_changes_with_the_step(tiny_lens: DiffusionLens) -> None:
+    from diffusion_lens.methods.relevance.lrp_mid import record
+    from diffusion_lens.methods.stereoclinic import damped
+
+    model, layer_name = tiny_lens.model, "resnets.1.conv2"
+    table = torch.ones(2, 8)
+    table[0, 0], table[1, 1] = -1.0, 0.0
+    times = model.scheduler(4).timesteps[[0, 3]].float()
+    x, told = model.noise([1]), model.condition(PROMPTS[0], 1, 1.0)
+    layer = model.hook_module.get_submodule(layer_name)
+    for step, row in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        t = model.scheduler(4).timesteps[step]
+        with torch.no_grad(), record(model.hook_module) as plain:
+            model.predict(x, t, told)
+        with torch.no_grad(), damped(model, {layer_name: table}, times), record(model.hook_module) as tape:
+            model.predict(x, t, told)
+        wanted = plain.inputs[layer] * table[row][:, None, None]
+        torch.testing.assert_close(tape.inputs[layer], wanted)
+
+
+def test_a_stereotype_is_of_a_prompt(tiny_lens: DiffusionLens) -> None:
+    """Two prompts with opposite majorities: pooled poles (the fault of 0.4) damp one class under both."""
+    from diffusion_lens.methods.stereoclinic import group_poles, prompt_groups
+
+    nurse, firefighter, judge = np.array([58, 6]), np.array([5, 59]), np.array([10, 54])
+    even = np.array([0.5, 0.5])
+    counts = [nurse, firefighter, judge]
+    by_prompt = group_poles(counts, prompt_groups(counts, "prompt"), even)
+    np.testing.assert_allclose([by_prompt[0], by_prompt[1], by_prompt[2]], [[1, -1], [-1, 1], [-1, 1]])
+    by_majority = group_poles(counts, prompt_groups(counts, "majority"), even)
+    np.testing.assert_allclose([by_majority[0], by_majority[1]], [[1, -1], [-1, 1]])
+    assert prompt_groups(counts, "majority") == [0, 1, 1] and prompt_groups(counts, "pooled") == [0, 0, 0]
+    pooled = group_poles(counts, [0, 0, 0], even)
+    np.testing.assert_allclose(pooled[0], [-1, 1])  # men are the majority of all, and would be damped for nurses, too
+    level = group_poles([np.array([5, 5]), firefighter], [0, 1], even)
+    assert set(level) == {1}
+    assert StereoClinicOptions().poles == "prompt"
+
+
+def test_stereoclinic_damps_each_prompt_by_its_own_neurons(tiny_lens: DiffusionLens, draws: Draws) -> None:
+    from diffusion_lens.methods.stereoclinic import by_group
+
+    def made(**options: Any) -> Fitted:
+        told = StereoClinicOptions(**{"n_steps": 2, "top": 30.0, **options})
+        return StereoClinic().fit(
+            tiny_lens, "gender", {"female": 0.95, "male": 0.05}, told, prompts=PROMPTS, seeds=SEEDS, draws=draws
+        )
+
+    both = made()
+    for place, prompt in enumerate(PROMPTS):
+        own = Draws(tiny_lens.model, (prompt,), SEEDS[place :: len(PROMPTS)], 4, 2.0)
+        alone = StereoClinic().fit(
+            tiny_lens, "gender", {"female": 0.95, "male": 0.05}, StereoClinicOptions(n_steps=2, top=30.0),
+            prompts=own.prompts, seeds=own.seeds, draws=own,
+        )  # fmt: skip
+        for layer, relevance in by_group(alone)[0].items():
+            torch.testing.assert_close(by_group(both)[place][layer], relevance, rtol=1e-3, atol=1e-5)
+        pictures = [tiny_lens.generate(prompt, f.edit(1.5), seeds=range(4)).images for f in (both, alone)]
+        assert np.abs(pictures[0].astype(int) - pictures[1].astype(int)).max() <= 1
+    with pytest.raises(LensError, match="A stereotype is of a prompt"):
+        tiny_lens.generate("a portrait of a person", both.edit(1.0), seeds=range(2))
+    steps = made(per_step=True)
+    assert not np.array_equal(
+        *(tiny_lens.generate(PROMPTS[0], f.edit(2.0), seeds=range(4)).images for f in (both, steps))
+    )
+    assert "poles" not in both.record.options and "per_step" in steps.record.options
+
+
+def test_controls_imitate_difflens_with_the_same_attribution(tiny_lens: DiffusionLens, draws: Draws) -> None:
+    own = fit(DiffLens(), tiny_lens, draws, attribution="fitted")
+    control = fit(SignFlip(), tiny_lens, draws, attribution="fitted")
+    assert torch.equal(own.tensors["scores"], control.tensors["scores"])
+    edit, flipped = own.edit(2.0), control.edit(2.0)
+    assert isinstance(edit, FeatureEdit) and isinstance(flipped, FeatureEdit)
+    assert flipped.interventions[0].features == edit.interventions[0].opposite
 
 
 def test_random_features_are_others_and_as_many(tiny_lens: DiffusionLens, draws: Draws) -> None:
