@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.files import load_tensors
 from diffusion_lens.base.types import LensError
+from diffusion_lens.model.denoise import condition_each
 from diffusion_lens.model.families.base import Conditioning
 from diffusion_lens.model.families.unet import encode_text
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -114,6 +115,17 @@ def encode(model: DiffusionModel, prompt: str | None, n: int, adapted: Adapters)
         return model.condition(prompt, n, 1.0)
     embeds = encode_text(model.pipeline, prompt)["embeds"].to(model.device, model.dtype)
     return Conditioning({"encoder_hidden_states": embeds.expand(n, *embeds.shape[1:])}, guided=False, n=n)
+
+
+def encode_each(model: DiffusionModel, prompts: Sequence[str | None], adapted: Adapters) -> Conditioning:
+    """The same for one image per prompt; row ``i`` equals ``encode`` of ``prompts[i]`` alone."""
+    if len(set(prompts)) == 1:
+        return encode(model, prompts[0], len(prompts), adapted)
+    if "text" not in adapted.parts:
+        return condition_each(model, prompts, 1.0)
+    known = {prompt: encode(model, prompt, 1, adapted).kwargs["encoder_hidden_states"] for prompt in set(prompts)}
+    rows = torch.cat([known[prompt] for prompt in prompts])
+    return Conditioning({"encoder_hidden_states": rows}, guided=False, n=len(prompts))
 
 
 def read_adapter(path: Path | str) -> tuple[dict[str, Tensor], int, float]:

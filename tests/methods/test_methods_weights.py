@@ -12,13 +12,28 @@ import pytest
 import torch
 from lens_fixtures import PROMPTS
 from safetensors.torch import save_file
+from torch import nn
 
+from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.methods.ddm import DDM, DDMOptions, make_indicator, shuffled, target_rows
+from diffusion_lens.methods.ddm import (
+    DDM,
+    DDMOptions,
+    ddm_loss,
+    draw_batch,
+    make_indicator,
+    row_weights,
+    set_shares,
+    shuffled,
+    training_sets,
+)
 from diffusion_lens.methods.draws import Draws
 from diffusion_lens.methods.fine_tuning import FineTuning, FineTuningOptions, aligned_targets
-from diffusion_lens.methods.lora import LoraShape, adapters, read_adapter, targets_of
+from diffusion_lens.methods.lora import LoraShape, adapters, encode, read_adapter, targets_of
+from diffusion_lens.methods.noise import add_noise
+from diffusion_lens.methods.protocol import Task
+from diffusion_lens.methods.registry import METHODS
 from diffusion_lens.model.pipelines import DiffusionModel
 
 SEEDS = tuple(range(500, 524))
@@ -165,12 +180,97 @@ def test_the_text_encoder_can_be_adapted(parts: str, tiny_lens: DiffusionLens) -
     np.testing.assert_array_equal(tiny_lens.generate(PROMPTS[0], seeds=[0]).images, plain)  # no stale prompt is kept
 
 
-def test_target_set_is_eighty_to_twenty() -> None:
+def test_the_target_set_shows_the_shares_it_should() -> None:
     labels = np.array([0] * 30 + [1] * 50 + [2] * 4)
-    rows = target_rows(labels, 1, 0.8, np.random.default_rng(0))
-    assert len(rows) == len(set(rows.tolist())) and np.mean(labels[rows] == 1) == pytest.approx(0.8, abs=0.02)
-    assert len(rows) == 62  # 50 / 0.8, of which 12 others
-    assert (labels[target_rows(labels, 1, 1.0, np.random.default_rng(0))] == 1).all()
+    told = set_shares(labels, (0.2, 0.3, 0.5), DDMOptions())
+    np.testing.assert_allclose(told, [0.2, 0.3, 0.5])
+    biased = set_shares(labels, (0.2, 0.3, 0.5), DDMOptions(target_set="majority"))
+    np.testing.assert_allclose(biased, [0.2 * 30 / 34, 0.8, 0.2 * 4 / 34])
+    weights = row_weights(labels, told)
+    assert weights.sum() == pytest.approx(1)
+    for label, share in enumerate(told):
+        own = weights[labels == label]
+        assert own.sum() == pytest.approx(share) and np.ptp(own) < 1e-12  # every image of a class alike, none left out
+
+
+class Nothing(nn.Module):
+    """An indicator that says nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), 2)
+
+
+def ddm_task(lens: DiffusionLens, **options: Any) -> Task:
+    """A fit of DDM on both prompts."""
+    draws = Draws(lens.model, PROMPTS, SEEDS, 4, 2.0)
+    told = DDMOptions(**{"rank": 2, "n_other": 12, **options})
+    return Task(lens, lens.probes["gender"].attribute, (0.5, 0.5), told, draws, Progress())
+
+
+def test_ddms_batches_are_whole_and_of_both_sets(tiny_lens: DiffusionLens) -> None:
+    """0.4 cut a batch of 8 down to the images of one prompt, and gave non-target images the target's prompt."""
+    task = ddm_task(tiny_lens)
+    sets = training_sets(task, Progress())
+    assert set(sets.prompts) == set(PROMPTS) == set(sets.other_prompts) and len(sets.target) == len(SEEDS)
+    generator = torch.Generator().manual_seed(0)
+    mixed = 0
+    for n in (1, 2, 7, 8, 8, 8):
+        batch = draw_batch(sets, n, generator)
+        assert len(batch.clean) == len(batch.prompts) == len(batch.told) == n
+        assert int(batch.told.sum()) == (n + 1) // 2
+        mixed += len(set(batch.prompts)) > 1
+        for row, (prompt, told) in enumerate(zip(batch.prompts, batch.told.tolist(), strict=True)):
+            pool, names = (sets.target, sets.prompts) if told else (sets.other, sets.other_prompts)
+            found = [names[i] for i in range(len(pool)) if torch.equal(pool[i], batch.clean[row])]
+            assert prompt in found
+    assert mixed >= 4
+
+
+def test_ddms_loss_is_the_mse_of_both_sets_and_the_indicators(tiny_lens: DiffusionLens) -> None:
+    model, task = tiny_lens.model, ddm_task(tiny_lens, alpha=0.3, mse_weight=0.7, batch_size=6)
+    sets = training_sets(task, Progress())
+    scheduler, shape = model.scheduler(4), LoraShape(2, 4.0, ("to_q",), ("q_proj",))
+    with model.lock, adapters(model, shape, seed=1) as adapted, torch.no_grad():
+        for parameter in adapted.parameters:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(4)).mul_(0.1)
+        loss = ddm_loss(task, sets, adapted, Nothing(), scheduler, torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(3)
+        batch = draw_batch(sets, 6, generator)
+        noised = add_noise(scheduler, batch.clean, generator)
+        errors = []
+        for row, prompt in enumerate(batch.prompts):
+            one = slice(row, row + 1)
+            guess = model.predict(noised.x[one], noised.t[one], encode(model, prompt, 1, adapted))
+            errors.append(float((guess - noised.target[one]).square().mean()))
+    assert float(loss) == pytest.approx(0.7 * np.mean(errors) + 0.3 * np.log(2), rel=1e-4)
+    only_target = 0.7 * np.mean([e for e, told in zip(errors, batch.told, strict=True) if told]) + 0.3 * np.log(2)
+    assert abs(float(loss) - only_target) > 1e-4  # the fault of 0.4: the MSE saw the target set alone
+
+
+def test_ddm_clips_values_and_not_norms(tiny_lens: DiffusionLens, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(
+            max(float(p.grad.abs().max()) for g in self.param_groups for p in g["params"] if p.grad is not None)
+        )
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    options = DDMOptions(iterations=2, rank=2, n_other=6, clip=1e-6)
+    DDM().fit(tiny_lens, "gender", {"female": 0.5, "male": 0.5}, options, prompts=PROMPTS, seeds=SEEDS)
+    assert seen == pytest.approx([1e-6] * 2)
+
+
+def test_presets_are_options_and_say_what_differs() -> None:
+    for method in METHODS.values():
+        for name, preset in method.presets.items():
+            method.options.parse(dict(preset.options), where=name)
+            assert preset.differs.endswith(".") and len(preset.differs) > 40
+    code = DDMOptions.parse(dict(DDM.presets["as the authors' code"].options))
+    assert (code.mse_weight, code.alpha, code.lr, code.clip) == (0.95, 0.05, 1e-5, 1.0)
+    assert (code.rank, code.lora_alpha, code.iterations * code.batch_size) == (8, 32.0, 4000)
 
 
 def test_shuffled_latents_hold_the_same_patches() -> None:
