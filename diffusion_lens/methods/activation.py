@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
 from diffusion_lens.base.types import Sampler
 from diffusion_lens.methods.draws import check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ChannelEdit, ClassDraw
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Preset, Task
 from diffusion_lens.model.denoise import Edit
 
 
@@ -34,6 +37,12 @@ class Activation(Method):
         "difference is our working form)."
     )
     options = ActivationOptions
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as DiffLens compares it": Preset(
+            {"n_channels": 30, "sampler": "asymmetric"},
+            "Channels by mean activation less that of the others; how many, and the sampler, are DiffLens' own.",
+        ),
+    }
     strengths = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
     strength_name = "β − 1"
 

@@ -1,4 +1,4 @@
-"""Mid-block bypass (Mian et al., Deeper Diffusion Models Amplify Bias, arXiv 2505.17560)."""
+"""Mid-block bypass (Hakemi et al., Deeper Diffusion Models Amplify Bias, arXiv 2505.17560)."""
 
 from __future__ import annotations
 
@@ -66,17 +66,18 @@ class Bypass(Method):
     key = "bypass"
     name = "Mid-block bypass"
     kind = "bypass"
-    source = "Mian et al. 2025, Deeper Diffusion Models Amplify Bias, arXiv 2505.17560"
+    source = "Hakemi, Akhtar, Hassan and Mian 2025, Deeper Diffusion Models Amplify Bias, arXiv 2505.17560"
     explanation = (
         "Lets the image pass by the deepest block in part: h' = (1 − λ_t) mid(h) + λ_t h, where λ_t ramps up to a "
         "maximum inside a window of steps and is 0 elsewhere. It needs no training and aims at no group: the paper's "
         "point is that depth amplifies the training set's bias, and that passing by the mid-block raises variance. The "
         "paper does not publish its schedule, so window and ramp are our working form; under guidance the conditional "
-        "half alone is changed (Mian et al. 2025, arXiv 2505.17560)."
+        "half alone is changed (Hakemi et al., arXiv 2505.17560)."
     )
     options = BypassOptions
     strengths = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
     strength_name = "λ max"
+    limit = 1.0
     aim = "none"
 
     def learn(self, task: Task) -> Learned:

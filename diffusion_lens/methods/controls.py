@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,20 +14,34 @@ from torch import Tensor
 from diffusion_lens.base.types import EditSpec, GenerationRequest, Intervention, LensError, Sampler
 from diffusion_lens.methods.edits import ClassDraw, NoEdit
 from diffusion_lens.methods.prompts import name_class
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
-from diffusion_lens.methods.sae_features import STRENGTHS, Change, SaeOptions, feature_edit, setting_with
+from diffusion_lens.methods.protocol import SINCE_0_5, Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.sae_features import (
+    STRENGTHS,
+    AttributedOptions,
+    Change,
+    attribution_of,
+    feature_edit,
+    learn_attribution,
+    setting_with,
+)
 from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.steering.settings import control_intervention, opposite_set
 
 
-class ControlOptions(SaeOptions):
+class ControlOptions(AttributedOptions):
     """As DiffLens', which the control imitates."""
 
+    attribution: Literal["shipped", "fitted"] = Field(
+        "shipped",
+        title="Attribution",
+        description="The lens's own, or one on the images drawn for this fit, as for DiffLens.",
+        json_schema_extra=SINCE_0_5,
+    )
     control_seed: int = Field(0, ge=0, title="Seed of the control")
 
 
 class _SaeControl(Method):
-    """A control that imitates DiffLens' edit with the lens's shipped attribution."""
+    """A control that imitates DiffLens' edit with the same attribution."""
 
     kind = "control"
     options: ClassVar[type[MethodOptions]] = ControlOptions
@@ -36,13 +50,11 @@ class _SaeControl(Method):
     is_control = True
 
     def learn(self, task: Task) -> Learned:
-        """Nothing."""
-        if task.attribute.name not in task.lens.attributions:
-            raise LensError(f"This lens ships no attribution for {task.attribute.name}; fit it with one.")
-        return Learned()
+        """What DiffLens learns."""
+        return learn_attribution(task)
 
     def _edit(self, fitted: Fitted, strength: float, change: Change | None) -> Edit:
-        return feature_edit(fitted, fitted.lens.attributions[fitted.record.attribute], strength, change)
+        return feature_edit(fitted, attribution_of(fitted), strength, change)
 
 
 class RandomFeatures(_SaeControl):
@@ -75,7 +87,7 @@ class SignFlip(_SaeControl):
 
     def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each intervention with its poles exchanged; one of a single pole steers by the opposite's features."""
-        attribution = fitted.lens.attributions[fitted.record.attribute]
+        attribution = attribution_of(fitted)
         setting = setting_with(fitted.lens, fitted.record.attribute, fitted.options)
 
         def flip(own: Intervention) -> Intervention:
@@ -192,6 +204,7 @@ class PromptRewriting(Method):
     options = PromptOptions
     strengths = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
     strength_name = "share rewritten"
+    limit = 1.0
     is_control = True
 
     def learn(self, task: Task) -> Learned:

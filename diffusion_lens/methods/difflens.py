@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
-import torch
-from pydantic import Field
-
-from diffusion_lens.base.types import Attribution
-from diffusion_lens.features.attribute import integrated_gradients
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, Task
-from diffusion_lens.methods.sae_features import STRENGTHS, SaeOptions, attribute_draws, feature_edit, rebuild
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, Preset, Task
+from diffusion_lens.methods.sae_features import (
+    STRENGTHS,
+    AttributedOptions,
+    attribution_of,
+    feature_edit,
+    learn_attribution,
+)
 from diffusion_lens.model.denoise import Edit
 
 
-class DiffLensOptions(SaeOptions):
-    """Which attribution ranks the features, and how they are steered."""
-
-    attribution: Literal["shipped", "fitted"] = Field(
-        "shipped", title="Attribution", description="The lens's own, or one on the images drawn for this fit."
-    )
-
-
-def difflens_attribution(fitted: Fitted) -> Attribution:
-    """The attribution that a fitted DiffLens ranks features by."""
-    if fitted.options.attribution == "shipped":
-        return fitted.lens.attributions[fitted.record.attribute]
-    return rebuild(fitted, "integrated_gradients")
+class DiffLensOptions(AttributedOptions):
+    """As of every method that steers the features of an attribution."""
 
 
 class DiffLens(Method):
@@ -47,17 +37,20 @@ class DiffLens(Method):
     options = DiffLensOptions
     strengths = STRENGTHS
     strength_name = "β − 1"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as published": Preset(
+            {"n_features": 30, "poles": "one", "mode": "scale", "sampler": "asymmetric"},
+            "30 features of one pole, scaled, as its P2 settings do; their class is drawn per batch, ours per image.",
+        ),
+    }
 
     def learn(self, task: Task) -> Learned:
         """Nothing for the shipped attribution; else integrated gradients on the task's images."""
-        if task.options.attribution == "shipped":
-            return Learned(notes={"attribution": "shipped with the lens; its fitting time is not counted"})
-        found = attribute_draws(task, partial(integrated_gradients, task.lens.sae, task.probe))
-        return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
+        return learn_attribution(task)
 
     def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
-        return feature_edit(fitted, difflens_attribution(fitted), strength)
+        return feature_edit(fitted, attribution_of(fitted), strength)
 
 
 class DiffLensHeld(DiffLens):
@@ -77,4 +70,4 @@ class DiffLensHeld(DiffLens):
     def build(self, fitted: Fitted, strength: float) -> Edit:
         """Each image steered by ``strength``: β − 1 for scaling, β for adding."""
         hold = tuple(name for name in fitted.lens.probes if name != fitted.record.attribute)
-        return feature_edit(fitted, difflens_attribution(fitted), strength, hold=hold)
+        return feature_edit(fitted, attribution_of(fitted), strength, hold=hold)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from diffusion_lens.methods.lora import (
     targets_of,
 )
 from diffusion_lens.methods.noise import denoised, frozen, need_ddim, read_bottleneck
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Preset, Task
 from diffusion_lens.model.denoise import Edit
 
 
@@ -84,6 +85,13 @@ class FineTuning(Method):
     strengths = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     strength_name = "adapter scale"
     aim = "distribution"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as published": Preset(
+            {"parts": "text encoder", "rank": 50, "lr": 5e-5, "iterations": 10_000, "confidence": 0.8},
+            "Learning rate, steps and threshold of its public settings; there the loss passes through the last steps "
+            "and reads faces, with terms for image and face; here a step's result is read by the lens's probe.",
+        ),
+    }
 
     def learn(self, task: Task) -> Learned:
         """The adapter's weights."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from diffusion_lens.base.types import EditSpec, LensError, Sampler
 from diffusion_lens.features.probes import Probe
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task, probe_of
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Preset, Task, probe_of
 from diffusion_lens.model.denoise import Edit, StepContext
 
 Divergence = Literal["chi2", "kl"]
@@ -97,6 +98,12 @@ class HDistribution(Method):
     strengths = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     strength_name = "γ"
     aim = "distribution"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as published": Preset(
+            {"divergence": "chi2", "n_inner": 1, "sampler": "symmetric"},
+            "χ² on the mean softmax of a batch; the paper's γ is in units of its own probe, ours moves a logit by one.",
+        ),
+    }
 
     def learn(self, task: Task) -> Learned:
         """Nothing: the lens's probes are the guidance."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from diffusion_lens.methods.noise import (
     rows_where,
 )
 from diffusion_lens.methods.prompts import name_class
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Preset, Task
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.hooks import edit_output
 
@@ -60,6 +61,12 @@ class LatentDirection(Method):
         "instead of naming it in the prompt is our working form (Li et al., CVPR 2024)."
     )
     options = LatentDirectionOptions
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as published": Preset(
+            {"form": "learned", "examples": "prompt", "lr": 0.1, "iterations": 1000, "batch_size": 1},
+            "1,000 images of the named class, Adam at 0.1; the paper's epochs over them are iterations here.",
+        ),
+    }
     strengths = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 
     def learn(self, task: Task) -> Learned:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.methods.draws import Drawn, check_examples, class_means, mean_differences
 from diffusion_lens.methods.edits import ClassDraw, DirectionEdit
 from diffusion_lens.methods.noise import denoised, frozen, need_ddim
-from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Task
+from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptions, Preset, Task
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.hooks import edit_output
 from diffusion_lens.model.pipelines import DiffusionModel
@@ -54,6 +55,12 @@ class LatentEditing(Method):
         "(Kwon et al., ICLR 2023)."
     )
     options = LatentEditingOptions
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "as published": Preset(
+            {"form": "learned", "t_edit": 500, "keep": 3.0},
+            "Δh learned per step beside 3 · L1; the lens's probe stands for CLIP, and the noise boost is left out.",
+        ),
+    }
     strengths = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 
     def learn(self, task: Task) -> Learned:

@@ -11,6 +11,7 @@ from diffusion_lens.methods.bypass import Bypass
 from diffusion_lens.methods.controls import MatchedNoise, PromptRewriting, RandomFeatures, SignFlip
 from diffusion_lens.methods.ddm import DDM
 from diffusion_lens.methods.difflens import DiffLens, DiffLensHeld
+from diffusion_lens.methods.equisteer import EquiSteer
 from diffusion_lens.methods.fine_tuning import FineTuning
 from diffusion_lens.methods.h_distribution import HDistribution
 from diffusion_lens.methods.latent_direction import LatentDirection
@@ -18,13 +19,14 @@ from diffusion_lens.methods.latent_editing import LatentEditing
 from diffusion_lens.methods.protocol import Fitted, FittedRecord, Method, OpenLens, lens_key
 from diffusion_lens.methods.sae_alternatives import SaeGradient, SaeLrp
 from diffusion_lens.methods.stereoclinic import StereoClinic
+from diffusion_lens.methods.text_features import TextFeatures
 
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (
         DiffLens(), DiffLensHeld(), SaeLrp(), SaeGradient(), Activation(), LatentDirection(), LatentEditing(),
-        HDistribution(), FineTuning(), Bypass(), DDM(), StereoClinic(), RandomFeatures(), SignFlip(), MatchedNoise(),
-        PromptRewriting(),
+        HDistribution(), FineTuning(), Bypass(), DDM(), StereoClinic(), EquiSteer(), TextFeatures(),
+        RandomFeatures(), SignFlip(), MatchedNoise(), PromptRewriting(),
     )
 }  # fmt: skip
 
@@ -70,5 +72,5 @@ def _record_of(spec: FittedMethod, method: Method) -> FittedRecord:
     options = method.options.parse(dict(spec.options), where=f"the options of {method.name}")
     return FittedRecord(
         method=spec.key, lens_key=spec.lens_key, attribute=spec.attribute, classes=spec.classes, target=spec.target,
-        options=options.model_dump(mode="json"), prompts=spec.prompts, seeds=spec.seeds, seconds=0.0,
+        options=options.told(), prompts=spec.prompts, seeds=spec.seeds, seconds=0.0,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -12,9 +13,10 @@ from pydantic import Field
 
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Attribution, EditSpec, Intervention, LensError, Mode, Sampler
+from diffusion_lens.features.attribute import integrated_gradients
 from diffusion_lens.methods.draws import Drawn
 from diffusion_lens.methods.edits import ClassDraw
-from diffusion_lens.methods.protocol import Fitted, MethodOptions, OpenLens, Task
+from diffusion_lens.methods.protocol import Fitted, Learned, MethodOptions, OpenLens, Task
 from diffusion_lens.model.denoise import Edit, StepContext
 from diffusion_lens.results.manifest import Setting
 from diffusion_lens.steering.intervene import FeatureEdit, make_edit
@@ -35,6 +37,14 @@ class SaeOptions(MethodOptions):
     sampler: Sampler | None = Field(None, title="Sampler", description="Asymmetric moves the predicted image alone.")
 
 
+class AttributedOptions(SaeOptions):
+    """Which attribution ranks the features, and how they are steered."""
+
+    attribution: Literal["shipped", "fitted"] = Field(
+        "shipped", title="Attribution", description="The lens's own, or one on the images drawn for this fit."
+    )
+
+
 def setting_with(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting:
     """The shipped setting with what the options replace; where the lens ships none, 30 features scaled."""
     shipped = lens.settings.get(attribute)
@@ -42,7 +52,7 @@ def setting_with(lens: OpenLens, attribute: str, options: SaeOptions) -> Setting
         attribute=attribute, target=lens.probes[attribute].attribute.classes[-1], n_features=30, poles="one",
         mode="scale", sampler="asymmetric", betas=(1.0,),
     )  # fmt: skip
-    told = options.model_dump(exclude={"draw_seed"}, exclude_none=True)
+    told = options.model_dump(exclude={"draw_seed", "gate"}, exclude_none=True)
     known = {name: value for name, value in told.items() if name in Setting.model_fields}
     return setting.model_copy(update=known)
 
@@ -118,6 +128,25 @@ def average_attributions(
     assert total is not None
     gap = max(part.completeness_gap for part in parts)
     return replace(parts[0], scores=(total / n).astype(np.float32), completeness_gap=gap, n_images=n)
+
+
+def learn_attribution(task: Task) -> Learned:
+    """Nothing for the shipped attribution; else integrated gradients on the task's images, once for all who ask."""
+    name = task.attribute.name
+    if task.options.attribution == "shipped":
+        if name not in task.lens.attributions:
+            raise LensError(f"This lens ships no attribution for {name}; fit it with one.")
+        return Learned(notes={"attribution": "shipped with the lens; its fitting time is not counted"})
+    score = partial(integrated_gradients, task.lens.sae, task.probe)
+    found = task.draws.once(("integrated gradients", name), partial(attribute_draws, task, score))
+    return Learned({"scores": torch.from_numpy(found.scores)}, {"completeness_gap": found.completeness_gap})
+
+
+def attribution_of(fitted: Fitted) -> Attribution:
+    """The attribution that a method with ``AttributedOptions`` ranks features by."""
+    if fitted.options.attribution == "shipped":
+        return fitted.lens.attributions[fitted.record.attribute]
+    return rebuild(fitted, "integrated_gradients")
 
 
 def rebuild(fitted: Fitted, method: str) -> Attribution:

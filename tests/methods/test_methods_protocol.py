@@ -31,6 +31,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "fine-tuning": {"iterations": 2, "rank": 2, "batch_size": 4, "confidence": 0.0, "jump": 2},
     "ddm": {"iterations": 2, "rank": 2, "batch_size": 4, "n_other": 6},
     "stereoclinic": {"n_steps": 2, "top": 50.0},
+    "equisteer": {"n_named": 4},
+    "text-sae": {"d_sae": 32, "k": 4, "iterations": 10},
 }
 
 
