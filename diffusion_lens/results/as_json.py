@@ -17,7 +17,7 @@ FIGURES = (
 )  # fmt: skip
 ROW_FIGURES = (
     "n", "n_uncertain", "shares", "log_ratio", "log_ratio_corrected", "fd", "fd_floor", "fid", "spd", "agreement",
-    "kept", "certain", "activation_ratio", "flagged",
+    "kept", "kept_measured", "certain", "activation_ratio", "flagged",
 )  # fmt: skip
 
 

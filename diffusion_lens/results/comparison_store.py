@@ -33,6 +33,10 @@ ROW_VALUES = (
     "note",
 )  # fmt: skip
 """Fields of a row that are kept as they are; its figures are kept as a measurement."""
+NEWER_VALUES = ("reached", "explicit", "quality", "margin", "rank")
+"""The same, of fields that comparisons stored before there was balance do not have."""
+BEFORE_BALANCE = {"protocol": "points", "fit_on": "lens", "n_refine": 0, "n_further": 0, "n_explicit": 0}
+"""What an older comparison's configuration leaves unsaid."""
 
 
 def save_comparison(comparison: Comparison, folder: Path, stem: str = "comparison") -> Path:
@@ -64,14 +68,15 @@ def save_comparison(comparison: Comparison, folder: Path, stem: str = "compariso
 
 def row_values(row: MethodRow) -> dict[str, Any]:
     """A row as plain JSON values, without its figures."""
-    return {name: to_plain(getattr(row, name)) for name in ROW_VALUES} | {"measured": row.figures is not None}
+    names = (*ROW_VALUES, *NEWER_VALUES)
+    return {name: to_plain(getattr(row, name)) for name in names} | {"measured": row.figures is not None}
 
 
 def row_of(values: Mapping[str, Any], figures: Figures | None) -> MethodRow:
     """What ``row_values`` took apart; foreign values raise as they come."""
-    known = {name: values[name] for name in ROW_VALUES}
-    for name in ("image_likeness", "prompt_likeness"):
-        known[name] = None if values[name] is None else from_plain(Measured, values[name])
+    known = {name: values[name] for name in ROW_VALUES} | {name: values.get(name) for name in NEWER_VALUES}
+    for name in ("image_likeness", "prompt_likeness", "explicit", "margin"):
+        known[name] = None if known[name] is None else from_plain(Measured, known[name])
     return MethodRow(**known, figures=figures)
 
 
@@ -119,7 +124,7 @@ def _comparison(
     curves: dict[str, SweepResult],
 ) -> Comparison:
     return Comparison(
-        config=CompareConfig.parse(values["config"], where=f"{stem}.json"),
+        config=CompareConfig.parse(_config_values(values["config"]), where=f"{stem}.json"),
         attribute=attribute,
         target=target,
         rows=rows,
@@ -127,6 +132,10 @@ def _comparison(
         labels={str(key): str(text) for key, text in values["labels"].items()},
         **{name: str(values[name]) for name in TEXTS},
     )
+
+
+def _config_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values} if "protocol" in values else {**BEFORE_BALANCE, **values}
 
 
 def _read_0_4(values: dict[str, Any], folder: Path, stem: str, missing: Missing) -> Comparison:

@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_lens.base.types import Attribute
 from diffusion_lens.results.as_json import row_json
 from diffusion_lens.results.comparison import Comparison
-from diffusion_lens.results.comparison_tables import COLUMNS, PARTS, cells, csv_text
+from diffusion_lens.results.comparison_tables import COLUMNS, PARTS, cells, columns_of, csv_text
 from diffusion_lens.studio import compared
 from diffusion_lens.studio.methods_live import Trio
 from diffusion_lens.studio.studio import Row
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MEANING = {
     "strength": "the best setting, of the method's own scale",
+    "rank": "of those at balance, 1 + the methods that surely keep more; equal ranks cannot be told apart",
+    "margin": "what is kept above random features at their balance, paired over seeds",
     "fd": "distance of the shares from the target; 0 is balance",
     "fd_floor": "what FD reaches by chance at perfect balance",
     "log_ratio_corrected": "0 is balance, corrected for the classifier's error",
@@ -102,7 +104,8 @@ def everything(comparison: Comparison) -> str:
     """Every column in parts, and the numbers as files."""
     named, starred = {**MEANING, **comparison.labels}, compared.stars(comparison)
     parts = []
-    for part, fields in PARTS.items():
+    for part in PARTS:
+        fields = columns_of(comparison, part)
         columns = [(COLUMNS[field], named.get(field, "")) for field in fields]
         rows = [
             (
@@ -112,7 +115,7 @@ def everything(comparison: Comparison) -> str:
             for row in comparison.rows
         ]
         parts.append((part, columns, rows))
-    meanings = [(COLUMNS[field], named[field]) for field in COLUMNS if field in named]
+    meanings = [(COLUMNS[field], named[field]) for field in columns_of(comparison) if field in named]
     rows_as_json = json.dumps([row_json(row) for row in comparison.rows], ensure_ascii=False)
     return html(
         "methods.everything", comparison, parts, meanings, data_address(csv_text(comparison), "text/csv"),

@@ -24,7 +24,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import find_method
 from diffusion_lens.results import metrics
 from diffusion_lens.results.as_json import row_json
-from diffusion_lens.results.comparison import NORM_FLAG, Measured, MethodRow
+from diffusion_lens.results.comparison import BALANCE_RULE, NORM_FLAG, Measured, MethodRow, ranked
 from diffusion_lens.results.comparison_store import load_comparison, save_comparison
 from diffusion_lens.results.comparison_tables import (
     COLUMNS,
@@ -32,9 +32,12 @@ from diffusion_lens.results.comparison_tables import (
     PARTS,
     best,
     cells,
+    columns_of,
     csv_text,
     markdown,
     number,
+    short_table,
+    standing,
     verdict,
 )
 from diffusion_lens.results.manifest import read_manifest, verify, write_manifest
@@ -42,7 +45,7 @@ from diffusion_lens.results.measurement_files import Missing
 from diffusion_lens.studies.bench import run as compare
 from diffusion_lens.studies.bench import shared as compare_shared
 from diffusion_lens.studies.bench.plan import costs, plan, telling_prompt
-from diffusion_lens.studies.bench.rows import choose, likeness
+from diffusion_lens.studies.bench.rows import choose, further_strength, likeness, nearest_place
 from diffusion_lens.studies.bench.run import CompareConfig, Comparison, run_compare
 from diffusion_lens.studies.bench.shared import Shared, load_run
 
@@ -54,7 +57,8 @@ def small(**changes: Any) -> CompareConfig:
     """A table of seconds."""
     values: dict[str, Any] = {
         "attribute": "gender", "prompt": PROMPTS[0], "methods": METHODS, "n": 56, "n_tune": 12, "n_fit": 8,
-        "options": {}, "batch_size": 56, "n_examples": 2, **changes,
+        "options": {}, "batch_size": 56, "n_examples": 2, "protocol": "points", "fit_on": "lens", "n_explicit": 0,
+        **changes,
     }  # fmt: skip
     return CompareConfig(**values)
 
@@ -80,9 +84,9 @@ def test_every_cell_is_filled(comparison: Comparison) -> None:
     assert [row.method for row in comparison.rows] == ["unsteered", *METHODS]
     for row in comparison.rows:
         assert not row.note
-        empty = [name for name in COLUMNS if getattr(row, name) is None]
+        empty = [name for name in columns_of(comparison) if getattr(row, name) is None]
         assert not empty, (row.method, empty)
-        assert row.n == 56 and NOT_MEASURED not in cells(row)
+        assert row.n == 56 and NOT_MEASURED not in cells(row, columns_of(comparison))
     unsteered = comparison.rows[0]
     assert unsteered.fid == pytest.approx(0, abs=1e-6) and unsteered.kept == 1 and unsteered.activation_ratio == 1
     assert unsteered.image_likeness is not None and unsteered.image_likeness.value == pytest.approx(1)
@@ -263,6 +267,152 @@ def test_share_statistics_by_hand() -> None:
     alone, _ = metrics.share_distances(labels[1:9], certain[1:9], np.full(3, 1 / 3))
     assert alone is not None and alone.interval[0] < alone.value  # eight images of one class are not certain of it
     assert likeness(np.ones((3, 2)), np.ones((3, 2))) is None
+
+
+def at(strength: float, shares: tuple[float, ...], kept: float, n: int = 40) -> Any:
+    """A point of a curve."""
+    return SimpleNamespace(
+        beta=strength, shares=[SimpleNamespace(corrected=s) for s in shares], kept=kept, n=n, n_uncertain=0,
+        fd=float(np.linalg.norm(np.array(shares) - 1 / len(shares))) if n else float("nan"), fd_floor=0.1,
+    )  # fmt: skip
+
+
+def test_a_curve_is_read_where_it_meets_the_target() -> None:
+    even = (0.5, 0.5)
+    curve = [at(0, (0.9, 0.1), 1.0), at(1, (0.7, 0.3), 0.9), at(2, (0.3, 0.7), 0.6)]
+    place = nearest_place(curve, even)
+    assert place.reached and (place.strength, place.kept) == (pytest.approx(1.5), pytest.approx(0.75))
+    assert place.between == (1, 2) and place.distance == pytest.approx(0)
+    # A grid point as near as noise beside a crossing: the crossing is where the target is, whatever a point's luck.
+    twice = [at(0, (0.9, 0.1), 1.0), at(1, (0.2, 0.8), 0.8), at(2, (0.4, 0.6), 0.5), at(3, (0.6, 0.4), 0.3)]
+    assert nearest_place(twice, even).strength == pytest.approx(4 / 7)  # of two crossings the one that keeps more
+    never = [at(0, (0.9, 0.1), 1.0), at(1, (0.8, 0.2), 0.9), at(2, (0.85, 0.15), 0.8)]
+    far = nearest_place(never, even)
+    assert not far.reached and far.strength == 1 and far.distance == pytest.approx(np.sqrt(2) * 0.3)
+    assert nearest_place([*curve, at(9, (0.5, 0.5), 1.0, n=0)], even).strength == pytest.approx(1.5)
+    three = [at(0, (0.8, 0.1, 0.1), 1.0), at(1, (0.2, 0.5, 0.3), 0.8)]
+    start, step = np.array([0.8, 0.1, 0.1]), np.array([-0.6, 0.4, 0.2])
+    slow = min(np.linspace(0, 1, 10_001), key=lambda t: float(np.linalg.norm(start + t * step - 1 / 3)))
+    assert nearest_place(three, (1 / 3,) * 3).strength == pytest.approx(slow, abs=1e-3)
+
+
+def test_curves_are_drawn_on_until_they_turn() -> None:
+    even = (0.5, 0.5)
+    rising = [at(0, (0.9, 0.1), 1.0), at(4, (0.8, 0.2), 0.9), at(8, (0.7, 0.3), 0.8)]
+    assert further_strength(rising, even, 1e6) == 12 and further_strength(rising, even, 10.0) == 10
+    assert further_strength(rising, even, 8.0) is None
+    assert further_strength([*rising, at(12, (0.4, 0.6), 0.7)], even, 1e6) is None  # met
+    assert further_strength([*rising, at(12, (0.75, 0.25), 0.7)], even, 1e6) is None  # turned
+    lost = at(12, (0.6, 0.4), 0.1, n=5)
+    lost.n_uncertain = 35
+    assert further_strength([*rising, lost], even, 1e6) is None  # nobody to be seen any more
+
+
+@pytest.fixture(scope="module")
+def balanced(tiny_lens: DiffusionLens, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """A table at balance."""
+    methods = ("difflens", "activation", "control-random", "control-prompt")
+    config = small(
+        methods=methods, protocol="balance", fit_on="prompt", n_explicit=12, n_tune=24, n_fit=24, n_further=1,
+        options={"difflens": {"attribution": "fitted"}, "control-random": {"attribution": "fitted"}},
+    )  # fmt: skip
+    return run_compare(tiny_lens, config, tmp_path_factory.mktemp("balanced"))
+
+
+def test_methods_are_drawn_where_their_curve_meets_the_target(balanced: Comparison) -> None:
+    assert balanced.rule == BALANCE_RULE and balanced.config.seen == "this prompt alone"
+    for row in balanced.rows[1:]:
+        points = balanced.curves[row.method].points
+        place = nearest_place(points, balanced.target)
+        assert row.strength == float(f"{place.strength:.4g}") and row.reached == place.reached
+        assert len(points) <= 7 + 1 + 2 and row.figures is not None
+        assert row.figures.request.seeds == tuple(balanced.config.seeds("final"))
+        # Rewriting says a second class in a prompt that names one; this tokenizer reads no sentence of that length.
+        assert (row.explicit is None) == (row.method == "control-prompt")
+        assert row.explicit is None or 0 <= row.explicit.value <= 1
+    # Random features and DiffLens rank by the same scores, fitted on the same images of this prompt alone.
+    assert balanced.rows[0].explicit is not None and balanced.rows[0].rank is None
+
+
+def test_ranks_and_margins_are_paired_and_ties_are_ties(balanced: Comparison) -> None:
+    def slow(row: MethodRow) -> np.ndarray:
+        assert row.figures is not None
+        measured = row.figures.measurement
+        assert measured.reference is not None
+        each = []
+        for i in range(row.n):
+            same = [
+                metrics.decided_labels(measured.readings[a])[i]
+                == metrics.decided_labels(measured.reference.readings[a])[i]
+                for a in ("age", "glasses")
+            ]
+            each.append(np.mean(same))
+        return np.array(each)
+
+    random = balanced.row("control-random")
+    assert random is not None
+    for row in balanced.rows[1:]:
+        assert row.kept_measured is not None and row.kept_measured.value == pytest.approx(slow(row).mean())
+        assert row.kept == pytest.approx(slow(row).mean())
+        if row.method != "control-random" and row.strength:
+            assert row.margin is not None
+            assert row.margin.value == pytest.approx((slow(row) - slow(random)).mean())
+    rows = [replace(row, reached=True, strength=row.strength or 1.0) for row in balanced.rows[1:]]
+    found = {row.method: row.rank for row in ranked([balanced.rows[0], *rows])}
+    assert found["unsteered"] is None
+    for row in rows:
+        ahead = 0
+        for other in rows:
+            if other is not row:
+                gap = slow(other) - slow(row)
+                draws = np.random.default_rng(5).integers(len(gap), size=(4000, len(gap)))
+                ahead += float(np.quantile(gap[draws].mean(axis=1), 0.025)) > 0.004
+        assert found[row.method] <= 1 + len(rows) and found[row.method] >= 1 + min(ahead, 0)
+        assert abs(found[row.method] - 1 - ahead) <= 1
+    same = ranked([balanced.rows[0], *(replace(rows[0], method=f"m{i}") for i in range(3))])
+    assert [row.rank for row in same[1:]] == [1, 1, 1]
+    unreached = ranked([balanced.rows[0], replace(rows[0], reached=False)])
+    assert unreached[1].rank is None
+
+
+def test_balanced_tables_round_trip_and_say_what_stands(balanced: Comparison, tmp_path: Path) -> None:
+    save_comparison(balanced, tmp_path, "gender")
+    loaded = load_comparison(tmp_path, "gender", Missing({}))
+    assert shown(loaded) == shown(balanced) and loaded.config == balanced.config
+    assert [row.rank for row in loaded.rows] == [row.rank for row in balanced.rows]
+    assert "While fitting, every method saw 24 images of this prompt alone." in markdown(loaded)
+    assert standing(balanced) and standing(balanced) in verdict(loaded)
+    assert short_table(loaded).count("\n") == 2 + len(loaded.rows)
+    assert "rank" in columns_of(loaded)
+
+
+def test_what_a_method_may_see_is_the_same_for_all_and_stated(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
+    def shared(**changes: Any) -> Shared:
+        return Shared(tiny_lens, small(**changes), tmp_path)
+
+    assert shared(fit_on="prompt").draws.prompts == (PROMPTS[0],)
+    assert shared(fit_on="lens").draws.prompts == tuple(tiny_lens.prompts)
+    group = shared(fit_prompts=PROMPTS)
+    assert group.draws.prompts == PROMPTS and PROMPTS[1] in group.config.seen
+    assert CompareConfig(attribute="gender", prompt="").fit_on == "prompt"
+    told = CompareConfig(attribute="gender", prompt="").options
+    assert {tuple(values.items()) for values in told.values()} == {(("attribution", "fitted"),)}
+    assert set(told) == {"difflens", "difflens-hold", "control-random", "control-flip", "control-noise"}
+
+
+def test_comparisons_stored_before_there_was_balance_say_so(comparison: Comparison, tmp_path: Path) -> None:
+    path = save_comparison(comparison, tmp_path, "gender")
+    plain = json.loads(path.read_text())
+    for name in ("protocol", "fit_on", "n_refine", "n_further", "n_explicit", "first_explicit_seed"):
+        plain["config"].pop(name)
+    for row in plain["rows"]:
+        for name in ("reached", "explicit", "quality", "margin", "rank"):
+            row.pop(name)
+    path.write_text(json.dumps(plain))
+    loaded = load_comparison(tmp_path, "gender", Missing({}))
+    assert (loaded.config.protocol, loaded.config.fit_on) == ("points", "lens")
+    assert loaded.config.seen == "all the lens's suggested prompts" and standing(loaded) == ""
+    assert "rank" not in columns_of(loaded) and "margin" not in columns_of(loaded, "balance")
 
 
 def test_the_activation_flag(comparison: Comparison) -> None:

@@ -89,7 +89,8 @@ def plan(
 def _piece(bench: Bench, method: Method, seconds_per_image: float, stored: Mapping[str, Comparison]) -> Piece:
     own, config = bench.pieces.part(method.key), bench.config
     measured = sum(own.has(point_name(strength)) for strength in method.strengths)
-    images = config.n + config.n_tune * (len(method.strengths) - measured)
+    refined = config.n_refine if config.protocol == "balance" else 0
+    images = config.n + config.n_explicit + config.n_tune * (len(method.strengths) - measured + refined)
     ratio, fit = costs(method.key, stored)
     fit = 0.0 if own.has(FITTED) else fit
     return Piece(bench.attribute.name, method.key, images, (images * ratio + fit) * seconds_per_image)

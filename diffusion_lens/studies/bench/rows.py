@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from diffusion_lens.results import metrics, stats
-from diffusion_lens.results.comparison import Measured, MethodRow
+from diffusion_lens.results.comparison import NEAR, Measured, MethodRow
 from diffusion_lens.results.measurement import Figures, Measurement
 from diffusion_lens.results.sweeps import SweepPoint
 
@@ -27,6 +28,75 @@ class Run:
     embeddings: np.ndarray = field(repr=False)
     seconds: float
     saw_edit: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a curve comes nearest to the target.
+
+    Attributes:
+        strength: linear between the two points around it. distance: of the shares there from the target's, Euclidean.
+        kept: of the other attributes there, read off the curve. between: the strengths of the two points.
+    """
+
+    strength: float
+    distance: float
+    kept: float
+    between: tuple[float, float]
+
+    @property
+    def reached(self) -> bool:
+        """Whether the curve meets the target there."""
+        return self.distance <= NEAR
+
+
+def nearest_place(points: Sequence[SweepPoint], target: Sequence[float]) -> Place:
+    """The place on the curve (corrected shares, linear between strengths) that is nearest to ``target [class]``.
+
+    Of several that are as near, within ``NEAR``, the one that keeps most. Points without a decided image are passed
+    over. Our working form.
+    """
+    seen = sorted((p for p in points if np.isfinite(p.fd)), key=lambda p: p.beta)
+    if not seen:
+        first = points[0]
+        return Place(first.beta, float("inf"), first.kept, (first.beta, first.beta))
+    shares = [np.array([share.corrected for share in p.shares]) for p in seen]
+    goal = np.asarray(target, dtype=np.float64)
+    places = [
+        Place(p.beta, float(np.linalg.norm(s - goal)), p.kept, (p.beta, p.beta))
+        for p, s in zip(seen, shares, strict=True)
+    ]
+    for (one, start), (two, end) in pairwise(zip(seen, shares, strict=True)):
+        step = end - start
+        size = float(step @ step)
+        if size == 0:
+            continue
+        t = float(np.clip((goal - start) @ step / size, 0, 1))
+        places.append(
+            Place(
+                one.beta + t * (two.beta - one.beta),
+                float(np.linalg.norm(start + t * step - goal)),
+                one.kept + t * (two.kept - one.kept),
+                (one.beta, two.beta),
+            )
+        )
+    limit = max(min(place.distance for place in places), NEAR)
+    return max((p for p in places if p.distance <= limit), key=lambda p: (p.kept, -p.distance))
+
+
+def further_strength(points: Sequence[SweepPoint], target: Sequence[float], limit: float) -> float | None:
+    """The next strength of a curve that still nears a target which it has not met; ``None`` where it has turned.
+
+    Half as far again as the last, up to ``limit``; a curve that goes away from the target at once has turned, too.
+    """
+    rising = sorted((p for p in points if np.isfinite(p.fd)), key=lambda p: p.beta)
+    if len(rising) < 2 or nearest_place(points, target).reached:
+        return None
+    last, before = rising[-1], rising[-2]
+    undecided = last.n_uncertain > last.n
+    if last.beta != max(p.beta for p in points) or last.fd >= before.fd or undecided or last.beta >= limit:
+        return None
+    return float(f"{min(limit, 1.5 * last.beta):.4g}")
 
 
 def choose(points: Sequence[SweepPoint]) -> SweepPoint:

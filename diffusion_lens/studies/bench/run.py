@@ -1,14 +1,15 @@
 """The bench: every method on the same prompt and seeds, tuned alike on other seeds, judged by the lens's classifier.
 
-No method is given that classifier, but the bundled lens's probes learned from its labels. Resumable method by method,
-strength by strength.
+All methods see the same images while fitting, of the prompt that is compared, and are drawn at balance: what they keep
+there can be ranked, what they keep at some strength of a grid cannot. No method is given the judge; whether the probes
+that methods do use learned from its labels, the lens says. Resumable method by method, strength by strength.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,31 @@ from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.workspace import Workspace, digest
 from diffusion_lens.judging.readers import ClipReader
+from diffusion_lens.measuring.observe import observe
 from diffusion_lens.measuring.sweep import sweep_points
 from diffusion_lens.methods.protocol import Fitted, Method, Target, lens_key, target_shares
 from diffusion_lens.methods.registry import find_methods
 from diffusion_lens.model.denoise import Edit
-from diffusion_lens.model.generate import Capture, generate
-from diffusion_lens.results.comparison import RULE, UNSTEERED, CompareConfig, Comparison, MethodRow
+from diffusion_lens.model.generate import Capture, generate, request
+from diffusion_lens.results import metrics
+from diffusion_lens.results.comparison import (
+    BALANCE_RULE,
+    RULE,
+    UNSTEERED,
+    CompareConfig,
+    Comparison,
+    Measured,
+    MethodRow,
+    ranked,
+)
 from diffusion_lens.results.comparison_store import row_of, row_values
 from diffusion_lens.results.measurement import Figures, Measurement
 from diffusion_lens.results.measurement_files import Missing, measured_beside, save_measured
 from diffusion_lens.results.records import load_point, load_sweep, save_point, save_sweep
+from diffusion_lens.results.stats import share_interval
 from diffusion_lens.results.sweeps import SweepPoint, SweepResult, collect
-from diffusion_lens.studies.bench.rows import Run, choose, measure_row
+from diffusion_lens.studies.bench.prompted import drawn_features, explicit_prompts
+from diffusion_lens.studies.bench.rows import Run, choose, further_strength, measure_row, nearest_place
 from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 
 __all__ = [
@@ -45,6 +59,11 @@ FITTED = "fitted"
 def point_name(strength: float) -> str:
     """The piece that holds one point of a method's curve."""
     return f"curve-{strength:g}"
+
+
+def rounded(strength: float) -> float:
+    """A strength with four digits: what is written is what was drawn."""
+    return float(f"{strength:.4g}")
 
 
 def row_name(method: Method) -> str:
@@ -111,14 +130,69 @@ class Bench:
             return point
 
         pieces = self.pieces.part(method.key)
-        points = [
-            pieces.piece(point_name(strength), partial(measure, strength), save_point, load_point)
-            for strength in (0.0, *method.strengths)
-        ]
+
+        def at(strength: float) -> SweepPoint:
+            return pieces.piece(point_name(strength), partial(measure, strength), save_point, load_point)
+
+        points = [at(strength) for strength in (0.0, *method.strengths)]
+        if self.config.protocol == "balance":
+            points = self._finer(self._further(points, method, at), at)
         return collect(
             points, target=label, setting=method.name, is_control=method.is_control,
             provenance={"method": method.key, "fitted": fitted.digest, "strength": method.strength_name},
         )  # fmt: skip
+
+    def _further(self, points: list[SweepPoint], method: Method, at: Callable[[float], SweepPoint]) -> list[SweepPoint]:
+        """The curve drawn on until it meets the target, turns, or has had its ``n_further``."""
+        for _ in range(self.config.n_further):
+            strength = further_strength(points, self.target, method.limit)
+            if strength is None:
+                break
+            points = [*points, at(strength)]
+        return points
+
+    def _finer(self, points: list[SweepPoint], at: Callable[[float], SweepPoint]) -> list[SweepPoint]:
+        """The curve with the place nearest to the target measured, and again as it moves."""
+        for _ in range(self.config.n_refine):
+            place = nearest_place(points, self.target)
+            strength, (low, high) = rounded(place.strength), place.between
+            if high == low or min(strength - low, high - strength) <= 0.05 * (high - low):
+                break
+            points = [*points, at(strength)]
+        return points
+
+    def strength_of(self, curve: SweepResult) -> tuple[float, bool | None]:
+        """The strength that is drawn on the final seeds, and whether the curve meets the target there."""
+        if self.config.protocol == "points":
+            return choose(curve.points).beta, None
+        place = nearest_place(curve.points, self.target)
+        return rounded(place.strength), place.reached
+
+    def explicit(self, method: Method | None, edit: Edit | None) -> Measured | None:
+        """Share of images of prompts that name a class which show it, with the edit on; ``None`` where none is drawn.
+
+        A class per prompt, the same seeds for every method. Undecided images do not show it.
+        """
+        config, lens = self.config, self.lens
+        asked = explicit_prompts(lens, config.prompt, self.attribute) if config.n_explicit else {}
+        if not asked:
+            return None
+        seeds = config.seeds("explicit")
+        shown: list[bool] = []
+        for place, (label, prompt) in enumerate(asked.items()):
+            own = seeds[place :: len(asked)]
+            wanted = request(lens.model, prompt, own, lens.manifest.n_steps, lens.manifest.guidance_scale)
+            who = "unsteered" if method is None else method.name
+            try:
+                read = observe(
+                    lens.model, wanted, edit, lens.classifier, batch_size=config.batch_size, n_examples=0,
+                    progress=self.shared.stage(f"{who}: {prompt}"),
+                ).readings[self.attribute.name]  # fmt: skip
+            except LensError:
+                return None
+            shown += (read.certain & (read.labels == self.attribute.index(label))).tolist()
+        low, high = share_interval(sum(shown), len(shown))
+        return Measured(sum(shown) / len(shown), (low, high))
 
     def finished(self, method: Method) -> tuple[MethodRow, SweepResult | None] | None:
         """The method's stored row and curve; None where there is none at its strengths."""
@@ -160,7 +234,8 @@ class Bench:
             curve = self.curve(method, fitted)
         except LensError as error:
             return MethodRow(**fields, goal="", strength=0.0, note=str(error)), None
-        return self._final(fitted, choose(curve.points).beta, fields), curve
+        strength, reached = self.strength_of(curve)
+        return self._final(fitted, strength, {**fields, "reached": reached}), curve
 
     def _final(self, fitted: Fitted, strength: float, fields: dict[str, Any]) -> MethodRow:
         edit = fitted.edit(strength) if strength else None
@@ -171,13 +246,22 @@ class Bench:
         classes = zip(fitted.record.classes, fitted.record.target, strict=True)
         return self._measure(
             run, goal=", ".join(f"{c} {s:.0%}" for c, s in classes if s), strength=strength, norm_ratio=norm_ratio,
-            seconds_to_fit=fitted.record.seconds, **fields,
+            seconds_to_fit=fitted.record.seconds, explicit=self.explicit(fitted.method, edit), **fields,
         )  # fmt: skip
 
     def _measure(self, run: Run, **fields: Any) -> MethodRow:
         base = self.shared.unsteered
         figures = self._figures(run.measurement if run is not base else base.measurement.against(base.measurement))
-        return measure_row(run, base, self.shared.prompt_rows, figures, **fields)
+        row = measure_row(run, base, self.shared.prompt_rows, figures, **fields)
+        features, drawn = run.measurement.features, self.drawn_features
+        if features is None or drawn is None or len(features) < metrics.MIN_FRECHET:
+            return row
+        return replace(row, quality=metrics.frechet_distance(drawn, features))
+
+    @cached_property
+    def drawn_features(self) -> np.ndarray | None:
+        """The judge's features of drawings of the prompt that show the target shares; ``None`` for other worlds."""
+        return drawn_features(self.lens, self.config.prompt, self.attribute, self.target)
 
     def norm_ratio(self, edit: Edit) -> float:
         """Mean ``|h| / |h unedited|`` at the end of every step, for edits that change the model and not h itself."""
@@ -196,7 +280,7 @@ class Bench:
         def make() -> tuple[MethodRow, None]:
             return self._measure(
                 self.shared.unsteered, method=UNSTEERED, name="No steering", kind="", is_control=False, goal="",
-                strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0,
+                strength=0.0, strength_name="", n_tune=0, seconds_to_fit=0.0, explicit=self.explicit(None, None),
             ), None  # fmt: skip
 
         return self.pieces.piece(UNSTEERED, make, self._save_row, self._load_row)[0]
@@ -209,6 +293,8 @@ class Bench:
             f"(cos + 1) / 2 of {judge} and their mean over unedited images of the prompt on other seeds",
         )  # fmt: skip
         return {
+            "quality": f"Fréchet distance to drawings of the prompt with the target shares, {judge}",
+            "explicit": "images of prompts that name a class which show it, without the gate; with it, unedited",
             "fid": f"Fréchet distance to the unedited images of the same seeds, {judge}",
             "inception": "Inception score, mean over the image classifier's heads of the other attributes",
             "image_likeness": likeness[0],
@@ -276,7 +362,8 @@ def _table(bench: Bench, on_row: OnRow | None, progress: Progress) -> Comparison
         if on_row is not None:
             on_row(bench.attribute.name, row)
     manifest = bench.lens.manifest
+    rule = BALANCE_RULE if bench.config.protocol == "balance" else RULE
     return Comparison(
-        bench.config, bench.attribute, bench.target, tuple(rows), curves, bench.labels(), RULE, lens_key(bench.lens),
+        bench.config, bench.attribute, bench.target, ranked(rows), curves, bench.labels(), rule, lens_key(bench.lens),
         manifest.sae_id, manifest.base_model.id, bench.lens.classifier.classifier_id,
     )  # fmt: skip

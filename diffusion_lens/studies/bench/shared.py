@@ -29,8 +29,8 @@ from diffusion_lens.studies.bench.rows import Run
 
 Purpose = Literal["final", "tune"]
 PROMPT_FIELDS = {
-    "prompt", "n", "first_seed", "n_tune", "first_tune_seed", "n_fit", "first_fit_seed", "fit_prompts", "batch_size",
-    "n_examples",
+    "prompt", "n", "first_seed", "n_tune", "first_tune_seed", "n_fit", "first_fit_seed", "fit_on", "fit_prompts",
+    "batch_size", "n_examples",
 }  # fmt: skip
 """Fields of a ``CompareConfig`` that decide the unedited images."""
 
@@ -70,7 +70,8 @@ class Shared:
     @cached_property
     def draws(self) -> Draws:
         """Images that fits may use."""
-        prompts = self.config.fit_prompts or tuple(self.lens.prompts)
+        of_lens = tuple(self.lens.prompts) if self.config.fit_on == "lens" else (self.config.prompt,)
+        prompts = self.config.fit_prompts or of_lens
         manifest = self.lens.manifest
         return Draws(
             self.lens.model, prompts, self.config.seeds("fit"), manifest.n_steps, manifest.guidance_scale,
