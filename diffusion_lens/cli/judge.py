@@ -51,13 +51,14 @@ def check(
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Measure every claim about a lens against its bar; exit status 0 only if it is passed.
+    """Measure what a lens should do, row by row against its bar; exit status 0 only if it is passed.
 
     1 generated against planted shares, 2 the classifier, 3 the SAE, 4 attribution, 5 the sweep and its control.
 
-    The quick check takes minutes: a row fails only when its whole interval lies beyond the bar ("open" means that
-    more images would tell). The full check draws 1,000 images per prompt and sweeps 500 per strength: hours on two
-    cores; it tells rows as soon as they are measured, and --part by --part it need not be done at one go.
+    The quick check takes minutes and is a smoke test: a row fails only when its whole interval lies beyond the bar
+    ("open" means that more images would tell), and it says how far off a share must be for that. The full check draws
+    1,000 images per prompt and sweeps 500 per strength: hours on two cores; it tells rows as soon as they are
+    measured, and --part by --part it need not be done at one go.
 
       python -m diffusion_lens check
 

@@ -27,7 +27,7 @@ from diffusion_lens.results.stats import share_interval
 from diffusion_lens.results.sweeps import SweepResult
 from diffusion_lens.studies.check import steering, world
 from diffusion_lens.studies.check.inside import Reconstruction, fidelity
-from diffusion_lens.studies.check.result import CheckReport, Row, at_least, at_most, distance, stretch, worst
+from diffusion_lens.studies.check.result import CheckReport, Row, at_least, at_most, distance, stretch, visible, worst
 from diffusion_lens.studies.check.run import plain_report, row_texts, run_check
 from diffusion_lens.studies.check.runs import FIRST_SEED, Job
 
@@ -54,6 +54,16 @@ def test_distance_of_an_interval_from_zero() -> None:
     assert distance((-0.1, 0.3)) == (0.0, 0.3)
     assert distance((-0.3, -0.1)) == (0.1, 0.3)
     assert distance((0.1, 0.2)) == (0.1, 0.2)
+
+
+def test_what_a_check_can_see() -> None:
+    """At the distance that ``visible`` gives, four of five simulated checks fail the row; the card's own numbers."""
+    n, m, bar = 400, 50, 0.04
+    off = visible(n, m, bar)
+    shares = np.random.default_rng(0).binomial(n, 0.5 + off, size=2000) / n
+    half = norm.ppf(1 - 0.025 / m) * np.sqrt(shares * (1 - shares) / n)
+    assert np.mean(shares - half - 0.5 > bar) == pytest.approx(0.8, abs=0.06)
+    assert visible(1000, 442, bar) == pytest.approx(0.114, abs=0.005) and visible(64, 442, bar) > 0.3
 
 
 def test_worst_is_the_gravest_then_the_tightest() -> None:

@@ -82,6 +82,16 @@ def stretch(value: float, interval: Interval, comparisons: int) -> Interval:
     return value - (value - interval[0]) * factor, value + (interval[1] - value) * factor
 
 
+def visible(n: int, comparisons: int, bar: float, *, power: float = 0.8) -> float:
+    """How far off a share near a half must be to fail with probability ``power`` on ``n`` images.
+
+    To fail, its whole interval, which holds together with ``comparisons`` others, must lie beyond ``bar``: the bar,
+    plus as many standard errors as interval and power ask for (normal approximation; our working form).
+    """
+    errors = norm.ppf(1 - 0.025 / comparisons) + norm.ppf(power)
+    return float(bar + errors * 0.5 / n**0.5)
+
+
 def distance(interval: Interval) -> Interval:
     """The interval of ``|x|`` for an ``x`` in ``interval``."""
     low, high = interval
@@ -97,6 +107,7 @@ class CheckReport:
         by_prompt: part 5's rows of every prompt that was swept; ``rows`` has the worst of the best professions.
         sweeps: the sweeps measured on the way, controls included.
         counted: the shares measured on the way; ``None`` where neither part 1 nor part 2 was asked for.
+        sees: how far off a share must be for part 1 to see it, in one sentence; empty where it was not asked for.
     """
 
     rows: tuple[Row, ...]
@@ -110,6 +121,7 @@ class CheckReport:
     by_prompt: tuple[Row, ...] = field(default=(), repr=False)
     sweeps: tuple[SweepResult, ...] = field(default=(), repr=False)
     counted: CountedShares | None = field(default=None, repr=False)
+    sees: str = ""
 
     @property
     def holds(self) -> bool:
@@ -124,4 +136,5 @@ class CheckReport:
         parts = [f"{counted.count(v)} {v}" for v in ("holds", "open", "fails", "not applicable") if v in counted]
         kind = "full check" if self.full else "quick check"
         outcome = "passed" if self.holds else "not passed"
-        return f"{kind} {outcome}: {', '.join(parts)} (lens {self.lens_id}, {self.seconds:.0f} s)"
+        said = f"{kind} {outcome}: {', '.join(parts)} (lens {self.lens_id}, {self.seconds:.0f} s)"
+        return f"{said}. {self.sees}" if self.sees else said

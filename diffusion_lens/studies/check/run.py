@@ -1,4 +1,7 @@
-"""``check``: does a lens do what the project claims? Every claim measured on seeds that nothing was chosen on."""
+"""``check``: rows of what a lens should do, each with a bar, measured on seeds that nothing was chosen on.
+
+The quick form is a smoke test: it finds what is far off, and says how far that is. The full form gives the figures.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,7 @@ def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
         if 2 in parts:
             add(world.classifier_rows(replace(job, progress=reading), counted))
         found["counted"] = world.counted_shares(counted)
+        found["sees"] = world.sees(job.lens, job.sizes.shares)
     if groups["inside"]:
         drawing, attributing = next(bars).parts((3, 1), (None, "4 attribution"))
         plain, rebuilt = inside.draw_inside(replace(job, progress=drawing))
@@ -103,7 +107,7 @@ def _measure(job: Job, parts: Sequence[int]) -> dict[str, Any]:
 
 def plain_report(report: CheckReport) -> dict[str, Any]:
     """The report as JSON values, its sweeps and counted shares left out; ``by_prompt`` has every profession's rows."""
-    fields = ("full", "lens", "lens_id", "classifier_id", "first_seed", "device", "seconds")
+    fields = ("full", "sees", "lens", "lens_id", "classifier_id", "first_seed", "device", "seconds")
     plain: dict[str, Any] = {name: to_plain(getattr(report, name)) for name in fields}
     return {
         **plain,

@@ -12,6 +12,7 @@ from diffusion_lens.base.types import Attribute, Control, Predictions
 from diffusion_lens.measuring.balance import balance
 from diffusion_lens.measuring.observe import Baseline, observe, observe_baseline
 from diffusion_lens.results import metrics, stats
+from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult, collect
 from diffusion_lens.steering.settings import control_intervention, describe_setting
 from diffusion_lens.studies.check.result import (
@@ -42,7 +43,11 @@ FIRST_CHOICE = ("firefighter", "doctor", "nurse", "receptionist")
 
 @dataclass(frozen=True)
 class Steered:
-    """One prompt swept: the result, and the point where the shares balance."""
+    """One prompt swept: the result; β where the shares balance; and images of other seeds drawn there.
+
+    ``base``: the unedited images of the sweep's seeds. ``balanced``: on seeds that did not choose β, against their own
+    unedited images.
+    """
 
     prompt: str | None
     result: SweepResult
@@ -99,13 +104,15 @@ def steer(
     draw: int = 0,
     base: Baseline | None = None,
 ) -> Steered:
-    """Sweep one prompt over the shipped grid (or some of it), then draw the same seeds at the balanced β.
+    """Sweep one prompt over the shipped grid (or some of it), then draw other seeds at the balanced β.
 
-    A control is swept over fewer strengths, both ends among them, and has no balance. ``base``: the unedited images of
-    the same prompt and place, where they are at hand.
+    What is said of balance is measured on as many other seeds: those that chose β would flatter it. A control is swept
+    over fewer strengths, both ends among them, and has no balance. ``base``: the unedited images of the same prompt and
+    place, where they are at hand.
     """
     lens, setting = job.lens, job.lens.settings[attribute.name]
     request = job.request(prompt, job.seeds(5, place, job.sizes.sweep))
+    fresh = job.request(prompt, job.seeds(5, place, job.sizes.sweep, skip=job.sizes.sweep))
     stage = f"5 sweep: {name_of(prompt)}{'' if control is None else ', a control'}"
     wanted = job.sizes.strengths if control is None else job.sizes.control_strengths
     betas = thin(setting.betas, wanted, setting.identity)
@@ -119,20 +126,20 @@ def steer(
         progress=job.progress.some(STRETCH, f"{stage}, unedited"),
     )
 
-    def at(beta: float) -> SweepPoint:
-        unedited = base.measurement
+    def at(beta: float, of: Baseline) -> SweepPoint:
+        unedited = of.measurement
         if beta == setting.identity:
             return SweepPoint(unedited.against(unedited), attribute, beta=beta)
         steered = lens.intervention(attribute.name, setting.target, beta)
         steered = steered if control is None else control_intervention(steered, control, lens.atlas.activity, draw)
         found = observe(
-            lens.model, request, lens.edit(steered), lens.classifier, reference=unedited, batch_size=size,
+            lens.model, of.request, lens.edit(steered), lens.classifier, reference=unedited, batch_size=size,
             n_examples=0, progress=job.progress.some(STRETCH, f"{stage}, β = {beta:.3g}"),
         )  # fmt: skip
         return SweepPoint(found, attribute, beta=beta)
 
     result = collect(
-        map(at, betas),
+        (at(beta, base) for beta in betas),
         target=setting.target,
         setting=describe_setting(setting, control, draw),
         control=control,
@@ -144,13 +151,15 @@ def steer(
     points, trial = result.points, result
     for _ in range(REFINEMENTS):
         found = balance(trial, lens.classifier.confusion[attribute.name])
-        point = at(found.beta)
+        point = at(found.beta, base)
         if point.fd <= point.fd_floor or found.beta in trial.betas:
             break
         # Between the strengths of the grid the curve is not straight: what was measured there joins it.
         points = tuple(sorted([*points, point], key=lambda p: p.beta))
         trial = replace(trial, points=points)
-    return Steered(prompt, result, base, found, point)
+    bar = job.progress.some(STRETCH, f"{stage}, unedited, other seeds")
+    others = observe_baseline(lens.model, fresh, lens.classifier, batch_size=size, n_examples=0, progress=bar)
+    return Steered(prompt, result, base, found, at(found.beta, others))
 
 
 def thin(betas: Sequence[float], n: int, identity: float) -> tuple[float, ...]:
@@ -176,14 +185,41 @@ def prompt_rows(job: Job, steered: Steered, name: str) -> list[Row]:
     label = f"ln({result.target} / {result.attribute.opposite(result.target)}), {name}"
     betas = result.betas
     rows = [
-        at_most(5, f"{label}: weakest", low[0], low[1], -REACH, "number", n, f"at β = {betas[0]:g}"),
-        at_least(5, f"{label}: strongest", high[0], high[1], REACH, "number", n, f"at β = {betas[-1]:g}"),
+        at_most(
+            5, f"{label}: weakest", low[0], low[1], -REACH, "number", n, f"at β = {betas[0]:g}{lost(job, steered, 0)}"
+        ),
+        at_least(
+            5,
+            f"{label}: strongest",
+            high[0],
+            high[1],
+            REACH,
+            "number",
+            n,
+            f"at β = {betas[-1]:g}{lost(job, steered, -1)}",
+        ),
         order_row(steered, column, name),
         balance_row(steered, name),
         moved_row(job, steered, name),
     ]
     kept = kept_row(job, steered, name)
     return rows if kept is None else [*rows, kept]
+
+
+def lost(job: Job, steered: Steered, place: int) -> str:
+    """What an end of the range costs, to stand beside how far it reaches; empty where nothing else is read."""
+    same = kept_by_nuisance(job, steered.base.measurement, steered.result.points[place].measurement)
+    if not same:
+        return ""
+    least = min(same, key=lambda key: same[key].mean())
+    mean = float(np.mean([own.mean() for own in same.values()]))
+    return f", where {mean:.0%} of nuisances are kept (least: {least} {same[least].mean():.0%})"
+
+
+def kept_by_nuisance(job: Job, before: Measurement, after: Measurement) -> dict[str, np.ndarray]:
+    """Nuisance → whether each image kept its class, ``float [n]``."""
+    steerable = {a.name for a in job.lens.attributes}
+    return {key: _same(p, after.readings[key]) for key, p in before.readings.items() if key not in steerable}
 
 
 def _log_odds(result: SweepResult, place: int, column: int) -> tuple[float, Interval]:
@@ -218,15 +254,19 @@ def order_row(steered: Steered, column: int, name: str) -> Row:
 
 
 def balance_row(steered: Steered, name: str) -> Row:
-    """FD at the balanced strength against the 95 % point of its null."""
+    """FD at the balanced strength, on seeds that did not choose it, against the 95 % point of its null.
+
+    β was found on as many images as are counted here, so both err: the null is that of half as many (our working form).
+    """
     found = steered.found
     assert found is not None and steered.balanced is not None
     n = steered.balanced.n
     label = f"FD at balance, {name}"
     if n == 0:
         return Row(5, label, "–", "fails", note="every image was left undecided")
-    value, interval, floor = steered.balanced.fd, steered.balanced.fd_interval, steered.balanced.fd_floor
-    note = f"{found.note} Bar: the 95 % point of FD at n = {n}"
+    value, interval = steered.balanced.fd, steered.balanced.fd_interval
+    floor = metrics.fd_null_floor(max(1, n // 2), steered.balanced.goal)
+    note = f"{found.note} On {n} other seeds; bar: the 95 % point of FD where choice and count err alike"
     return at_most(5, label, value, interval, floor, "number", n, note)
 
 
@@ -248,10 +288,8 @@ def moved_row(job: Job, steered: Steered, name: str) -> Row:
 
 def kept_row(job: Job, steered: Steered, name: str) -> Row | None:
     """Nuisance classes kept on paired seeds at balance: mean over nuisances."""
-    assert steered.balanced is not None
-    steerable = {a.name for a in job.lens.attributes}
-    before, after = steered.base.measurement.readings, steered.balanced.measurement.readings
-    same = {key: _same(before[key], after[key]) for key in before if key not in steerable}
+    assert steered.balanced is not None and steered.balanced.measurement.reference is not None
+    same = kept_by_nuisance(job, steered.balanced.measurement.reference, steered.balanced.measurement)
     if not same:
         return None
     low = min(same, key=lambda key: same[key].mean())

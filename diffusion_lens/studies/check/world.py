@@ -13,7 +13,15 @@ from diffusion_lens.portraits import world
 from diffusion_lens.results import stats
 from diffusion_lens.results.counted import CountedShares
 from diffusion_lens.results.measurement import Measurement, join
-from diffusion_lens.studies.check.result import Row, at_least, at_most, distance, not_applicable, stretch
+from diffusion_lens.studies.check.result import (
+    Row,
+    at_least,
+    at_most,
+    distance,
+    not_applicable,
+    stretch,
+    visible,
+)
 from diffusion_lens.studies.check.runs import DRAWN_SEED, Job, count
 
 WITHIN = 0.04
@@ -74,10 +82,26 @@ class Comparison:
         return float(2 * norm.sf(WITHIN / spread))
 
 
+def n_compared(lens: DiffusionLens, n_prompts: int) -> int:
+    """Shares whose intervals hold together: of every attribute all but one, which the others decide."""
+    return n_prompts * sum(len(a.classes) - 1 for a in lens.classifier.attributes)
+
+
+def sees(lens: DiffusionLens, n: int) -> str:
+    """What ``n`` images a prompt can show of a share that is off; empty without a planted truth."""
+    if not has_truth(lens):
+        return ""
+    off = visible(n, n_compared(lens, len(lens.prompts)), WITHIN)
+    return (
+        f"With {n:,} images a prompt a share has to be some {off * 100:.0f} points off to fail with a probability of "
+        "80 %; what is less is called open, or holds."
+    )
+
+
 def compare(lens: DiffusionLens, counted: Counted) -> list[Comparison]:
     """Every class of every attribute under every prompt; intervals hold together."""
     attributes = lens.classifier.attributes
-    m = len(counted) * sum(len(a.classes) - 1 for a in attributes)
+    m = n_compared(lens, len(counted))
     rows = []
     for prompt, measured in counted.items():
         planted = world.planted_shares(prompt or "")
