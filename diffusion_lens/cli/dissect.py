@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffusion_lens.results.joint import JointResult
 
 DEPTH_STORE = assets_folder() / "depth.json"
+APART_STORE = assets_folder() / "depth-apart.json"
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command("dissect")(dissect)
     app.command("together")(together)
     portraits.app.command("depth")(depth)
+    portraits.app.command("depth-apart")(depth_apart)
 
 
 @guarded
@@ -268,3 +270,67 @@ def _depth_row(p: DepthPoint) -> tuple[str, ...]:
 
 def _points(value: float, interval: tuple[float, float]) -> str:
     return f"{value * 100:+.0f} ({interval[0] * 100:+.0f} to {interval[1] * 100:+.0f})"
+
+
+@guarded
+def depth_apart(
+    work: WorkOption = Path("runs/depth-apart"),
+    parts: Annotated[Path, typer.Option(help="Folder with the trained autoencoder/ and classifier/.")] = Path(
+        "runs/portraits"
+    ),
+    trainings: Annotated[int, typer.Option(min=1, help="Of every network.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every training.")] = None,
+    training_batch: Annotated[int | None, typer.Option(min=1, help="Pictures per optimiser step.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--images", "-n", help="Images of every training, on the same noise.")
+    ] = None,
+    store: Annotated[bool, typer.Option("--store", help="Also write assets/depth-apart.json.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train networks of three depths and equal size, and of three sizes and equal depth, several times each.
+
+    A minority of less than 1 % and one of 42 % are planted; intervals are over trainings. Fifteen trainings of a few
+    minutes each on two free cores; a stopped run goes on.
+
+    python -m diffusion_lens portraits depth-apart --store
+
+    python -m diffusion_lens portraits depth-apart --trainings 8 --steps 5000 --work runs/depth-apart-long
+    """
+    import torch
+    from diffusers import AutoencoderTiny
+
+    from diffusion_lens.base.files import write_json
+    from diffusion_lens.cli.options import hide_loading_bars, pick_device
+    from diffusion_lens.judging.classify import HeadsClassifier
+    from diffusion_lens.results.depth_apart import MINORITIES
+    from diffusion_lens.studies.depth_apart import ApartConfig, run_apart
+
+    autoencoder, classifier = _parts(parts)
+    given: dict[str, Any] = {"n_steps": steps, "train_batch": training_batch, "n": n, "n_trainings": trainings}
+    config = ApartConfig.parse(
+        {k: v for k, v in given.items() if v is not None}, where="the experiment on depth at equal size"
+    )
+    hide_loading_bars()
+    place = torch.device(pick_device(device))
+    vae = AutoencoderTiny.from_pretrained(autoencoder).to(place).eval()
+    with progress("depth at equal size") as bar:
+        result = run_apart(config, vae, HeadsClassifier.load(classifier), work, device=place, progress=bar.work)
+    if store:
+        write_json(APART_STORE, to_plain(result))
+        say(f"Wrote {APART_STORE}")
+    if as_json:
+        show_json(to_plain(result))
+        return
+    rows = [
+        (
+            t.network, str(t.layers), f"{t.parameters / 1e6:.2f} M", str(t.seed), f"{t.share('male'):.1%}",
+            f"{t.share('blond male'):.2%}", f"{t.n}, {t.n_uncertain}",
+        )
+        for t in result.trainings
+    ]  # fmt: skip
+    show_table("trainings", ("network", "blocks", "weights", "seed", *MINORITIES, "n, undecided"), rows)
+    for family in result.families:
+        for minority in MINORITIES:
+            say(f"{family}: {result.verdict(family, minority)}")
+    say(result.caveat)

@@ -12,10 +12,12 @@ from multiprocessing import get_context
 import numpy as np
 
 from diffusion_lens.base.progress import Progress
+from diffusion_lens.base.types import LensError
 from diffusion_lens.portraits import world
 from diffusion_lens.portraits.draw import SIZE, VARIATION, Variation, draw
 
 CHUNK = 500
+PROMPT_SEED = 700_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ def draw_many(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             _collect(pool.map(task, chunks), images, labels, captions, progress)
     return Drawings(images, labels, tuple(captions))
+
+
+def draw_prompt(prompt: str, n: int, *, first_seed: int = PROMPT_SEED) -> np.ndarray:
+    """``n`` portraits of a prompt as the world plants them, ``uint8[n, 64, 64, 3]``; ``""`` is everyone.
+
+    Raises ``LensError`` for a prompt that is no sentence of this world, or names more than a profession.
+    """
+    noun, said = world.parse_prompt(prompt)
+    if any(said.values()):
+        raise LensError(f"'{prompt}' names more than a profession; choose a plain sentence of this world.")
+    return np.stack([draw(world.sample_record(seed, noun=noun)) for seed in range(first_seed, first_seed + n)])
 
 
 def _collect(
