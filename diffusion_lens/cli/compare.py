@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion_lens.base.assets import assets_folder
 from diffusion_lens.base.files import check_writable
 from diffusion_lens.base.types import LensError
 from diffusion_lens.base.words import duration
@@ -26,8 +27,9 @@ from diffusion_lens.results.as_json import row_json
 
 if TYPE_CHECKING:
     from diffusion_lens.lens.lens import DiffusionLens
-    from diffusion_lens.results.comparison import CompareConfig, Comparison, MethodRow
+    from diffusion_lens.results.comparison import CompareConfig, Comparison, Measured, MethodRow
 
+BYPASS_STORE = assets_folder() / "bypass.json"
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="What to draw; '' is the empty prompt.")]
 WorkOption = Annotated[Path, typer.Option(help="Folder of finished pieces; a stopped run goes on there.")]
 
@@ -35,6 +37,8 @@ WorkOption = Annotated[Path, typer.Option(help="Folder of finished pieces; a sto
 def register(app: typer.Typer) -> None:
     """Add this family's commands."""
     app.command("compare")(compare)
+    app.command("bypass")(bypass)
+    app.command("claims")(claims)
 
 
 @guarded
@@ -57,6 +61,17 @@ def compare(
         int, typer.Option("--curve", "--tune", help="Images per strength of the curves, on other seeds.")
     ] = 48,
     fit: Annotated[int, typer.Option("--fit", help="Images that a method may be fitted on, on other seeds.")] = 128,
+    fit_on: Annotated[
+        str,
+        typer.Option(help="What every method may see while fitting: prompt (the one compared) or lens (all of its)."),
+    ] = "prompt",
+    group: Annotated[
+        list[str] | None, typer.Option(help="A prompt of the group that methods are fitted on, in place of --fit-on.")
+    ] = None,
+    explicit: Annotated[int, typer.Option(min=0, help="Images of prompts that name a class, of every method.")] = 48,
+    protocol: Annotated[
+        str, typer.Option(help="balance: every method where it meets the target; points: at its best strength.")
+    ] = "balance",
     approach: Annotated[str, typer.Option(help="auto, draw or shift; see docs.")] = "auto",
     work: WorkOption = Path("runs/compare"),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, CSV and the table.")] = None,
@@ -66,7 +81,7 @@ def compare(
     device: DeviceOption = "auto",  # no other run flag: some methods train in the model's format, through its blocks
     as_json: JsonOption = False,
 ) -> None:
-    """Run every method on the same seeds, each at its best setting, and print the paper's table.
+    """Run every method on the same seeds, each at balance, and print what it keeps there beside random features.
 
     python -m diffusion_lens compare --store
 
@@ -83,7 +98,8 @@ def compare(
     keys = tuple(k.strip() for k in methods.split(","))
     shape: dict[str, Any] = {
         "methods": keys, "n": n, "n_tune": curve, "n_fit": fit, "approach": approach,
-        "batch_size": batch_of(opened, batch_size),
+        "batch_size": batch_of(opened, batch_size), "fit_on": fit_on, "protocol": protocol, "n_explicit": explicit,
+        "fit_prompts": None if not group else tuple(checked_prompt(opened, one) for one in group),
     }  # fmt: skip
     configs = [
         CompareConfig.parse(
@@ -162,10 +178,98 @@ def _write(comparison: Comparison, out: Path) -> None:
 
 
 def _print_table(comparison: Comparison) -> None:
-    from diffusion_lens.results.comparison_tables import COLUMNS, PARTS, cells, verdict
+    from diffusion_lens.results.comparison_tables import COLUMNS, PARTS, cells, columns_of, verdict
 
-    for part, fields in PARTS.items():
+    for part in PARTS:
+        fields = columns_of(comparison, part)
         rows = [tuple(cells(row, fields)) for row in comparison.rows]
         show_table(f"{comparison.attribute.name}: {part}", tuple(COLUMNS[field] for field in fields), rows)
-    notes = [f"{COLUMNS[field]} {text}." for field, text in comparison.labels.items()]
+    seen = f"While fitting, every method saw {comparison.config.n_fit} images of {comparison.config.seen}."
+    notes = [seen, *(f"{COLUMNS[field]} {text}." for field, text in comparison.labels.items())]
     say("\n".join([verdict(comparison), comparison.rule, *notes]))
+
+
+@guarded
+def bypass(
+    prompt: PromptOption = None,
+    strengths: Annotated[list[float] | None, typer.Option("--strength", help="A λ; may be repeated.")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help="A guidance scale; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--images", "-n", help="Images of every setting, on the same seeds.")] = 400,
+    work: WorkOption = Path("runs/bypass"),
+    store: Annotated[bool, typer.Option("--store", help="Keep the result in assets/bypass.json.")] = False,
+    lens: LensOption = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure whether mid-block bypass brings images nearer to drawings: every λ and window, unguided and guided.
+
+    python -m diffusion_lens bypass --store
+
+    python -m diffusion_lens bypass --lens assets/portraits-unconditional -n 1000 --store
+    """
+    from diffusion_lens.base.files import write_json
+    from diffusion_lens.base.plain import to_plain
+    from diffusion_lens.results.bypass import joined, load_bypass
+    from diffusion_lens.studies.bypass import BypassConfig, run_bypass
+
+    opened = open_lens(lens, device)
+    told = checked_prompt(opened, prompt if prompt is not None or opened.prompts == (None,) else opened.prompts[0])
+    given = {"strengths": strengths, "guidance_scales": guidance}
+    config = BypassConfig.parse(
+        {"prompt": told, "n": n, **{k: tuple(v) for k, v in given.items() if v}}, where="the study of bypass"
+    )
+    with progress("bypass") as bar:
+        result = run_bypass(opened, config, work, progress=bar.work)
+    if store:
+        before = load_bypass(BYPASS_STORE) if BYPASS_STORE.is_file() else ()
+        write_json(BYPASS_STORE, to_plain(joined(before, result)))
+        say(f"Wrote {BYPASS_STORE}")
+    if as_json:
+        show_json(to_plain(result))
+        return
+    rows = [
+        (
+            p.setting, f"{p.frechet:.2f}", _interval(p.gain), f"{p.precision:.2f}", f"{p.recall:.2f}",
+            f"{p.diversity:.2f}", _interval(p.wider), f"{p.entropy:.2f}", f"{p.n}, {p.n_uncertain}",
+        )
+        for p in result.points
+    ]  # fmt: skip
+    headings = (
+        "setting", "to drawings*", "nearer than unedited", "precision*", "recall*", "diversity*", "wider than unedited",
+        "entropy", "n, undecided",
+    )  # fmt: skip
+    show_table(f"mid-block bypass, {result.prompt!r}", headings, rows)
+    say(f"* {result.features}, against {result.n_drawings:,} drawings; intervals of all settings hold together.")
+    say(result.verdict)
+
+
+@guarded
+def claims(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the page there.")] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="A model card whose tables of the comparison are made anew.")
+    ] = None,
+    lens: LensOption = "",
+) -> None:
+    """Print each claim of the sources beside our experiment and its verdict, from stored results alone.
+
+    python -m diffusion_lens claims --out docs/CLAIMS.md --card docs/MODEL_CARD.md
+    """
+    from diffusion_lens.base.files import write_text
+    from diffusion_lens.studies.claims import card_with, claims_markdown
+    from diffusion_lens.studies.claims import claims as read_claims
+
+    opened = open_lens(lens, "cpu")
+    page = claims_markdown(read_claims(opened, assets_folder()), opened.comparisons)
+    if card is not None:
+        write_text(card, card_with(card.read_text(encoding="utf-8"), opened.comparisons))
+        say(f"Wrote {card}")
+    if out is not None:
+        write_text(out, page)
+        say(f"Wrote {out}")
+    if card is None and out is None:
+        say(page)
+
+
+def _interval(value: Measured | None) -> str:
+    return "" if value is None else f"{value.value:+.2f} ({value.interval[0]:+.2f} to {value.interval[1]:+.2f})"

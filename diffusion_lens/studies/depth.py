@@ -1,4 +1,4 @@
-"""The depth experiment on the bundled world (after Mian et al., Deeper Diffusion Models Amplify Bias, 2505.17560).
+"""The depth experiment on the bundled world (after Hakemi et al., Deeper Diffusion Models Amplify Bias, 2505.17560).
 
 U-Nets of several depths learn from the same drawings with the same seeds. The planted shares are known exactly, so
 amplification, generated minus planted share, is measured and not guessed: per attribute, prompt, depth, guidance
