@@ -18,6 +18,7 @@ from diffusion_lens.methods.latent_direction import LatentDirection
 from diffusion_lens.methods.latent_editing import LatentEditing
 from diffusion_lens.methods.protocol import Fitted, FittedRecord, Method, OpenLens, lens_key
 from diffusion_lens.methods.sae_alternatives import SaeGradient, SaeLrp
+from diffusion_lens.methods.site_means import SiteMeans
 from diffusion_lens.methods.stereoclinic import StereoClinic
 from diffusion_lens.methods.text_features import TextFeatures
 
@@ -26,7 +27,7 @@ METHODS: dict[str, Method] = {
     for method in (
         DiffLens(), DiffLensHeld(), SaeLrp(), SaeGradient(), Activation(), LatentDirection(), LatentEditing(),
         HDistribution(), FineTuning(), Bypass(), DDM(), StereoClinic(), EquiSteer(), TextFeatures(),
-        RandomFeatures(), SignFlip(), MatchedNoise(), PromptRewriting(),
+        SiteMeans(), RandomFeatures(), SignFlip(), MatchedNoise(), PromptRewriting(),
     )
 }  # fmt: skip
 

@@ -12,10 +12,12 @@ from lens_fixtures import PROMPTS
 from diffusion_lens.base.types import EditSpec, LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.draws import Draws
-from diffusion_lens.methods.edits import ClassDraw, WeightEdit, chosen
+from diffusion_lens.methods.edits import ClassDraw, DirectionEdit, WeightEdit, chosen
 from diffusion_lens.methods.equisteer import EquiSteer, EquiSteerOptions, directions, orthogonal, reinject, touched
+from diffusion_lens.methods.latent_editing import LatentEditing
 from diffusion_lens.methods.prompts import name_class
 from diffusion_lens.methods.protocol import Fitted
+from diffusion_lens.methods.site_means import SiteMeans, SiteMeansOptions
 from diffusion_lens.methods.text_features import (
     TextFeatures,
     TextFeaturesOptions,
@@ -141,6 +143,33 @@ def test_text_directions_decode_the_features_of_largest_difference(tiny_lens: Di
     rows = ClassDraw(fitted.attribute, (0.5, 0.5), 0).rows((0, 1, 2))
     shift = edit.model_context.keywords["shift"]  # type: ignore[attr-defined]
     torch.testing.assert_close(shift, 0.5 * fitted.tensors["directions"][rows])
+
+
+def test_class_means_at_the_lenss_own_site_are_latent_editings(tiny_lens: DiffusionLens) -> None:
+    draws = Draws(tiny_lens.model, PROMPTS, tuple(range(500, 524)), 4, 1.0)
+    told = {"prompts": draws.prompts, "seeds": draws.seeds, "draws": draws}
+    own = SiteMeans().fit(tiny_lens, "gender", "male", SiteMeansOptions(), **told)  # type: ignore[arg-type]
+    slow = LatentEditing().fit(tiny_lens, "gender", "male", LatentEditing.options(), **told)  # type: ignore[arg-type]
+    (name,) = [name for name in own.tensors if name.startswith("site|")]
+    torch.testing.assert_close(own.tensors[name], slow.tensors["directions"], rtol=1e-2, atol=2e-3)
+    directions = own.tensors[name]
+    edit = DirectionEdit(directions, 1.5, ClassDraw(own.attribute, (0.0, 1.0), 0), "symmetric", None, own.spec(1.5))
+    plain = tiny_lens.generate(PROMPTS[0], edit, seeds=range(4)).images.astype(int)
+    at_site = tiny_lens.generate(PROMPTS[0], own.edit(1.5), seeds=range(4)).images.astype(int)
+    assert np.abs(plain - at_site).max() <= 1
+
+
+def test_several_sites_are_steered_at_once(tiny_lens: DiffusionLens) -> None:
+    draws = Draws(tiny_lens.model, PROMPTS, tuple(range(500, 524)), 4, 2.0)
+    told = {"prompts": draws.prompts, "seeds": draws.seeds, "draws": draws}
+    options = SiteMeansOptions(sites="mid_block, up_blocks.0")
+    both = SiteMeans().fit(tiny_lens, "gender", "male", options, **told)  # type: ignore[arg-type]
+    assert {name for name in both.tensors if name.startswith("site|")} == {"site|mid_block", "site|up_blocks.0"}
+    one = SiteMeans().fit(tiny_lens, "gender", "male", SiteMeansOptions(), **told)  # type: ignore[arg-type]
+    images = [tiny_lens.generate(PROMPTS[0], f.edit(2.0), seeds=range(3)).images for f in (both, one)]
+    assert not np.array_equal(*images)
+    with pytest.raises(LensError):
+        SiteMeans().fit(tiny_lens, "gender", "male", SiteMeansOptions(sites="nowhere.9"), **told)  # type: ignore[arg-type]
 
 
 def test_models_without_prompts_are_refused(prompt_free_lens: DiffusionLens) -> None:
