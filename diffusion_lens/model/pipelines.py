@@ -113,7 +113,7 @@ class DiffusionModel:
         """``(c, y, x)`` of what is read, measured by one dry forward."""
         with torch.no_grad(), self.lock, capture(self.port) as tap:
             conditioning = self.condition("" if self.is_text else None, 1, 1.0)
-            t = self.scheduler(1).timesteps[0]
+            t = self.scheduler(2 if self.is_flow else 1).timesteps[0]  # one step of some flows is none
             blank = torch.zeros(1, *self.latent_shape, device=self.device, dtype=self.dtype)
             with failing("This model cannot run on images of its own size"):
                 self.predict(blank, t, conditioning)

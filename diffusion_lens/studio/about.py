@@ -98,7 +98,7 @@ def lens_facts(lens: DiffusionLens) -> list[tuple[str, str]]:
     facts = [
         ("lens", f"{m.name}, {m.lens_id}"), ("model", m.base_model.id),
         ("sampler", f"{m.scheduler}, {m.n_steps} steps"),
-        ("guidance", f"{m.guidance_scale:g}"), ("bottleneck", m.hook_name),
+        ("guidance", f"{m.guidance_scale:g}"), ("site", m.hook_name),
         ("SAE", f"{m.sae_id}, {lens.atlas.density.size} features"), ("judged by", m.classifier_id),
     ]  # fmt: skip
     facts += [("noted when opened", note) for note in (lens.model.notes if lens.is_ready else ())]

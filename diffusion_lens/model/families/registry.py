@@ -8,11 +8,24 @@ from torch import nn
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.model.families.base import Family
+from diffusion_lens.model.families.dit import DiT
+from diffusion_lens.model.families.flux import Flux
+from diffusion_lens.model.families.flux2 import Flux2Klein
+from diffusion_lens.model.families.lumina2 import Lumina2
+from diffusion_lens.model.families.pixart import PixArt
+from diffusion_lens.model.families.qwen import QwenImage
+from diffusion_lens.model.families.sana import Sana
 from diffusion_lens.model.families.sd3 import StableDiffusion3
 from diffusion_lens.model.families.unet import LatentUNet, PixelUNet, TextUNet, XLUNet
+from diffusion_lens.model.families.z_image import ZImage
 from diffusion_lens.model.kinds import check_filled
 
-FAMILIES: tuple[Family, ...] = (TextUNet(), XLUNet(), PixelUNet(), LatentUNet(), StableDiffusion3())
+FAMILIES: tuple[Family, ...] = (
+    TextUNet(), XLUNet(), PixelUNet(), LatentUNet(),
+    PixArt(), Sana(), DiT(),
+    StableDiffusion3(), Flux(), Flux2Klein(), QwenImage(),
+    ZImage(), Lumina2(),
+)  # fmt: skip
 KINDS: dict[str, Family] = {family.kind: family for family in FAMILIES}
 _CLASSES: dict[str, Family] = {name: family for family in FAMILIES for name in family.pipelines}
 
