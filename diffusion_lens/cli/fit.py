@@ -65,8 +65,23 @@ def fit(
         typer.Option(rich_help_panel=MODEL, help="Which weight files to read, e.g. fp16; the plain ones by default."),
     ] = None,
     hook_name: Annotated[
-        str, typer.Option(rich_help_panel=MODEL, help="Module that is read and edited.")
-    ] = "mid_block",
+        str,
+        typer.Option(
+            "--site",
+            "--hook-name",
+            rich_help_panel=MODEL,
+            help="Where the model is read and edited: module, module:update or module:output:text; by default a "
+            "U-Net's bottleneck or a transformer's middle block.",
+        ),
+    ] = "",
+    image_size: Annotated[
+        str | None,
+        typer.Option("--size", rich_help_panel=MODEL, help="HEIGHTxWIDTH in pixels; by default the model's own."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=MODEL, min=0, help="Tokens of a prompt (max_sequence_length of its own call)."),
+    ] = None,
     bundle: Annotated[
         bool, typer.Option("--bundle", rich_help_panel=MODEL, help="Copy the model into the lens.")
     ] = False,
@@ -164,7 +179,8 @@ def fit(
         changes = {
             "n_images": images, "per_class": per_class, "n_steps": steps, "guidance_scale": guidance,
             "batch_size": batch_size, "sweep_images": sweep_images, "seed": seed, "name": name, "revision": revision,
-            "variant": variant, "bundle_pipeline": bundle,
+            "variant": variant, "bundle_pipeline": bundle, "size": _size(image_size),
+            "max_sequence_length": text_tokens,
         }  # fmt: skip
         sae = {"d_sae": sae_features, "k": sae_k, "n_steps": sae_steps, "layout": sae_layout, "seed": seed}
         _announce(processes, "Loading the models…")
@@ -183,6 +199,16 @@ def fit(
         )  # fmt: skip
     if processes.is_main:
         _report(lens, out, as_json)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """``HEIGHTxWIDTH`` as two numbers."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise LensError(f"--size is HEIGHTxWIDTH in pixels, e.g. 512x512; '{text}' is none.")
+    return int(parts[0]), int(parts[1])
 
 
 class _Reading:
@@ -235,6 +261,8 @@ def _from_flags(
         variant=changes["variant"],
         offline=offline,
         options=running,
+        size=changes["size"],
+        max_sequence_length=changes["max_sequence_length"],
     )
     people = reading.labeller
     if people is not None and people.startswith("csv:"):

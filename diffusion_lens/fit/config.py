@@ -27,6 +27,8 @@ class FitConfig(StrictConfig):
     Attributes:
         name: of the lens. model: a diffusers folder or hub id; ``model_id`` is what requests call it,
             ``variant`` which of its weight files are read (see ``load_model``).
+        hook_name: the site that is read and edited (``model.sites.Site``).
+        size, max_sequence_length: of the model's own call (see ``load_model``), where that is not left its own.
         bundle_pipeline: copy the pipeline into the lens, so that the folder is complete.
         classifier: folder of the classifier that judges. labeller: of the one whose reading trains the probes
             and chooses the settings (``None``: the same; a lens says so, for what mitigates should not be the judge).
@@ -54,6 +56,8 @@ class FitConfig(StrictConfig):
     variant: str | None = None
     model_id: str
     hook_name: str = "mid_block"
+    size: tuple[int, int] | None = None
+    max_sequence_length: int | None = Field(default=None, ge=0)
     bundle_pipeline: bool = False
     classifier: str
     labeller: str | None = None
@@ -115,7 +119,7 @@ class FitConfig(StrictConfig):
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "sample": (
         "revision", "model_id", "sampling_prompts", "n_steps", "guidance_scale", "n_images", "first_seed",
-        "batch_size",
+        "batch_size", "size", "max_sequence_length",
     ),
     "label": (),
     "collect": ("hook_name", "attributes", "per_class", "seed"),
@@ -130,6 +134,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+LATER = ("size", "max_sequence_length")
 FIRST_ASKED = {"labeller": "label", "classifier": "settings"}
 """Classifier → the first stage that it decides."""
 
@@ -145,7 +150,8 @@ def stage_hashes(config: FitConfig, identities: dict[str, str]) -> dict[str, str
     digest = hashlib.sha256(json.dumps(always, sort_keys=True).encode())
     hashes = {}
     for stage in STAGES:
-        part = {key: values[key] for key in STAGE_KEYS[stage]}
+        # Keys that older work lacks count from when they are used: what was made before is found again.
+        part = {key: values[key] for key in STAGE_KEYS[stage] if key not in LATER or values[key] is not None}
         part |= {name: identities.get(name) for name, first in FIRST_ASKED.items() if first == stage}
         digest.update(json.dumps([stage, part], sort_keys=True).encode())
         hashes[stage] = digest.hexdigest()[:12]

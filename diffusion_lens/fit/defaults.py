@@ -95,6 +95,8 @@ def default_config(
         "model": source,
         "model_id": model.model_id,
         "hook_name": model.hook_name,
+        "size": model.settings.size,
+        "max_sequence_length": model.settings.max_sequence_length,
         "classifier": classifier,
         "attributes": names,
         "sampling_prompts": tuple(prompts),

@@ -90,6 +90,7 @@ def load_models(
     model = load_model(
         config.model, device=device, dtype=dtype or torch.float32, hook_name=config.hook_name,
         revision=config.revision, offline=offline, model_id=config.model_id, options=options, variant=config.variant,
+        size=config.size, max_sequence_length=config.max_sequence_length,
     )  # fmt: skip
     classifier = open_classifier(config.classifier, device=device, offline=offline)
     return Models(model, classifier, open_labeller(config.labeller, classifier, device=device, offline=offline))
@@ -114,6 +115,10 @@ def prepare(
     model = models.model
     if model.model_id != config.model_id or model.hook_name != config.hook_name:
         raise LensError(f"The model is '{model.model_id}' at {model.hook_name}; the configuration names others.")
+    for name in ("size", "max_sequence_length"):
+        asked, own = getattr(config, name), getattr(model.settings, name)
+        if asked is not None and asked != own:
+            raise LensError(f"The configuration says {name} {asked} and the model was opened with {own}.")
     if model.is_text != bool(config.sampling_prompts):
         raise LensError("A text model needs sampling_prompts, an unconditional one takes none.")
     model = replace(model, vocabulary=config.vocabulary)

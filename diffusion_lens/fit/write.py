@@ -72,6 +72,8 @@ def _manifest(work: Work, bundled: Path | None) -> Manifest:
             bundled=config.bundle_pipeline,
             variant=None if stored is None else next(filter(None, stored.variants.values()), None),
             digests={} if stored is None else stored.digests(),
+            size=work.model.settings.size,
+            max_sequence_length=work.model.settings.max_sequence_length,
         ),
         hook_name=config.hook_name,
         scheduler=type(work.model.pipeline.scheduler).__name__,

@@ -336,6 +336,8 @@ class LensFolder:
             options=self.options,
             variant=base.variant,
             vocabulary=self.manifest.vocabulary,
+            size=base.size,
+            max_sequence_length=base.max_sequence_length,
         )
         _check_identity(base, model)
         return model

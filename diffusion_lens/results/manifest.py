@@ -43,6 +43,8 @@ class BaseModelRef(StrictConfig):
     ``bundled``: the pipeline lies in ``pipeline/`` of the lens; otherwise ``source`` is a hub id or a folder.
     ``id`` is the name under which requests and the SAE know the model, on any machine; ``variant`` that of its weight
     files; ``digests`` (part → 16 hex digits, see ``model.stored``) say what it is, empty where a lens never noted it.
+    ``size`` (height, width in pixels) and ``max_sequence_length`` are given to its own call, where that is not told its
+    own.
     """
 
     id: str
@@ -51,6 +53,8 @@ class BaseModelRef(StrictConfig):
     bundled: bool = False
     variant: str | None = None
     digests: dict[str, str] = Field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    max_sequence_length: int | None = Field(default=None, ge=0)
 
 
 class AttributeConfig(StrictConfig):
@@ -135,7 +139,8 @@ class Manifest(StrictConfig):
     def lens_id(self) -> str:
         """First 16 hex digits of the manifest's sha256: names the lens with every file in it."""
         # Fields that older lenses lack count from when they are used: a lens keeps its name.
-        unused = {name for name in ("variant", "digests") if not getattr(self.base_model, name)}
+        later = ("variant", "digests", "size", "max_sequence_length")
+        unused = {name for name in later if getattr(self.base_model, name) in (None, {}, "")}
         return hashlib.sha256(self.model_dump_json(exclude={"base_model": unused}).encode()).hexdigest()[:16]
 
 
