@@ -515,7 +515,9 @@ class EditSpec:
             ]
             for i in self.interventions
         ]  # fmt: skip
-        return json.dumps(["features", self.sae_id, details, self.hold_digest])
+        saes = [i.features.sae_id for i in self.interventions]
+        which = saes if len(set(saes)) > 1 else self.sae_id
+        return json.dumps(["features", which, details, self.hold_digest])
 
     def __eq__(self, other: object) -> bool:
         return self._decisive == other._decisive if isinstance(other, EditSpec) else NotImplemented

@@ -70,7 +70,7 @@ def activation_difference(
     with torch.no_grad():
         for step in range(h.shape[1]):
             for rows in image_chunks(sae, len(h)):
-                values, indices = _codes(sae, h, rows, step)
+                values, indices = codes_of(sae, h, rows, step)
                 for cls in range(n_classes):
                     mine = y[rows] == cls
                     sums[cls, step].index_add_(0, indices[mine].flatten(), values[mine].double().flatten())
@@ -189,10 +189,10 @@ def _parts(
         )
     probe = probe.to(sae.W_dec.device)
     for step in range(h.shape[1]):
-        reach = _logit_reach(sae, probe, step, (h.shape[3], h.shape[4]))
+        reach = logit_reach(sae, probe, step, (h.shape[3], h.shape[4]))
         for rows in image_chunks(sae, len(h)):
-            values, indices = _codes(sae, h, rows, step)
-            start_codes = None if baseline is None else _codes(sae, baseline, rows, step)
+            values, indices = codes_of(sae, h, rows, step)
+            start_codes = None if baseline is None else codes_of(sae, baseline, rows, step)
             yield _part(sae, probe, reach, step, (values, indices), start_codes, path)
 
 
@@ -206,12 +206,12 @@ def _part(
     path: PathGradient,
 ) -> _Part:
     values, indices = codes
-    end = _decoded_logits(sae, probe, step, reach, values, indices)
+    end = decoded_logits(sae, probe, step, reach, values, indices)
     if start_codes is None:
-        start = _decoded_logits(sae, probe, step, reach, torch.zeros_like(values[:1]), indices[:1]).expand_as(end)
+        start = decoded_logits(sae, probe, step, reach, torch.zeros_like(values[:1]), indices[:1]).expand_as(end)
         amounts = values
     else:
-        start = _decoded_logits(sae, probe, step, reach, *start_codes)
+        start = decoded_logits(sae, probe, step, reach, *start_codes)
         # Scores are linear in s − s', so a feature active in both codes may stand twice.
         amounts = torch.cat([values, -start_codes[0]], dim=2)
         indices = torch.cat([indices, start_codes[1]], dim=2)
@@ -226,14 +226,14 @@ def _part(
     return _Part(step, indices, scores, gap)
 
 
-def _codes(sae: SparseAutoencoder, h: Array, rows: slice, step: int) -> tuple[Tensor, Tensor]:
+def codes_of(sae: SparseAutoencoder, h: Array, rows: slice, step: int) -> tuple[Tensor, Tensor]:
     """``values, indices [n, position (1 in the map layout), k]`` of some images at one step."""
     part = torch.as_tensor(h[rows, step]).to(sae.W_enc)
     values, indices = sae.encode_sparse(sae.to_samples(part))
     return values.reshape(len(part), -1, sae.cfg.k), indices.reshape(len(part), -1, sae.cfg.k)
 
 
-def _logit_reach(sae: SparseAutoencoder, probe: Probe, step: int, spatial: tuple[int, int]) -> Tensor:
+def logit_reach(sae: SparseAutoencoder, probe: Probe, step: int, spatial: tuple[int, int]) -> Tensor:
     """Change of every logit per unit of a feature, through each position: ``[class, y·x, d_sae]`` float32."""
     n_classes, places = probe.weight.shape[1], spatial[0] * spatial[1]
     weight = probe.weight[step].to(sae.W_dec).reshape(n_classes, sae.cfg.channels, places)
@@ -245,7 +245,7 @@ def _logit_reach(sae: SparseAutoencoder, probe: Probe, step: int, spatial: tuple
     return reach
 
 
-def _decoded_logits(
+def decoded_logits(
     sae: SparseAutoencoder, probe: Probe, step: int, reach: Tensor, values: Tensor, indices: Tensor
 ) -> Tensor:
     """The probe's logits ``[n, class]`` (float64) on the decoded code, by decoding it: a check on ``reach``."""

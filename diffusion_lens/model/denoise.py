@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor
 from diffusion_lens.base.types import Activations, EditSpec, Generation, GenerationRequest, LensError, Sampler
 from diffusion_lens.model.families.base import Conditioning
 from diffusion_lens.model.hooks import PerImage, UpPath, intercept
-from diffusion_lens.model.pipelines import DiffusionModel, seed_generators
+from diffusion_lens.model.pipelines import DiffusionModel, at_site, seed_generators
 from diffusion_lens.model.samplers import flow_shift, is_flow, signal_share
+from diffusion_lens.model.sites import Port
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Edit(Protocol):
     """A change of the bottleneck. ``spec`` is the same as data: provenance and cache key.
 
     An edit may also have ``model_context``, a callable ``DiffusionModel -> context manager`` for edits of weights;
-    it is entered once per batch; and ``prompts``, a callable ``GenerationRequest -> one prompt per image``, for edits
-    of what each image is told; and ``for_request``, a callable ``GenerationRequest -> Edit``, for edits that depend on
-    the prompt or the seeds of a batch. Runs happen in inference mode: an edit that needs gradients opens
-    ``torch.inference_mode(False)`` and ``torch.enable_grad()`` and clones ``h`` there.
+    it is entered once per batch; ``prompts``, a callable ``GenerationRequest -> one prompt per image``, for edits of
+    what each image is told; ``for_request``, a callable ``GenerationRequest -> Edit``, for edits that depend on the
+    prompt or the seeds of a batch; and ``parts``, site → edit, for edits of several sites in one pass. Runs happen in
+    inference mode: an edit that needs gradients opens ``torch.inference_mode(False)`` and ``torch.enable_grad()`` and
+    clones ``h`` there.
     """
 
     @property
@@ -237,15 +240,14 @@ class BatchRun:
     ) -> Tensor:
         t = scheduler.timesteps[index]
         scaled = latents if is_flow(scheduler) else scheduler.scale_model_input(latents, t)
-        window = None if self.edit is None else self.edit.window or (0, self.request.n_steps)
-        editing = window is not None and window[0] <= index < window[1]
         keeping = self.capture is not None and index in self.capture.indices(self.request.n_steps)
+        editing = [(port, edit) for port, edit in self.places if _acts(edit, index)]
         edited: tuple[Tensor, Tensor] | None = None
         with self.model.lock:  # other threads' hooks must not see this forward, nor these hooks theirs
             if editing or keeping:
                 share = signal_share(scheduler, index)
-                reader = _Reader(self, index, share, latents, round(float(t)), keeping, editing, conditioning.own)
-                prediction, edited = _hooked_predict(reader, scaled, t, conditioning)
+                at = _At(self, index, share, latents, round(float(t)), conditioning.own)
+                prediction, edited = _hooked_predict(at, editing, keeping, scaled, t, conditioning)
             else:
                 prediction = self.model.predict(scaled, t, conditioning)
         guided = self.model.guide(prediction, conditioning, self.request.guidance_scale)
@@ -262,84 +264,141 @@ class BatchRun:
             shift = _ddim_shift(scheduler, t, latents[rows], previous.pred_original_sample[rows], output)
         return previous.prev_sample.index_add(0, rows, shift.to(previous.prev_sample.dtype))
 
+    @cached_property
+    def places(self) -> list[tuple[Port, Edit]]:
+        """Where the edit acts, and what it does there: at the model's own site, or at each of several."""
+        if self.edit is None:
+            return []
+        model = self.model
+        return [
+            (model.port if site == model.hook_name else at_site(model, site).port, edit)
+            for site, edit in parts_of(self.edit, model).items()
+        ]
+
     def _activations(self, scheduler: Any, capture: Capture) -> Activations:
         h = torch.stack(self.kept, dim=1).cpu().numpy()
         times = tuple(round(float(scheduler.timesteps[i])) for i in capture.indices(self.request.n_steps))
         return Activations(h, times, self.request.seeds, self.model.hook_name)
 
 
-@dataclass
-class _Reader:
-    """Sees the hooked module once in a step: keeps ``h``, edits it now (symmetric) or for later (asymmetric)."""
+def parts_of(edit: Edit, model: DiffusionModel) -> dict[str, Edit]:
+    """Site → edit, of an edit of several sites (``parts``) or of one of the model's own."""
+    return dict(getattr(edit, "parts", None) or {model.hook_name: edit})
+
+
+def _acts(edit: Edit, index: int) -> bool:
+    return edit.window is None or edit.window[0] <= index < edit.window[1]
+
+
+@dataclass(frozen=True)
+class _At:
+    """One step of a run: what an edit is told there. ``own``: the rows of the half with the prompt."""
 
     run: BatchRun
     index: int
     alpha_bar: float
     latents: Tensor
     timestep: int
-    keeping: bool
-    editing: bool
     own: slice
-    edited: Tensor | None = None
+
+    def edited(self, edit: Edit, h: Tensor, h_in: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """What ``edit`` makes of ``h`` of all images, or of some ``rows``."""
+        request, seeds, latents = self.run.request, self.run.request.seeds, self.latents
+        if rows is not None:
+            seeds, latents = tuple(seeds[int(i)] for i in rows), latents[rows]
+        context = StepContext(self.index, request.n_steps, self.timestep, seeds, h_in, self.alpha_bar, latents)
+        made = edit.apply(h, context).to(h.dtype)
+        if made.shape != h.shape:
+            raise LensError(f"An edit must keep the shape {tuple(h.shape)}; it returned {tuple(made.shape)}.")
+        return made
+
+
+@dataclass
+class _Reader:
+    """Sees one site once in a step: keeps ``h``, edits it now (symmetric) or for later (asymmetric)."""
+
+    at: _At
+    edit: Edit | None
+    keeping: bool
+    made: Tensor | None = None
     changed: Tensor | None = None
 
-    @property
-    def later(self) -> bool:
-        """Whether the edit needs a second pass beside the unedited one."""
-        return self.editing and self.run.edit is not None and self.run.edit.sampler == "asymmetric"
-
     def __call__(self, h: Tensor, h_in: Tensor | None) -> Tensor | None:
-        request, edit, capture = self.run.request, self.run.edit, self.run.capture
-        half, half_in = h[self.own], None if h_in is None else h_in[self.own]
-        if self.keeping and capture is not None:
-            self.run.kept.append(half.to(capture.torch_dtype, copy=True))
-        if not self.editing or edit is None:
+        run, own = self.at.run, self.at.own
+        half, half_in = h[own], None if h_in is None else h_in[own]
+        if self.keeping and run.capture is not None:
+            run.kept.append(half.to(run.capture.torch_dtype, copy=True))
+        if self.edit is None:
             return None
-        context = StepContext(
-            self.index, request.n_steps, self.timestep, request.seeds, half_in, self.alpha_bar, self.latents
-        )
-        edited = edit.apply(half, context).to(half.dtype)
-        if edited.shape != half.shape:
-            raise LensError(f"An edit must keep the shape {tuple(half.shape)}; it returned {tuple(edited.shape)}.")
+        edited = self.at.edited(self.edit, half, half_in)
         changed = (edited != half).flatten(1).any(1)
-        self.run.stats.add(half, edited, changed)
-        if self.later:
-            self.edited, self.changed = edited, changed
+        run.stats.add(half, edited, changed)
+        if self.edit.sampler == "asymmetric":
+            self.made, self.changed = edited, changed
             return None
         if len(h) == len(edited):
             return edited
-        return torch.cat([edited, h[len(edited) :]] if self.own.start == 0 else [h[: -len(edited)], edited])
+        return torch.cat([edited, h[len(edited) :]] if own.start == 0 else [h[: -len(edited)], edited])
 
 
 def _hooked_predict(
-    reader: _Reader, scaled: Tensor, t: Tensor, conditioning: Conditioning
+    at: _At,
+    editing: Sequence[tuple[Port, Edit]],
+    keeping: bool,
+    scaled: Tensor,
+    t: Tensor,
+    conditioning: Conditioning,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The model's prediction with the hook in place and, for an asymmetric edit that changed something, the edited
+    """The model's prediction with the hooks in place and, for an asymmetric edit that changed something, the edited
     conditional prediction as (row numbers, rows).
 
     Rows that the edit left as they were are not run again: they stay bit-identical and cost nothing.
     """
-    model, n = reader.run.model, conditioning.n
-    path = UpPath(model.denoiser) if reader.later and UpPath.supports(model.denoiser, model.hook_name) else None
+    model, n = at.run.model, conditioning.n
+    readers = [(port, _Reader(at, edit, keeping and port.site == model.site)) for port, edit in editing]
+    if keeping and not any(reader.keeping for _, reader in readers):
+        readers.append((model.port, _Reader(at, None, True)))
+    later = [(port, edit) for port, edit in editing if edit.sampler == "asymmetric"]
+    # One edit of the bottleneck needs the part above it alone.
+    alone = len(later) == 1 and later[0][0].site == model.site and UpPath.supports(model.denoiser, model.hook_name)
+    path = UpPath(model.denoiser) if alone else None
 
     @contextmanager
     def watch() -> Iterator[None]:
-        with path.record() if path else nullcontext(), intercept(model.port, reader):
+        with ExitStack() as stack:
+            if path is not None:
+                stack.enter_context(path.record())
+            for port, reader in readers:
+                stack.enter_context(intercept(port, reader))
             yield
 
     prediction = model.predict(scaled, t, conditioning, watch())
-    if reader.edited is None or reader.changed is None:
+    changed = [reader.changed for _, reader in readers if reader.changed is not None]
+    if not changed:
         return prediction, None
-    rows = reader.changed.nonzero().squeeze(1)
+    rows = torch.stack(changed).any(0).nonzero().squeeze(1)
     if not len(rows):
         return prediction, None
-    h = reader.edited[rows]
     if path is not None:
+        made = next(reader.made for _, reader in readers if reader.made is not None)
         offset = conditioning.own.start or 0
-        output = path.replay(h, slice(offset, None) if len(rows) == n else rows + offset)
+        output = path.replay(made[rows], slice(offset, None) if len(rows) == n else rows + offset)
         return prediction, (rows, model.family.prediction_channels(model, output))
-    with intercept(model.port, lambda *_: h):
+    with ExitStack() as stack:
+        for port, reader in readers:
+            if reader.made is not None:
+                stack.enter_context(intercept(port, _again(reader, rows, first=len(changed) == 1)))
         return prediction, (rows, model.family.forward(model, scaled[rows], t, conditioning.conditional(rows)))
+
+
+def _again(reader: _Reader, rows: Tensor, *, first: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """What a site gets in the second pass: what was made of it in the first, or, where other sites changed what comes
+    to it, the edit of that."""
+    edit, made = reader.edit, reader.made
+    assert edit is not None and made is not None
+    if first:
+        return lambda h, h_in: made[rows]
+    return lambda h, h_in: reader.at.edited(edit, h, h_in, rows)
 
 
 def _ddim_shift(scheduler: Any, t: Tensor, latents: Tensor, x0: Tensor, output: Tensor) -> Tensor:

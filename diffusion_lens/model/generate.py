@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffusion_lens.base.progress import Progress
 from diffusion_lens.base.types import Generation, GenerationRequest, LensError, Seeds, as_seeds, as_whole
-from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory
+from diffusion_lens.model.denoise import BatchRun, Capture, Edit, OnLatents, StepContext, Trajectory, parts_of
 from diffusion_lens.model.memory import in_batches
-from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.model.pipelines import DiffusionModel, at_site
 
 __all__ = [
     "Capture", "Edit", "OnLatents", "StepContext", "Trajectory",
@@ -169,6 +169,8 @@ def check(
         model.check_prompt(request.prompt)
     if model.hook_name != "mid_block" and (edit is not None or capture is not None):
         _ = model.hook_shape  # refuses modules that cannot be read
+    for site in () if edit is None or not hasattr(edit, "parts") else parts_of(edit, model):
+        _ = at_site(model, site).hook_shape
     if as_whole(batch_size, "batch_size") < 1:
         raise LensError(f"batch_size must be at least 1; it is {batch_size}.")
     if edit is None:
