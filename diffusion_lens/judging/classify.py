@@ -259,7 +259,8 @@ class HeadsClassifier:
         try:
             state = load_file(path)
             with torch.device("meta"):  # memory is given to what the file holds, not to what its configuration claims
-                wanted = {name: value.shape for name, value in HeadsNetwork(config).state_dict().items()}
+                empty = NETWORKS[config.architecture](config)
+            wanted = {name: value.shape for name, value in empty.state_dict().items()}
             if {name: value.shape for name, value in state.items()} != wanted:
                 raise ValueError
             network = _build(config)
