@@ -1,142 +1,212 @@
-"""The atlas of one lens: what its map can be coloured by, which features a filter lets through, and in which order."""
+"""The atlas of one lens: what its map can be coloured by, and how features are found among all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from diffusion_lens.base.types import FeatureSet, Intervention, strength_of
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results.dissection import (
-    Dissection,
     FeatureEffect,
+    effects_of,
     evidence,
     groups,
-    moved_beside,
-    name_of,
-    summary,
+    is_sure,
 )
+from diffusion_lens.studio import state
+from diffusion_lens.studio.atlas_map import Confidence, confidence_of, stands_for
+from diffusion_lens.studio.studio import Studio, import_engine
 
-MAX_ROWS = 200
+MAX_HITS = 200
+EVIDENCE = "how sure its name is"
 DENSITY = "how often it fires"
-CONTROLS = "what turning it alone changes"
-EVERY = ""
-"""The filter that lets every feature through; any other is an attribute's name, or ``NOTHING``."""
-
-NOTHING = "(nothing sure)"
+MAX_SEARCH = 80
+N_SEEDS = 4
+"""Seeds that a feature's card draws at three strengths."""
 
 
 @dataclass(frozen=True)
-class FeatureRow:
-    """A line of the table: a feature, its name, its score in the chosen colouring, the share of positions it fires on.
+class Hit:
+    """A feature that a search found, and why.
 
-    ``score`` has three digits.
+    Attributes:
+        effect: its largest significant effect that fits; ``None`` where only its label does. label: a guess, or ``""``.
+        confidence: what its name rests on. density: share of positions that it fires on.
     """
 
     feature: int
-    name: str
-    score: float
+    effect: FeatureEffect | None
+    label: str
+    confidence: Confidence
     density: float
+
+    @property
+    def size(self) -> float:
+        """How far the effect moved its class; 0 without one."""
+        return 0.0 if self.effect is None else abs(self.effect.difference)
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """The same seeds at several strengths of one feature: ``images [strength, seed, H, W, 3]``."""
+
+    feature: int
+    prompt: str | None
+    seeds: tuple[int, ...]
+    betas: tuple[float, ...]
+    identity: float
+    images: np.ndarray
 
 
 def colourings(lens: DiffusionLens) -> list[str]:
-    """What the map can be coloured by: every class's attribution, density, and measured effects where there are."""
+    """What the map can be coloured by: what names rest on, how often features fire, attribution to every class."""
     known = [f"{a.name}: {c}" for a in lens.attributes if a.name in lens.attributions for c in a.classes]
-    return [*known, DENSITY, *([CONTROLS] if lens.dissection is not None else [])]
+    return [EVIDENCE, DENSITY, *known]
 
 
-def filters(lens: DiffusionLens) -> list[tuple[str, str]]:
-    """(text, value) of what can be shown: all features, those that control one thing, those that control nothing."""
-    dissection = lens.dissection
-    if dissection is None:
-        return [("all features", EVERY)]
-    controlled = [(_filter_name(dissection, name), name) for name in dissection.classes]
-    idle = len(members(lens, NOTHING) or ())
-    return [("all features", EVERY), *controlled, (f"tested, nothing sure ({idle})", NOTHING)]
+def scores(lens: DiffusionLens, colour: str) -> np.ndarray | None:
+    """The numbers behind a colouring, ``[d_sae]`` from 0 to 1; ``None`` for the one by evidence.
 
-
-def members(lens: DiffusionLens, show: str) -> list[int] | None:
-    """The features that a filter lets through, largest effect first; ``None``: all of them."""
-    dissection = lens.dissection
-    if dissection is None or show == EVERY:
-        return None
-    if show == NOTHING:
-        sure = {e.feature for some in groups(dissection).values() for e in some}
-        return [i for i in dissection.ids(tested=True) if i not in sure]
-    return [effect.feature for effect in _effects_shown(dissection, show)]
-
-
-def groups_shown(lens: DiffusionLens, show: str) -> dict[str, list[int]] | None:
-    """Group → its features, where the map is coloured by what they control; ``None`` where nothing was dissected."""
-    if lens.dissection is None:
-        return None
-    if show == NOTHING:
-        return {"nothing sure": members(lens, show) or []}
-    if show != EVERY:
-        return {show: members(lens, show) or []}
-    return {name: [e.feature for e in effects] for name, effects in groups(lens.dissection).items()}
-
-
-def _effects_shown(dissection: Dissection, show: str) -> tuple[FeatureEffect, ...]:
-    """The effects behind a filter by attribute: of the features that control it, else of those that move it at all."""
-    if show not in dissection.classes:
-        return ()
-    return groups(dissection)[show] or moved_beside(dissection, show)
-
-
-def _filter_name(dissection: Dissection, name: str) -> str:
-    above_all, beside = groups(dissection)[name], moved_beside(dissection, name)
-    if beside and not above_all:
-        return f"moves {name} beside others ({len(beside)})"
-    return f"controls {name} ({len(above_all)})"
-
-
-def evidence_for(lens: DiffusionLens, show: str) -> str | None:
-    """What the evidence is behind a filter, in words; ``None`` where nothing was dissected."""
-    dissection = lens.dissection
-    if dissection is None:
-        return None
-    if show in dissection.classes:
-        return evidence(dissection, show)
-    if show == NOTHING:
-        return (
-            f"These {len(members(lens, show) or ())} features were turned alone on {dissection.n} images, and nothing "
-            "that the classifier reads moved for sure. They may act together, or on what nobody reads."
-        )
-    return summary(dissection)
-
-
-def scores(lens: DiffusionLens, colour: str) -> tuple[np.ndarray, str]:
-    """The numbers behind a colouring ``[d_sae]``, and their name."""
+    Attribution against a class counts as none to it.
+    """
     name, _, label = colour.partition(": ")
-    if colour == CONTROLS and lens.dissection is not None:
-        return _largest_effects(lens.dissection, len(lens.atlas.density)), "points moved for sure"
-    if colour == DENSITY or name not in lens.attributions:
-        return np.asarray(lens.atlas.density, dtype=np.float64), "density"
-    return lens.attributions[name].total(label), f"attribution to {label}"
-
-
-def _largest_effects(dissection: Dissection, d_sae: int) -> np.ndarray:
-    values = np.zeros(d_sae)
-    for some in groups(dissection).values():
-        for effect in some:
-            values[effect.feature] = 100 * abs(effect.difference)
-    return values
-
-
-def table(lens: DiffusionLens, colour: str, show: str = EVERY) -> list[FeatureRow]:
-    """The strongest features in a colouring, strongest first, among those that the filter lets through."""
-    atlas, dissection = lens.atlas, lens.dissection
-    if colour == CONTROLS and dissection is not None and (some := _effects_shown(dissection, show)):
-        named = [(e.feature, name_of(e), 100 * abs(e.difference)) for e in some[:MAX_ROWS]]
+    if colour == DENSITY:
+        values = np.asarray(lens.atlas.density, dtype=np.float64)
+    elif name in lens.attributions and label in lens.attribute_named(name).classes:
+        values = np.maximum(lens.attributions[name].total(label), 0)
     else:
-        values, _ = scores(lens, colour)
-        order, only = np.argsort(-values, kind="stable"), members(lens, show)
-        if only is not None:
-            order = order[np.isin(order, only)]
-        named = [(int(i), atlas.labels[i] or "–", float(values[i])) for i in order[:MAX_ROWS]]
-    return [FeatureRow(i, name, float(f"{score:.3g}"), float(atlas.density[i])) for i, name, score in named]
+        return None
+    return values / (float(values.max(initial=0)) or 1.0)
+
+
+def search(lens: DiffusionLens, text: str, named: Callable[[FeatureEffect], str]) -> list[Hit]:
+    """Features by number or by words of their label or their significant effects (as ``named``), over all of them.
+
+    Confirmed ones first, the largest effect first; then guesses, the most active first. Nothing for an empty text.
+    """
+    words = str(text)[:MAX_SEARCH].lower().replace("#", " ").split()
+    if not words:
+        return []
+    d_sae = len(lens.atlas.density)
+    if len(words) == 1 and words[0].isdigit():
+        known = [i for i in range(d_sae) if str(i).startswith(words[0])]
+        return [_hit(lens, i, None) for i in sorted(known, key=lambda i: (str(i) != words[0], i))[:MAX_HITS]]
+    found: dict[int, FeatureEffect | None] = {}
+    for effect in _sure_effects(lens):
+        if _fits(words, f"{named(effect)} {_stood_for(lens, effect)}"):
+            before = found.get(effect.feature)
+            if before is None or abs(effect.difference) > abs(before.difference):
+                found[effect.feature] = effect
+    for i, label in enumerate(lens.atlas.labels):
+        if label and i not in found and _fits(words, label):
+            found[i] = None
+    hits = [_hit(lens, i, effect) for i, effect in found.items()]
+    return sorted(hits, key=lambda hit: (-hit.size, -hit.density))[:MAX_HITS]
+
+
+def strongest(lens: DiffusionLens) -> list[Hit]:
+    """What stands in the list before anybody searches: confirmed features, else the most active."""
+    confirmed = groups(lens.dissection).values() if lens.dissection is not None else ()
+    if sure := [_hit(lens, effect.feature, effect) for own in confirmed for effect in own]:
+        return sorted(sure, key=lambda hit: -hit.size)[:MAX_HITS]
+    order = np.argsort(-lens.atlas.density, kind="stable")[:30]
+    return [_hit(lens, int(i), None) for i in order]
+
+
+def _fits(words: Sequence[str], text: str) -> bool:
+    """Whether every word begins a word of the text: "male" is not found in "female"."""
+    known = text.lower().replace(":", " ").split()
+    return all(any(own.startswith(word) for own in known) for word in words)
+
+
+@lru_cache(maxsize=4)
+def _sure_effects(lens: DiffusionLens) -> tuple[FeatureEffect, ...]:
+    """Every significant effect; of a class that shrinks because another of its attribute grows, the one that grows."""
+    found = lens.dissection
+    if found is None:
+        return ()
+    sure = [e for i in found.ids(tested=True) for e in effects_of(found, i) if is_sure(found, e)]
+    grown = {(e.feature, e.beta, e.attribute) for e in sure if e.difference > 0}
+    return tuple(e for e in sure if e.difference > 0 or (e.feature, e.beta, e.attribute) not in grown)
+
+
+def told_effects(lens: DiffusionLens, feature: int) -> tuple[FeatureEffect, ...]:
+    """The significant effects of one feature that are worth a bar, largest first."""
+    own = [effect for effect in _sure_effects(lens) if effect.feature == feature]
+    return tuple(sorted(own, key=lambda effect: -abs(effect.difference)))
+
+
+def main_effect(lens: DiffusionLens, feature: int) -> FeatureEffect | None:
+    """The largest significant effect of a feature steered alone; ``None`` where there is none."""
+    return _main_effects(lens).get(feature)
+
+
+@lru_cache(maxsize=4)
+def _main_effects(lens: DiffusionLens) -> dict[int, FeatureEffect]:
+    largest: dict[int, FeatureEffect] = {}
+    for effect in _sure_effects(lens):
+        before = largest.get(effect.feature)
+        if before is None or _rank(effect) > _rank(before):
+            largest[effect.feature] = effect
+    return largest
+
+
+def _rank(effect: FeatureEffect) -> tuple[bool, float]:
+    """A class that grows names a feature better than one that shrinks."""
+    return effect.difference > 0, abs(effect.difference)
+
+
+def _stood_for(lens: DiffusionLens, effect: FeatureEffect) -> str:
+    return stands_for(lens.dissection, effect)[1] if lens.dissection is not None else effect.label
+
+
+def _hit(lens: DiffusionLens, feature: int, effect: FeatureEffect | None) -> Hit:
+    effect = effect or main_effect(lens, feature)
+    label = lens.atlas.labels[feature]
+    return Hit(feature, effect, label, confidence_of(lens, feature), float(lens.atlas.density[feature]))
+
+
+def peak(lens: DiffusionLens, feature: int) -> tuple[float, float]:
+    """Two strengths far from the identity on which a feature alone is drawn: those dissected, else the slider's."""
+    found = lens.dissection
+    own = sorted({b for i, b in zip(found.features, found.betas, strict=True) if i == feature}) if found else []
+    ends = state.scale(lens.setting(state.steerable(lens)[0]))
+    return (own[0], own[-1]) if len(own) > 1 else (ends.low, ends.high)
+
+
+def strip(studio: Studio, visitor: str, feature: int, n: int = N_SEEDS) -> Strip:
+    """Draw the same seeds with one feature turned down, as it is, and turned up; the unedited run is kept.
+
+    Raises ``Cancelled`` when the visitor chose another feature meanwhile.
+    """
+    import_engine()
+    lens = studio.lens
+    view = state.default_view(lens)
+    setting = lens.setting(view.attribute)
+    low, high = peak(lens, feature)
+    seeds = range(view.first_seed, view.first_seed + n)
+    request = lens.request(view.prompt, seeds)
+    rows = []
+    owner = f"{visitor}:atlas"
+    with studio.work(owner, urgent=True, flag=studio.stops.start(owner)) as progress:
+        for beta in (low, setting.identity, high):
+            strength = strength_of(setting.mode, beta)
+            alone = FeatureSet((feature,), (0.0,), view.attribute, view.target, lens.manifest.sae_id)
+            edit = Intervention(alone, setting.mode, strength=strength, sampler=setting.sampler) if strength else None
+            made = lens.generate(request, *(() if edit is None else (edit,)), batch_size=n, progress=progress)
+            rows.append(made.images)
+    return Strip(feature, view.prompt, tuple(seeds), (low, setting.identity, high), setting.identity, np.stack(rows))
+
+
+def evidence_for(lens: DiffusionLens, text: str) -> str | None:
+    """What the evidence is on an attribute that a search names; ``None`` where it names none that was dissected."""
+    found, word = lens.dissection, str(text).strip().lower()
+    return evidence(found, word) if found is not None and word in found.classes else None
 
 
 def valid_feature(lens: DiffusionLens, feature: Any) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion_lens.base.types import Examples, FeatureCard
 from diffusion_lens.lens.lens import DiffusionLens
-from diffusion_lens.results.dissection import FeatureEffect, effects_of, is_sure
+from diffusion_lens.results.dissection import Dissection, FeatureEffect, effects_of, is_sure
 from diffusion_lens.studio.pictures import spotlight
 from diffusion_lens.studio.state import View, poles
 
@@ -94,7 +94,7 @@ def effects(lens: DiffusionLens, card: FeatureCard) -> TestedEffects | UntestedE
     measured = effects_of(dissection, card.id) if dissection is not None else ()
     if dissection is None or not measured:
         return _untested(lens, card)
-    sure = _largest_first(e for e in measured if is_sure(dissection, e))
+    sure = sure_effects(dissection, card.id)
     rest = [e for e in measured if e not in sure and np.isfinite(e.difference)]
     return TestedEffects(
         sure=sure,
@@ -106,6 +106,11 @@ def effects(lens: DiffusionLens, card: FeatureCard) -> TestedEffects | UntestedE
         source=dissection.source,
         alpha=dissection.alpha,
     )
+
+
+def sure_effects(found: Dissection, feature: int) -> tuple[FeatureEffect, ...]:
+    """The significant effects of a feature steered alone, largest first."""
+    return _largest_first([e for e in effects_of(found, feature) if is_sure(found, e)])
 
 
 def _largest_first(some: Iterator[FeatureEffect] | list[FeatureEffect]) -> tuple[FeatureEffect, ...]:

@@ -89,7 +89,8 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
         with gr.Tab("Measure", id="measure"), gr.Tabs(overflow_behavior="wrap", elem_id="dl-measure"):
             _measure(studios, i, tab)
         with gr.Tab("Atlas", id="atlas") as atlas_tab:
-            built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, tabs, tab))
+            draw_strip: atlas.DrawStrip = lent(30)(partial(atlas.draw_strip, studio))
+            built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, draw_strip, tabs, tab))
         learn.layout(studio, _bundled_beside(studios, i))
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -86,13 +86,13 @@ class Explore:
             view = handlers.opening(self.studio)
         return None if view.prompt is None else state.shown_prompt(view.prompt), view.attribute
 
-    def steer_feature(self, values: Values, feature: int | None) -> Updates:
-        """One more feature, steered clearly; what is steered already stays."""
+    def steer_features(self, values: Values, features: Sequence[int]) -> Updates:
+        """More features, each steered clearly; what is steered already stays."""
         try:
-            view = handlers.with_feature(self.studio, values[self.pane], feature)
+            view = handlers.with_features(self.studio, values[self.pane], features)
         except LensError as error:
             return {self.pane: gr.update(scene={"serial": 0, "alert": str(error)})}
-        return {self.pane: gr.skip() if view is None else gr.update(value=handlers.asked(view))}
+        return {self.pane: gr.update(value=handlers.asked(view))}
 
     def take_subject(self, values: Values, prompt: str | None, attribute: str) -> Updates:
         """Another tab's prompt and attribute; drawn when this tab is looked at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl
@@ -181,14 +181,12 @@ def stop(studio: Studio, visitor: str) -> None:
     studio.stops.stop(f"{visitor}:mix")
 
 
-def with_feature(studio: Studio, value: Any, feature: int | None) -> View | None:
-    """The view with one more feature, clearly steered; everything else stays. ``None`` for no such feature."""
-    if feature is None:
-        return None
+def with_features(studio: Studio, value: Any, features: Sequence[int]) -> View:
+    """The view with more features, each clearly steered; everything else stays."""
     view = read_view(studio, value)
-    if any(i == feature for i, _ in view.own):
-        return view
-    added = replace(view, own=((int(feature), far_end(studio, view)), *view.own))
+    known = {i for i, _ in view.own}
+    more = tuple((int(i), far_end(studio, view)) for i in dict.fromkeys(features) if i not in known)
+    added = replace(view, own=(*more, *view.own))
     state.check(studio.lens, added)
     return added
 

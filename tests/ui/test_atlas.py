@@ -1,9 +1,10 @@
-"""The Atlas tab without a browser: filters, colours, the card of one feature, and what single features control."""
+"""The Atlas tab without a browser: search over all features, the map of islands, the card of one feature."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +13,17 @@ import gradio as gr
 import numpy as np
 import pytest
 from dissected import dissection, keep_in
-from panels import Held, untouched
+from panels import Held, untouched, visitor
 
 from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.results.dissection import effects_of
 from diffusion_lens.results.manifest import verify
-from diffusion_lens.studio import atlas, cards, state
+from diffusion_lens.studio import atlas, atlas_map
+from diffusion_lens.studio.atlas_map import LEVELS
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import atlas as tab
-from diffusion_lens.ui import explore
-from diffusion_lens.ui.atlas import AtlasQuestion, AtlasTab, FeatureView, MapView
-from diffusion_lens.ui.html import html
+from diffusion_lens.ui import explore, words
+from diffusion_lens.ui.atlas import AtlasQuestion, AtlasTab, FeatureView
 
 
 @pytest.fixture
@@ -39,171 +41,190 @@ def plain(tiny_lens: DiffusionLens) -> Studio:
     return Studio(tiny_lens)
 
 
-GENDER = "gender: male"
-
-
-def ids(view: MapView) -> list[object]:
-    """The feature numbers of a table."""
-    return [row[0] for row in view.rows]
-
-
-def filtered(studio: Studio, show: str, feature: int | None = None) -> MapView:
-    """What a filter shows, from a map coloured by an attribution."""
-    return tab.filtered_view(studio.lens, AtlasQuestion(GENDER, show, feature))
-
-
-def traces(plot: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """A figure's series by name."""
-    return {trace["name"]: trace for trace in json.loads(plot["figure"])["data"]}
-
-
 @pytest.fixture
 def page(plain: Studio) -> tuple[AtlasTab, Held]:
     """The tab beside Explore, and what a browser holds of both."""
     with gr.Blocks() as demo, gr.Tabs() as tabs, gr.Tab("Explore"):
         beside = explore.layout(plain)
-        built = tab._components(plain.lens, tabs, beside)
+        built = tab.components(plain, lambda visitor, feature: atlas.strip(plain, visitor, feature), tabs, beside)
     return built, Held(demo)
 
 
-class TestFilters:
-    def test_features_are_grouped_by_what_they_control(self, studio: Studio) -> None:
-        texts = dict((value, text) for text, value in atlas.filters(studio.lens))
-        assert texts["glasses"] == "controls glasses (2)" and texts["gender"] == "controls gender (1)"
-        assert texts["age"] == "controls age (0)" and "(1)" in texts[atlas.NOTHING]
-        assert atlas.members(studio.lens, "glasses") == [1, 2] and atlas.members(studio.lens, "age") == []
-        assert atlas.members(studio.lens, atlas.NOTHING) == [4], "what never fires was not tested"
-        assert atlas.members(studio.lens, atlas.EVERY) is None
+def found(studio: Studio, text: str) -> list[int]:
+    """The features that a search finds, in order."""
+    return [hit.feature for hit in atlas.search(studio.lens, text, words.sought)]
 
-    def test_a_filter_shows_its_features_alone_strongest_first(self, studio: Studio) -> None:
-        shown = filtered(studio, "glasses", 3)
-        assert shown.colour == atlas.CONTROLS and ids(shown) == [1, 2] and [row[2] for row in shown.rows] == [50, 25]
-        assert list(traces(shown.plot)) == ["others", "glasses (2)", "chosen"]
-        assert "glasses: 2 (first #1)" in shown.plot["alt"]
-        assert "#1: glasses +50 points" in shown.evidence and "4 features tested on 32 paired" in shown.evidence
-        every = filtered(studio, atlas.EVERY, 3)
-        assert every.colour == GENDER and len(every.rows) == len(studio.lens.atlas.density)
 
-    def test_an_attribute_that_nothing_controls_says_so_with_the_evidence(self, studio: Studio) -> None:
-        shown = filtered(studio, "age")
-        assert shown.rows == [] and "none for sure" in shown.plot["alt"]
-        assert "No feature tested moves age for sure (the largest: #4" in shown.evidence
-        assert "32 paired images" in shown.evidence
+def sent(**data: Any) -> Any:
+    """What a component sends."""
+    return SimpleNamespace(_data=data)
 
-    def test_features_that_move_it_beside_something_else_stand_in(self, copied_lens: Callable[[], Path]) -> None:
-        lens = DiffusionLens.from_pretrained(copied_lens())
-        dissected = dissection(lens.manifest.sae_id)
-        dissected.effects["age"][:2] = [[0.2, 0.0, -0.2], [-0.1, 0.0, 0.1]]
-        dissected.q_values["age"][:2] = 1e-5
-        lens.store(dissected)
-        texts = dict((value, text) for text, value in atlas.filters(lens))
-        assert texts["age"] == "moves age beside others (2)" and texts["glasses"] == "controls glasses (2)"
-        shown = filtered(Studio(lens), "age")
-        assert [row[:3] for row in shown.rows] == [
-            [1, "age: young +20 points at β = 5", 20.0], [2, "age: old +10 points at β = 5", 10.0]
-        ]  # fmt: skip
-        assert "age: 2 (first #1)" in shown.plot["alt"]
-        assert "2 features move it for sure beside something that moves further, the furthest #1: young +20" in (
-            shown.evidence
-        )
 
-    def test_colours_tell_groups_apart(self, studio: Studio) -> None:
-        assert atlas.CONTROLS in atlas.colourings(studio.lens)
-        groups = traces(tab.draw_map(studio.lens, AtlasQuestion(atlas.CONTROLS, atlas.EVERY, None)))
-        assert set(groups) == {"others", "gender (1)", "glasses (2)"}
-        looks = {(t["marker"]["color"], t["marker"]["symbol"]) for n, t in groups.items() if n != "others"}
-        assert len(looks) == 2
-        assert {c[0] for c in groups["glasses (2)"]["customdata"]} == {1, 2}
-        values, name = atlas.scores(studio.lens, atlas.CONTROLS)
-        assert values[[1, 2, 3, 4, 5]].tolist() == pytest.approx([50, 25, 75, 0, 0]) and "points" in name
+class TestSearch:
+    def test_measured_effects_come_first_the_largest_first(self, studio: Studio) -> None:
+        hits = atlas.search(studio.lens, "glasses", words.sought)
+        assert [hit.feature for hit in hits][:2] == [1, 2] and [hit.size for hit in hits][:2] == [0.5, 0.25]
+        assert hits[0].confidence == "confirmed"
+        labelled = {i for i, label in enumerate(studio.lens.atlas.labels) if "glasses" in label.split(": ")[-1].split()}
+        assert labelled <= set(found(studio, "glasses")), "every guess is found too, however many there are"
 
-    def test_any_other_colour_keeps_the_filter(self, studio: Studio) -> None:
-        shown = tab.map_view(studio.lens, AtlasQuestion("age: old", "glasses", None))
-        assert set(ids(shown)) == {1, 2}
-        assert {c[0] for c in traces(shown.plot)["features"]["customdata"]} <= {1, 2}
-        chosen = tab.feature_view(studio.lens, 2, AtlasQuestion(atlas.CONTROLS, "glasses", None))
-        assert chosen.number == 2 and "Feature #2" in chosen.card and "glasses" in chosen.plot["alt"]
+    def test_words_are_found_from_their_beginning(self, studio: Studio) -> None:
+        assert 3 in found(studio, "male") and 3 in found(studio, "MEN")
+        assert 3 not in found(studio, "emal"), "a word is no part of another"
 
-    def test_what_a_page_sends_as_filter_is_not_trusted(self, studio: Studio) -> None:
-        shown = filtered(studio, "<script>")
-        assert shown.rows == [] and "<script>" not in shown.evidence
+    def test_numbers_find_features_the_exact_one_first(self, plain: Studio) -> None:
+        assert found(plain, "#3")[0] == 3 and set(found(plain, "3")) == {
+            i for i in range(plain.lens.atlas.density.size) if str(i).startswith("3")
+        }
+        assert found(plain, "99999") == [] and found(plain, "  ") == []
 
-    def test_a_lens_without_a_dissection_says_how_to_make_one(self, plain: Studio) -> None:
-        assert atlas.filters(plain.lens) == [("all features", atlas.EVERY)]
-        assert atlas.CONTROLS not in atlas.colourings(plain.lens)
-        assert "dissect --store" in tab.evidence_html(plain.lens, atlas.EVERY)
-        assert len(atlas.table(plain.lens, GENDER, "glasses")) == len(plain.lens.atlas.density)
+    def test_what_a_page_sends_is_cut_and_escaped(self, plain: Studio) -> None:
+        shown = tab.search_view(plain.lens, AtlasQuestion("<b>" * 100, "", None))
+        assert "<b>&lt;b" not in shown.hits and "&lt;b&gt;" in shown.hits and len(shown.hits) < 5000
 
-    def test_the_table_is_in_step_with_the_colours(self, plain: Studio) -> None:
-        for colour in atlas.colourings(plain.lens):
-            values, _ = atlas.scores(plain.lens, colour)
-            order = [row.feature for row in atlas.table(plain.lens, colour)]
-            assert order[0] == int(values.argmax()) and np.all(np.diff(values[order]) <= 0)
+    def test_the_evidence_on_an_attribute_is_told(self, studio: Studio) -> None:
+        told = atlas.evidence_for(studio.lens, "age")
+        assert told is not None and "No feature tested moves age for sure (the largest: #4" in told
+        assert atlas.evidence_for(studio.lens, "long hair") is None
+
+    def test_hits_light_up_on_the_map(self, studio: Studio) -> None:
+        shown = tab.search_view(studio.lens, AtlasQuestion("glasses", atlas.EVIDENCE, 3))
+        assert shown.plot["hits"] == found(studio, "glasses") and shown.plot["chosen"] == 3
+        assert f"{len(found(studio, 'glasses'))} of all features" in shown.hits
+        before = tab.search_view(studio.lens, AtlasQuestion("", atlas.EVIDENCE, None))
+        assert before.plot["hits"] == [] and "#3" in before.hits, "the list begins with what was measured"
+
+
+class TestMap:
+    def test_islands_hold_what_stands_for_their_class(self, studio: Studio) -> None:
+        drawn = atlas_map.atlas_map(studio.lens)
+        place = {(r.attribute, r.label): r for r in drawn.regions}
+        for feature, name in ((1, ("glasses", "glasses")), (3, ("gender", "male"))):
+            region = place[name]
+            assert np.hypot(*(drawn.xy[feature] - (region.x, region.y))) <= region.r
+            assert LEVELS[drawn.confidence[feature]] == "confirmed"
+        assert (drawn.xy >= 0).all() and (drawn.xy <= (drawn.width, drawn.height)).all()
+        again = atlas_map.atlas_map(studio.lens)
+        assert np.array_equal(drawn.xy, again.xy), "the same map every time"
+
+    def test_islands_do_not_overlap_and_every_feature_lies_in_its_own(self, plain: Studio) -> None:
+        drawn = atlas_map.atlas_map(plain.lens)
+        for k, one in enumerate(drawn.regions):
+            for other in drawn.regions[k + 1 :]:
+                assert np.hypot(one.x - other.x, one.y - other.y) > one.r + other.r
+        inside = [np.hypot(*(drawn.xy - (r.x, r.y)).T) <= r.r for r in drawn.regions]
+        assert (np.sum(inside, axis=0) == 1).all() and [int(own.sum()) for own in inside] == [
+            r.n for r in drawn.regions
+        ]
+
+    def test_turned_down_a_feature_stands_for_what_it_took_away(self, plain: Studio) -> None:
+        told = dissection(plain.lens.manifest.sae_id, betas=(-4.0,) * 5)
+        grown = next(e for e in effects_of(told, 1) if e.attribute == "glasses" and e.label == "glasses")
+        assert grown.difference > 0 and atlas_map.stands_for(told, grown) == ("glasses", "none")
+        assert atlas_map.stands_for(told, replace(grown, difference=-0.5)) == ("glasses", "glasses")
+
+    def test_a_feature_without_a_label_joins_those_whose_images_it_shares(self) -> None:
+        images = np.array([[0, 1, 2], [0, 1, 2], [7, 8, 9], [8, 9, 7], [1, 2, 5], [9, 8, 4]])
+        home = np.array([0, 0, 1, 1, -1, -1])
+        atlas_map._join_nearest(home, images, 2, np.array([4, 5]))
+        assert home.tolist() == [0, 0, 1, 1, 0, 1]
+
+    def test_colours_are_shares_of_the_largest(self, plain: Studio) -> None:
+        values = atlas.scores(plain.lens, atlas.DENSITY)
+        assert values is not None and values.max() == 1 and values.min() >= 0
+        assert atlas.scores(plain.lens, atlas.EVIDENCE) is None and atlas.scores(plain.lens, "magic: x") is None
+        male = atlas.scores(plain.lens, "gender: male")
+        assert male is not None and int(male.argmax()) == int(plain.lens.attributions["gender"].total("male").argmax())
 
 
 class TestChoosing:
-    @pytest.mark.parametrize("bad", [None, -1, 32, 1.5, float("nan"), float("inf"), "3", True, [1]])
+    @pytest.mark.parametrize("bad", [None, "7", -1, 10**9, 1.5, float("nan"), True, [3], {"id": 3}])
     def test_a_page_cannot_choose_what_is_not_there(self, page: tuple[AtlasTab, Held], bad: Any) -> None:
         built, held = page
-        assert atlas.valid_feature(built.lens, bad) is None
-        shown = built.choose_number(held.set({built.number: bad}))
-        assert "no feature" in shown[built.card]
-        assert untouched({part: value for part, value in shown.items() if part is not built.card})
+        shown = built.choose(held.values, sent(id=bad))
+        assert "no feature" in shown[built.head]
+        assert untouched({part: value for part, value in shown.items() if part is not built.head})
+        assert tab.peek(built.studio.lens, bad) == ""
 
     def test_choosing_shows_the_feature_everywhere(self, page: tuple[AtlasTab, Held]) -> None:
         built, held = page
-        shown = built.choose_on_map(held.values, SimpleNamespace(_data={"id": 7.0}))
+        shown = built.choose(held.values, sent(id=7.0))
         assert set(shown) == built.parts(FeatureView)
-        assert "Feature #7" in shown[built.card] and "#7" in shown[built.profile]["alt"]
-        assert "#7" in shown[built.plot]["alt"] and "#7" in shown[built.steer]["value"]
-        assert shown[built.number] == shown[built.feature] == 7
-        row = built.choose_in_table(held.take(shown), SimpleNamespace(row_value=[4, "x", 0.1, "1 %"]))
-        assert row[built.feature] == 4
+        assert "#7" in shown[built.head] and "#7" in shown[built.profile]["alt"] and "#7" in shown[built.plot]["alt"]
+        assert shown[built.plot]["chosen"] == shown[built.feature] == shown[built.own] == 7
+        assert "#7" in shown[built.steer]["value"] and "aria-busy" in shown[built.strip]
+        assert 'alt="Example 1 of feature 7' in tab.peek(built.studio.lens, 7)
 
-    def test_the_tab_opens_on_the_strongest_feature(self, page: tuple[AtlasTab, Held]) -> None:
+    def test_the_strip_is_the_same_seeds_with_that_feature_alone(self, page: tuple[AtlasTab, Held]) -> None:
         built, held = page
-        best = atlas.table(built.lens, held.values[built.colour])[0].feature
-        assert held.values[built.feature] == held.values[built.number] == best
-        assert f"Feature #{best}" in held.values[built.card] and f"#{best}" in held.values[built.plot]["alt"]
+        lens = built.studio.lens
+        feature = int(lens.atlas.density.argmax())
+        drawn = atlas.strip(built.studio, "a", feature)
+        assert drawn.images.shape[:2] == (3, 4) and drawn.betas[1] == drawn.identity
+        plain = lens.generate(drawn.prompt, seeds=drawn.seeds).images
+        assert np.array_equal(drawn.images[1], plain) and not np.array_equal(drawn.images[2], plain)
+        shown = built.draw_strip(held.set({built.feature: feature}), visitor("a"))[built.strip]
+        assert shown.count("<img") == 12 and f"feature {feature} at strength" in shown
 
-    def test_filters_and_colours_change_map_and_table(self, page: tuple[AtlasTab, Held]) -> None:
+    def test_the_tab_opens_on_the_first_of_its_list(self, page: tuple[AtlasTab, Held]) -> None:
         built, held = page
-        recoloured = built.recolour(held.set({built.colour: atlas.DENSITY}))
-        assert "density" in recoloured[built.plot]["alt"] and recoloured[built.rows]
-        assert built.refilter(held.values)[built.colour] == atlas.DENSITY, "all features keep their colour"
+        first = atlas.strongest(built.studio.lens)[0].feature
+        assert held.values[built.feature] == first and f"#{first}" in held.values[built.head]
 
-    def test_the_chosen_feature_goes_to_explore(self, page: tuple[AtlasTab, Held]) -> None:
+    def test_a_tapped_attribute_is_searched_for(self, page: tuple[AtlasTab, Held]) -> None:
         built, held = page
-        known = cards.slots(built.lens, state.default_view(built.lens))
-        other = next(i for i in range(32) if i not in known)
-        shown = built.steer_in_explore(held.set({built.feature: other}))
-        assert shown[built.explore.page].slots[0] == other and built.tabs in shown
+        chip = next(label.split(": ")[0] for label in built.studio.lens.atlas.labels if label)
+        shown = built.find_chip(held.values, sent(chip=chip))
+        assert shown[built.search] == chip and shown[built.plot]["hits"]
+        assert built.recolour(held.set({built.colour: atlas.DENSITY}))[built.plot]["scores"] is not None
 
-
-def card_of(studio: Studio, feature: int) -> str:
-    """The large card of a feature."""
-    card = studio.lens.card(feature)
-    return html("cards.large", card, cards.effects(studio.lens, card))
+    def test_features_ringed_on_the_map_are_steered_together(self, page: tuple[AtlasTab, Held]) -> None:
+        built, held = page
+        alive = [int(i) for i in np.flatnonzero(~built.studio.lens.atlas.dead)[:3]]
+        shown = built.catch(sent(ids=[*alive, alive[0], -4, "x", None, 10**7]))
+        assert shown[built.caught] == tuple(alive) and "3 features" in shown[built.together]["value"]
+        held.take({built.caught: shown[built.caught]})
+        gone = built.steer_together(held.values)
+        added = gone[built.explore.pane]["value"]["view"]["own"]
+        assert [int(i) for i in added] == alive and built.tabs in gone
+        assert built.catch(sent(ids=[]))[built.together]["visible"] is False
+        assert built.catch(sent(ids="all"))[built.caught] == ()
+        alone = built.add_to_explore(held.set({built.feature: alive[1]}))
+        assert list(alone[built.explore.pane]["value"]["view"]["own"]) == [str(alive[1])]
 
 
 class TestCards:
-    def test_a_card_tells_every_attribute_with_interval_and_test(self, studio: Studio) -> None:
-        card = card_of(studio, 1)
-        sure, rest = card.split("<details", 1)
-        assert "glasses: glasses</th><td>5</td><td>+50 (+40 to +60)</td><td>&lt; 0.001</td>" in sure
-        assert "Nothing sure on gender, age." in sure and "age: adult" in rest and "All 7 effects measured" in rest
-        assert "age: adult" not in sure.split("Effect when it alone")[1]
-        assert "false discovery rate 5%" in card
+    def test_a_card_says_what_its_name_rests_on(self, studio: Studio, plain: Studio) -> None:
+        sure = tab.feature_view(studio.lens, 1, AtlasQuestion("", "", None))
+        assert "confirmed, n = 32, q &lt; .001" in sure.head and "Turned up, more glasses (50 in 100)" in sure.head
+        labels = plain.lens.atlas.labels
+        guess = next(i for i, label in enumerate(labels) if label and not plain.lens.atlas.dead[i])
+        bare = next(i for i, label in enumerate(labels) if not label and not plain.lens.atlas.dead[i])
+        assert "a guess from images" in tab.feature_view(plain.lens, guess, AtlasQuestion("", "", None)).head
+        assert tab.feature_view(plain.lens, bare, AtlasQuestion("", "", None)).head.count("no label") == 2
 
-    def test_cards_say_when_nothing_moved_or_could(self, studio: Studio) -> None:
-        assert "Nothing that the classifier reads moved for sure on 32 paired images" in card_of(studio, 4)
-        silent = card_of(studio, 5)
-        assert "never fires on these 32 images" in silent and "not tested" in silent
-        other = card_of(studio, 9)
-        assert "Not measured for this feature" in other or "without a test of chance" in other
+    def test_bars_are_of_significant_changes_alone_the_class_that_grew(self, studio: Studio) -> None:
+        card = tab.feature_view(studio.lens, 1, AtlasQuestion("", "", None)).card
+        bars, rest = card.split("<details", 1)
+        assert (
+            bars.count("dl-diverge") == 1
+            and "+50" in bars
+            and "+40 to +60" in bars
+            and "left:50.0%;width:25.0%" in bars
+        )
+        assert "glasses: none" in rest and "All 7 effects measured" in rest and "false discovery rate 5%" in rest
 
-    def test_untested_effects_of_a_fit_are_shown_as_such(self, plain: Studio) -> None:
+    def test_cards_say_when_nothing_moved_or_could(self, studio: Studio, plain: Studio) -> None:
+        def card(feature: int) -> str:
+            return tab.feature_view(studio.lens, feature, AtlasQuestion("", "", None)).card
+
+        assert "on 32 paired images, it changed nothing significantly" in card(4)
+        assert "never fires on the 32 images" in card(5) and "not tested" in card(5)
         measured = np.flatnonzero(np.isfinite(plain.lens.atlas.effects["glasses"]).all(axis=1))
-        card = plain.lens.card(int(measured[0]))
-        assert set(card.effects) == {"gender", "age", "glasses"}
-        assert "without a test of chance" in card_of(plain, int(measured[0]))
+        told = tab.feature_view(plain.lens, int(measured[0]), AtlasQuestion("", "", None)).card
+        assert "without a test of chance" in told
+
+    def test_the_fixed_part_of_the_map_is_small_json(self, plain: Studio) -> None:
+        names = list(plain.lens.atlas.labels)
+        told = json.loads(tab.points(atlas_map.atlas_map(plain.lens), names))
+        assert len(told["xy"]) == 2 * len(names) == 2 * len(told["confidence"]) and told["levels"] == list(LEVELS)

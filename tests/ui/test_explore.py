@@ -155,10 +155,10 @@ class TestShowing:
 class TestFeatures:
     def test_a_feature_is_added_to_what_is_steered_already(self, studio: Studio, view: View) -> None:
         other = outsider(studio.lens, view)
-        first = handlers.with_feature(studio, asks(replace(view, beta=2.0, own=((1, 3.0),))), other)
-        assert first is not None and first.beta == 2.0 and dict(first.own) == {1: 3.0, other: 6.0}
-        assert handlers.with_feature(studio, asks(first), other) == first
-        assert handlers.with_feature(studio, asks(view), None) is None
+        first = handlers.with_features(studio, asks(replace(view, beta=2.0, own=((1, 3.0),))), [other])
+        assert first.beta == 2.0 and dict(first.own) == {1: 3.0, other: 6.0}
+        assert handlers.with_features(studio, asks(first), [other, 1]) == first
+        assert handlers.with_features(studio, asks(view), []) == view
 
     def test_solo_steers_these_alone(self, tiny_lens: DiffusionLens, view: View) -> None:
         features, _ = state.poles(tiny_lens, view)
@@ -280,6 +280,6 @@ def test_other_tabs_read_and_set_what_is_on_screen(tiny_lens: DiffusionLens, vie
     assert spec is not None and spec.interventions == (tiny_lens.intervention(view.attribute, view.target, 2.5),)
     taken = made.take_subject(values, "a portrait of a nurse", "age")[made.pane]["value"]["view"]
     assert (taken["prompt"], taken["attribute"], taken["beta"]) == ("a portrait of a nurse", "age", 1.0)
-    added = made.steer_feature(values, 5)[made.pane]["value"]["view"]
-    assert added["own"] == {"5": 6.0} and added["beta"] == 2.5
-    assert "value" not in made.steer_feature(values, None)[made.pane]
+    added = made.steer_features(values, [5, 6])[made.pane]["value"]["view"]
+    assert added["own"] == {"5": 6.0, "6": 6.0} and added["beta"] == 2.5
+    assert "value" not in made.steer_features(values, [10**6])[made.pane]
