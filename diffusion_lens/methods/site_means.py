@@ -19,6 +19,7 @@ from diffusion_lens.methods.protocol import Fitted, Learned, Method, MethodOptio
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.hooks import intercept
 from diffusion_lens.model.pipelines import DiffusionModel
+from diffusion_lens.model.samplers import scaled_input
 from diffusion_lens.model.sites import Port, Site
 
 TIMES, PREFIX = "times", "site|"
@@ -102,7 +103,7 @@ def class_sums(
             for name, port in ports.items():
                 stack.enter_context(intercept(port, partial(_keep, seen, name)))
             t = scheduler.timesteps[step]
-            x = scheduler.scale_model_input(batch.states[step].to(model.device), t)
+            x = scaled_input(scheduler, batch.states[step].to(model.device), t)
             model.predict(x, t, conditioning)
         for name, h in seen.items():
             sums = torch.einsum("nk,n...->k...", of_class, h.float().cpu())

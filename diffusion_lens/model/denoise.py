@@ -21,7 +21,7 @@ from diffusion_lens.base.types import Activations, EditSpec, Generation, Generat
 from diffusion_lens.model.families.base import Conditioning
 from diffusion_lens.model.hooks import PerImage, UpPath, intercept
 from diffusion_lens.model.pipelines import DiffusionModel, at_site, seed_generators
-from diffusion_lens.model.samplers import flow_shift, is_flow, signal_share
+from diffusion_lens.model.samplers import flow_shift, is_flow, scaled_input, signal_share
 from diffusion_lens.model.sites import Port
 
 
@@ -239,7 +239,7 @@ class BatchRun:
         self, index: int, latents: Tensor, scheduler: Any, conditioning: Conditioning, generators: list[torch.Generator]
     ) -> Tensor:
         t = scheduler.timesteps[index]
-        scaled = latents if is_flow(scheduler) else scheduler.scale_model_input(latents, t)
+        scaled = scaled_input(scheduler, latents, t)
         keeping = self.capture is not None and index in self.capture.indices(self.request.n_steps)
         editing = [(port, edit) for port, edit in self.places if _acts(edit, index)]
         edited: tuple[Tensor, Tensor] | None = None

@@ -86,6 +86,11 @@ def splits_step(scheduler: Any) -> bool:
     return isinstance(scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler))
 
 
+def scaled_input(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
+    """What the network is given for ``latents`` at a step: on a flow the latents themselves."""
+    return latents if is_flow(scheduler) else scheduler.scale_model_input(latents, t)
+
+
 def signal_share(scheduler: Any, index: int) -> float:
     """The share of signal power at step ``index``: alpha-bar, or (1 − σ)² / ((1 − σ)² + σ²) on a flow."""
     if is_flow(scheduler):
