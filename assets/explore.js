@@ -455,7 +455,9 @@
       const radio = (group, value, name, on, act, note) => h("label", { class: "dx-radio", title: note ?? "" }, h("input", { type: "radio", name: `dx-${group}`, checked: on, onchange: act }), name);
       const number = (name, value, low, high, act) => h("label", { class: "dx-number" }, name, h("input", { type: "number", class: "dx-input", value: String(value), min: String(low), max: String(high), step: "1",
         onchange: (e) => act(Number(e.target.value)) }));
-      const steps = view.window ?? [0, c.n_steps];
+      const range = () => view.window ?? [0, c.n_steps];
+      const from = number("from", range()[0] + 1, 1, c.n_steps, (v) => change({ window: windowOf(v - 1, range()[1]) }));
+      const to = number("to", range()[1], 1, c.n_steps, (v) => change({ window: windowOf(range()[0], v) }));
       open(anchor, "Options", h("div", { class: "dx-form" },
         field("Images", ...c.seed_counts.map((n) => radio("n", n, n, n === view.n_seeds, () => change({ n_seeds: n }))),
           number("first seed", view.first_seed, 0, 2 ** 31, (v) => change({ first_seed: v }))),
@@ -463,7 +465,8 @@
           onchange: (e) => change({ hold: e.target.checked ? [...view.hold, o.value] : view.hold.filter((x) => x !== o.value) }) }), o.name))) : "",
         field("Sampler", radio("m", "asymmetric", "asymmetric", view.sampler === "asymmetric", () => change({ sampler: "asymmetric" }), "steers the predicted image alone"),
           radio("m", "symmetric", "symmetric", view.sampler === "symmetric", () => change({ sampler: "symmetric" }), "steers the direction too")),
-        field("Denoising steps", number("from", steps[0] + 1, 1, c.n_steps, (v) => change({ window: windowOf(v - 1, steps[1]) })), number("to", steps[1], 1, c.n_steps, (v) => change({ window: windowOf(steps[0], v) }))),
+        field("Denoising steps", from, to, dl.stepStrip({ total: c.n_steps, range, load: () => server.strip({ view: structuredClone(view) }),
+          choose: (first, stop) => { [from.lastChild.value, to.lastChild.value] = [first + 1, stop]; change({ window: windowOf(first, stop) }); } })),
         field("Features per pole", number("", view.n_features, 1, c.max_features, (v) => change({ n_features: v }))),
         h("button", { type: "button", class: "dx-button dx-soft", onclick: () => { close(); aim2(); } }, "Back to the recommended settings")));
     };

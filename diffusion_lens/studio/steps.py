@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,15 +47,17 @@ def step_strip(studio: Studio, view: View, seed: int, visitor: str = "") -> Step
 
         from diffusion_lens.model.generate import record_trajectory
 
-        request = studio.lens.request(view.prompt, [seed])
-        n = request.n_steps
-        shown = (
-            sorted({round(i * (n - 1) / (min(n, MAX_SHOWN) - 1)) for i in range(min(n, MAX_SHOWN))}) if n > 1 else [0]
-        )
-        start = record_trajectory(
-            studio.lens.model, request, steps=shown, batch_size=1, progress=progress, max_bytes=BASE_BYTES
-        )
-        kept = sorted(start.latents)
+        request = studio.lens.request(view.prompt, view.seeds)
+        n, known = request.n_steps, studio.bases.get(request)
+        if known is None:
+            alone = replace(request, seeds=(seed,))
+            start = record_trajectory(studio.lens.model, alone, batch_size=1, progress=progress, max_bytes=BASE_BYTES)
+        else:  # drawn for the screen already, with the others
+            start = known.start
+        row = start.generation.request.seeds.index(seed)
+        every = sorted(start.latents)
+        places = {round(i * (len(every) - 1) / (min(len(every), MAX_SHOWN) - 1 or 1)) for i in range(MAX_SHOWN)}
+        shown = [every[place] for place in sorted(places) if place < len(every)]
         model = studio.lens.model
-        noisy = torch.cat([start.latents[step] for step in kept]).to(model.device)
-        return StepStrip(seed, tuple(kept), model.decode(noisy), start.generation.images[0], n)
+        noisy = torch.stack([start.latents[step][row] for step in shown]).to(model.device)
+        return StepStrip(seed, tuple(shown), model.decode(noisy), start.generation.images[row], n)

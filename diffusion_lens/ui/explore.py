@@ -119,7 +119,8 @@ def workbench(studio: Studio, view: View | None = None, *, elem_id: str, compact
     shown = view or handlers.opening(studio)
     pane = gr.HTML(
         handlers.asked(shown), html_template=html("explore.pane", compact=compact), js_on_load=ON_LOAD,
-        server_functions=[_finder(studio)], apply_default_css=False, elem_id=elem_id, scene=first, compact=compact,
+        server_functions=[_finder(studio), _stripper(studio)], apply_default_css=False, elem_id=elem_id, scene=first,
+        compact=compact,
     )  # fmt: skip
     _connect(studio, pane)
     return Explore(studio, pane)
@@ -130,6 +131,15 @@ def _finder(studio: Studio) -> Callable[[Any], dict[str, Any]]:
         return handlers.find(studio, question)
 
     return find
+
+
+def _stripper(studio: Studio) -> Callable[[Any], dict[str, Any]]:
+    drawn = lent(30)(partial(handlers.strip, studio))
+
+    def strip(question: Any) -> dict[str, Any]:
+        return drawn(question)
+
+    return strip
 
 
 def _connect(studio: Studio, pane: Component) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl
+from uuid import uuid4
 
 from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import LensError
@@ -14,6 +15,7 @@ from diffusion_lens.studio.atlas import valid_feature
 from diffusion_lens.studio.curves import of_results
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.state import View
+from diffusion_lens.studio.steps import step_strip
 from diffusion_lens.studio.studio import DRAFT_STEPS, Picture, Studio
 from diffusion_lens.ui import flip_books, scene, texts, words
 from diffusion_lens.ui.errors import told
@@ -218,3 +220,15 @@ def find(studio: Studio, question: Any) -> dict[str, Any]:
         return {"rows": [scene.row_values(studio.lens, view, i) for i in ids]}
     except Exception as error:
         return {"rows": [], "alert": told(error)}
+
+
+def strip(studio: Studio, question: Any) -> dict[str, Any]:
+    """The first seed on screen step by step, for choosing which steps are steered: small images, noise first."""
+    try:
+        if not studio.lens.is_ready:
+            return {"alert": texts.NO_STRIP}
+        view = read_view(studio, question)
+        found = step_strip(studio, view, view.first_seed, uuid4().hex)
+        return {"steps": list(found.steps), "images": [scene.thumb(image) for image in found.images]}
+    except Exception as error:
+        return {"alert": told(error)}

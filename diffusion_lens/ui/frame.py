@@ -11,8 +11,8 @@ from diffusion_lens.ui import texts
 from diffusion_lens.ui.figure import ASSETS
 from diffusion_lens.ui.html import html
 
-SCRIPTS = ("app.js", "explore.js")
-STYLES = ("frame.css", "explore.css", "compare_two.css")
+SCRIPTS = ("app.js", "steps.js", "explore.js")
+STYLES = ("frame.css", "explore.css", "compare_two.css", "steps.css")
 """Files of the page's head, in order."""
 
 

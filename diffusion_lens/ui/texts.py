@@ -10,6 +10,7 @@ TAGLINE = "Open a diffusion model, turn the features that decide who appears, an
 
 NO_PROMPT = "This model takes no prompt: it draws from everything it learnt."
 WAKING = "The model is waking up; this is the nearest stored result."
+NO_STRIP = "The model is waking up; open the options again in a moment to see the steps."
 STOPPED = "Stopped; what was measured stays."
 MEASURED = "Measured: the curve is of exactly what is on screen."
 LOAD_FIRST = "Stored sweep, measured when this lens was made: {setting}."
