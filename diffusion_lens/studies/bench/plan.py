@@ -20,8 +20,12 @@ from diffusion_lens.studies.bench.shared import JudgedLens, Shared
 DRAW = {"activation": 1.4}
 """Method → time per image, an unedited one taking 1, where it is not about 1 (measured on the bundled lens)."""
 
-FIT = {"difflens": 80.0, "sae-lrp": 30.0, "latent-direction": 180.0, "fine-tuning": 180.0, "ddm": 480.0}
-"""Method → what its fit costs beside drawing its images, in unedited images' time (measured on the bundled lens)."""
+FIT = {
+    "difflens": 80.0, "sae-lrp": 30.0, "latent-direction": 180.0, "fine-tuning": 180.0, "ddm": 480.0,
+    "equisteer": 220.0, "text-sae": 60.0, "site-means": 60.0,
+}  # fmt: skip
+"""Method → what its fit costs beside drawing its images, in unedited images' time: measured on the bundled lens, the
+second line counted from what those fits draw."""
 
 OTHER_FIT = 20.0
 PROBED = 16
