@@ -256,13 +256,14 @@ def claims(
     python -m diffusion_lens claims --out docs/CLAIMS.md --card docs/MODEL_CARD.md
     """
     from diffusion_lens.base.files import write_text
-    from diffusion_lens.studies.claims import card_with, claims_markdown
+    from diffusion_lens.studies.claims import card_with, claims_markdown, stored_comparisons
     from diffusion_lens.studies.claims import claims as read_claims
 
     opened = open_lens(lens, "cpu")
-    page = claims_markdown(read_claims(opened, assets_folder()), opened.comparisons)
+    comparisons = stored_comparisons(opened, assets_folder())
+    page = claims_markdown(read_claims(opened, assets_folder()), comparisons)
     if card is not None:
-        write_text(card, card_with(card.read_text(encoding="utf-8"), opened.comparisons))
+        write_text(card, card_with(card.read_text(encoding="utf-8"), comparisons))
         say(f"Wrote {card}")
     if out is not None:
         write_text(out, page)

@@ -10,9 +10,11 @@ from typing import Protocol
 from diffusion_lens.base.types import LensError
 from diffusion_lens.results.bypass import BypassResult, load_bypass
 from diffusion_lens.results.comparison import UNSTEERED, Comparison, Measured, MethodRow
+from diffusion_lens.results.comparison_store import load_comparison
 from diffusion_lens.results.comparison_tables import short_table, standing
 from diffusion_lens.results.depth import DepthResult, load_depth
 from diffusion_lens.results.depth_apart import MINORITIES, ApartResult, load_apart
+from diffusion_lens.results.measurement_files import Missing
 
 NOT_YET = "not measured yet"
 HEAD = "| claim | source | our experiment | verdict | command |\n|---|---|---|---|---|\n"
@@ -64,9 +66,18 @@ METHOD_CLAIMS = (
 )
 
 
+def stored_comparisons(lens: Stored, assets: Path) -> dict[str, Comparison]:
+    """The lens's comparisons by attribute, and those at balance that ``compare --out assets/balance`` wrote."""
+    found = dict(lens.comparisons)
+    for path in sorted((assets / "balance").glob("*/comparison.json")):
+        one = load_comparison(path.parent, path.stem, Missing({}))
+        found[f"{one.attribute.name} at balance"] = one
+    return found
+
+
 def claims(lens: Stored, assets: Path) -> list[Claim]:
     """Every claim with what the stored results of ``lens`` and of the ``assets`` folder say of it."""
-    comparisons = lens.comparisons
+    comparisons = stored_comparisons(lens, assets)
     found = [_method_claim(source, comparisons) for source in METHOD_CLAIMS]
     found.append(_reach_claim(comparisons))
     depth = load_depth(assets / "depth.json") if (assets / "depth.json").is_file() else None

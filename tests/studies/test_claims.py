@@ -9,14 +9,14 @@ import pytest
 from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.methods.registry import METHODS
-from diffusion_lens.studies.claims import METHOD_CLAIMS, card_with, claims, claims_markdown
+from diffusion_lens.studies.claims import METHOD_CLAIMS, card_with, claims, claims_markdown, stored_comparisons
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_is_of_the_stored_results() -> None:
     lens = DiffusionLens.from_pretrained(ROOT / "assets" / "portraits")
-    page = claims_markdown(claims(lens, ROOT / "assets"), lens.comparisons)
+    page = claims_markdown(claims(lens, ROOT / "assets"), stored_comparisons(lens, ROOT / "assets"))
     assert (ROOT / "docs" / "CLAIMS.md").read_text() == page, (
         "run: python -m diffusion_lens claims --out docs/CLAIMS.md"
     )
@@ -25,7 +25,9 @@ def test_the_page_is_of_the_stored_results() -> None:
 def test_the_cards_tables_are_of_the_stored_comparisons() -> None:
     lens = DiffusionLens.from_pretrained(ROOT / "assets" / "portraits")
     card = (ROOT / "docs" / "MODEL_CARD.md").read_text()
-    assert card_with(card, lens.comparisons) == card, "run: python -m diffusion_lens claims --card docs/MODEL_CARD.md"
+    assert card_with(card, stored_comparisons(lens, ROOT / "assets")) == card, (
+        "run: python -m diffusion_lens claims --card docs/MODEL_CARD.md"
+    )
     with pytest.raises(LensError, match="no place"):
         card_with("# A card", lens.comparisons)
 
