@@ -224,7 +224,7 @@ def subject_here(studio: Studio, plan: AuditPlan) -> tuple[Any, ...]:
     if len(plan.subjects) != 1 or not own.lens:
         return ()
     subject = lens_subject(own, studio.lens, studio.lens.classifier)
-    if own.pin and own.pin.get("lens") != studio.lens.manifest.lens_id:
+    if own.pin and own.pin.get("lens") != subject.pin["lens"]:
         raise LensError("This audit is of another lens than this page's; open that lens's page, or use the command.")
     return (subject,)
 

@@ -11,6 +11,7 @@ from audits import CPU, PROMPTS, plan_values
 
 from diffusion_lens.base.types import Attribute, LensError
 from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.results.stats import share_interval
 from diffusion_lens.studies.audit.against import read_reference, reference_for
 from diffusion_lens.studies.audit.freeze import freeze
@@ -58,7 +59,7 @@ def test_freezing_is_done_once_and_hashed(tmp_path: Path, tiny_lens: DiffusionLe
     plan = frozen(tiny_lens)
     assert plan.prompts.texts == tuple(PROMPTS) and plan.attributes == ("gender", "age")
     assert [edit.kind for edit in plan.edits] == ["steer", "control"]
-    assert plan.subjects[0].pin["lens"] == tiny_lens.manifest.lens_id
+    assert plan.subjects[0].pin["lens"] == lens_key(tiny_lens)
     assert freeze(plan, Path(), CPU).plan == plan
     signed = plan.model_copy(update={"sign": plan.sign.model_copy(update={"reviewer": "R", "notes": "seen"})})
     assert signed.digest == plan.digest

@@ -38,6 +38,7 @@ from diffusion_lens.judging.labelled import calibrate_from_folder
 from diffusion_lens.judging.photos import PhotoReading
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.measuring.observe import OnBatch, observe, read
+from diffusion_lens.methods.protocol import lens_key
 from diffusion_lens.model.denoise import Edit
 from diffusion_lens.model.pipelines import DiffusionModel, load_model
 from diffusion_lens.model.run_options import RunOptions
@@ -243,7 +244,7 @@ class Drawn(Subject):
             }
         m = self.opened.manifest
         return {
-            "Lens": f"{m.name}, {m.lens_id}",
+            "Lens": f"{m.name}, {self.pin['lens']} (model, autoencoder, probes and attributions)",
             "Model": m.base_model.id + (f" at {m.base_model.revision}" if m.base_model.revision else ""),
             "Sites": f"{m.hook_name}, sparse autoencoder {m.sae_id}",
             "Sampler": f"{m.scheduler}, {m.n_steps} steps, guidance {m.guidance_scale:g}",
@@ -383,7 +384,7 @@ def _open_lens(plan: SubjectPlan, folder: Path, options: RunOptions) -> Drawn:
 
 def lens_subject(plan: SubjectPlan, lens: DiffusionLens, judge: Classifier) -> Drawn:
     """An open lens as a subject, read by ``judge``."""
-    pin = {"lens": lens.manifest.lens_id, "judge": judge.classifier_id}
+    pin = {"lens": lens_key(lens), "judge": judge.classifier_id}
     focus = tuple(a.name for a in lens.attributes if a.name in {b.name for b in judge.attributes})
     return Drawn(plan, plan.name or lens.manifest.name, judge, lens.prompts, focus, pin, lens)
 
