@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from diffusion_lens.base.files import disk_errors, read_json, write_json
 from diffusion_lens.base.pictures import SUFFIXES
@@ -26,7 +27,7 @@ from diffusion_lens.studio.jobs import TELL_EVERY, stream
 from diffusion_lens.studio.studio import Studio, import_engine
 
 if TYPE_CHECKING:
-    from diffusion_lens.studies.audit.engine import Job
+    from diffusion_lens.studies.audit.engine import Job, Unit
     from diffusion_lens.studies.audit.freeze import Planned
     from diffusion_lens.studies.audit.plan import AuditPlan
 
@@ -93,11 +94,13 @@ class Outline:
     per_prompt: int
     seconds: float
     too_large: str
+    measured: bool = False
 
     @property
     def time(self) -> str:
-        """The time in words."""
-        return duration(self.seconds)
+        """The time in words, and whose speed it goes by."""
+        whose = "at this server's pace" if self.measured else "on two free cores"
+        return f"{duration(self.seconds)} {whose}"
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _table_rows(text: str) -> list[dict[str, Any]]:
         path.write_text(text, encoding="utf-8")
         rows = read_reference(path)
     except LensError as error:
-        raise LensError(str(error).replace(path.name, "the reference table")) from None
+        raise LensError(str(error).replace(path.name, "The reference table")) from None
     finally:
         path.unlink(missing_ok=True)
     return [row.model_dump(mode="json", by_alias=True) for row in rows]
@@ -229,11 +232,12 @@ def subject_here(studio: Studio, plan: AuditPlan) -> tuple[Any, ...]:
     return (subject,)
 
 
-def outline(studio: Studio, wish: Wish, speed: float | None = None) -> Outline:
-    """What a plan will draw; everything but the opening of files is checked.
+_paces: WeakKeyDictionary[Studio, float] = WeakKeyDictionary()
+"""Seconds per image of each lens here, once an audit has drawn some."""
 
-    ``speed``: seconds per image, as measured here.
-    """
+
+def outline(studio: Studio, wish: Wish) -> Outline:
+    """What a plan will draw; everything but the opening of files is checked."""
     from diffusion_lens.results.sequential import images_for
     from diffusion_lens.studies.audit.plan import images_for_precision
 
@@ -250,11 +254,12 @@ def outline(studio: Studio, wish: Wish, speed: float | None = None) -> Outline:
     features = sum(edit.kind in ("steer", "spec") for edit in plan.edits)
     conditions = 1 + len(plan.edits) + (features if plan.controls else 0)
     total = per_prompt * conditions * max(1, len(plan.prompts.texts))
-    seconds = total * (USUAL_SECONDS if speed is None else speed)
+    pace = _paces.get(studio)
+    seconds = total * (USUAL_SECONDS if pace is None else pace)
     large = ""
     if total > MAX_IMAGES:
         large = f"{total:,} images are more than the {MAX_IMAGES:,} that the app draws in one audit."
-    return Outline(plan, total, per_prompt, seconds, large)
+    return Outline(plan, total, per_prompt, seconds, large, pace is not None)
 
 
 def begin(studio: Studio, wish: Wish) -> str:
@@ -339,6 +344,7 @@ def run_events(studio: Studio, visitor: str, name: str) -> Iterator[News]:
     def job(emit: Callable[[News], None]) -> None:
         made = take_up(studio, name)
         last, finished = time.monotonic(), 0
+        began = last
 
         def hear(status: Status) -> None:
             nonlocal last
@@ -346,8 +352,11 @@ def run_events(studio: Studio, visitor: str, name: str) -> Iterator[News]:
                 last = time.monotonic()
                 emit(News(status.share, status.seconds_left))
 
-        def look(_: object) -> None:
-            nonlocal finished
+        def look(unit: Unit) -> None:
+            nonlocal finished, began
+            now = time.monotonic()
+            _paces[studio] = (now - began) / len(made.block_seeds(unit))
+            began = now
             done = len({cell.prompt for cell in made.cells(partial=True)})
             if done > finished:
                 finished = done

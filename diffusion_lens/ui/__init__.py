@@ -17,6 +17,7 @@ from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
     atlas,
+    audit,
     compare_two,
     depth,
     explore,
@@ -92,6 +93,9 @@ def _page(demo: gr.Blocks, studios: Sequence[Studio], i: int) -> None:
             draw_strip: atlas.DrawStrip = lent(30)(partial(atlas.draw_strip, studio))
             built_when_looked_at(atlas_tab, lambda _: atlas.build(studio, draw_strip, tabs, tab))
         learn.layout(studio, _bundled_beside(studios, i))
+        with gr.Tab("Audit", id="audit") as audit_tab:
+            run_audit: audit.Run = lent(120)(partial(audit.run, studio))
+            built_when_looked_at(audit_tab, lambda values: audit.build(studio, run_audit, tab, values), tab.inputs)
         with gr.Tab("About", id="about") as about_tab:
             built_when_looked_at(about_tab, lambda _: about.build(studio))
     _connect(demo, studio)
@@ -147,7 +151,7 @@ def launch_options() -> dict[str, Any]:
     """What ``gr.Blocks.launch`` needs for the app's look."""
     return {
         "theme": theme(),
-        "css_paths": [ASSETS / name for name in ("app.css", "tabs.css", "learn.css")],
+        "css_paths": [ASSETS / name for name in ("app.css", "tabs.css", "learn.css", "audit.css")],
         "head": frame.head(),
         "footer_links": [],
         "ssr_mode": False,
