@@ -35,7 +35,7 @@ CVPR 2025.
   ln(male / female) is 0 at balance, about +0.7 at two to one.
 - **Eight images show what a turn does, never how often.** The Sweep tab counts more.
 - **Controls** turn features that should not matter. What moves there is noise, or damage.
-- **Hold still**: features of one attribute carry some of the others. Held attributes are left alone: what their
+- **Try to keep**: features of one attribute carry some of the others. Held attributes are left alone: what their
   probes would read of the turn is taken out of it. That is our addition to the paper's method, and no guarantee: what
   moves all the same is measured.
 - **Attribution is not causation.** A feature may speak for a class and still change nothing when it is turned.

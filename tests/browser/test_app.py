@@ -172,7 +172,13 @@ def test_a_drag_shows_drafts_and_then_the_full_images(page: Any) -> None:
     assert all(alt.startswith("Seed ") and "steered: read as " in alt for alt in alts)
     page.locator(f"{AFTER} button").first.click()
     assert page.locator("dialog[open] table tbody tr").count() >= 3
-    page.keyboard.press("Escape")
+    page.locator(".dx-cell").first.focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Steer only where painted").press("Enter")
+    settled(page)
+    assert query(page)["x"].startswith("110") and "where painted" in page.locator("[data-part=steered]").inner_text()
 
 
 def test_feature_rows_steer_mute_solo_and_take_any_feature(page: Any) -> None:
@@ -184,6 +190,8 @@ def test_feature_rows_steer_mute_solo_and_take_any_feature(page: Any) -> None:
     settled(page)
     assert f"{number}:" in query(page)["f"] and "dx-own" in row.get_attribute("class")
     assert "not of this mix" in page.locator("[data-part=numbers]").inner_text()
+    row.locator(".dx-alone").click()
+    page.wait_for_selector(f".dx-row[data-id='{number}'] .dx-alone:has-text('here: ')")
     row.locator(".dx-mute").click()
     settled(page)
     assert query(page)["f"] == f"{number}:1" and row.locator(".dx-mute").get_attribute("aria-pressed") == "true"
