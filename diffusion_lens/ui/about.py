@@ -30,7 +30,8 @@ CVPR 2025.
 
 ## How to read it
 
-- **Before / after**: the same seeds, so every difference comes from the turn. ↻ marks an image that changed class.
+- **Before / after**: the same seeds, so every difference comes from the turn. A border and “now …” mark an image
+  that changed class.
 - **Share and log ratio** always come with n, a 95 % interval and the number of images the classifier would not decide.
   ln(male / female) is 0 at balance, about +0.7 at two to one.
 - **Eight images show what a turn does, never how often.** The Sweep tab counts more.
