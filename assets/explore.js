@@ -31,7 +31,6 @@
     const root = element.querySelector(".dx");
     const part = Object.fromEntries([...root.querySelectorAll("[data-part]")].map((e) => [e.dataset.part, e]));
     const compact = root.classList.contains("dx-compact");
-    const quiet = matchMedia("(prefers-reduced-motion: reduce)");
     const narrow = matchMedia("(max-width: 640px)");
 
     const linked = !compact && /[?&]v=/.test(location.search);
@@ -243,7 +242,7 @@
       const [image, canvas] = figure.querySelectorAll("img, canvas");
       const src = row?.images?.[i];
       const drawn = row?.place !== undefined && sprite?.ready && book;
-      image.hidden = Boolean(drawn);
+      image.hidden = Boolean(drawn) || !src; // no image rather than one of another setting
       canvas.hidden = !drawn;
       if (drawn) paintCell(canvas, row.place, i);
       else if (src && image.src !== src) image.src = src;

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,7 +28,9 @@ from diffusion_lens.studio.state import View, check, interventions
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from diffusion_lens.model.generate import OnLatents, Trajectory
+    from torch import Tensor
+
+    from diffusion_lens.model.generate import Edit, OnLatents, Trajectory
 
 log = logging.getLogger(__name__)
 _importing = threading.Lock()
@@ -85,6 +87,10 @@ class Picture:
     seconds: float = 0.0
     activation_ratio: float | None = None
     preview_error: float | None = None
+
+
+class _SeenError(Exception):
+    """Ends a drawing whose preview is all that was wanted."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,24 @@ class Studio:
         with self.work(f"{visitor}:draw", urgent=True) as progress:
             turns = interventions(self.lens, view)
             edit = self.lens.edit(*turns) if turns else None
-            return self.lens.generate(request, edit=edit, batch_size=len(request.seeds), progress=progress).images
+            if not self.previews:
+                return self.lens.generate(request, edit=edit, batch_size=len(request.seeds), progress=progress).images
+            return self._previewed(request, edit, progress)
+
+    def _previewed(self, request: GenerationRequest, edit: Edit | None, progress: Progress) -> np.ndarray:
+        """The images as the tiny autoencoder decodes them; the full decode is never begun."""
+        seen: list[np.ndarray] = []
+
+        def on_latents(part: GenerationRequest, latents: Tensor) -> None:
+            seen.append(self.lens.model.decode_preview(latents))
+            if sum(map(len, seen)) == len(request.seeds):
+                raise _SeenError
+
+        with suppress(_SeenError):
+            self.lens.generate(
+                request, edit=edit, batch_size=len(request.seeds), progress=progress, on_latents=on_latents
+            )
+        return np.concatenate(seen)
 
     def _base(self, request: GenerationRequest, progress: Progress, on_latents: OnLatents | None) -> Base:
         base = self.bases.get(request)

@@ -291,7 +291,7 @@ def layout(studios: Sequence[Studio], here: int, drawn: Drawn) -> TwoTab:
             named = {status: news.status, rows: news.rows, table: news.table}
             yield {part: text for part, text in named.items() if text is not None}
 
-    shown: set[Component] = {status, rows, table}
+    shown: Any = {status, rows, table}
     go.click(press, tab.inputs, shown, **LONG)
     return tab
 

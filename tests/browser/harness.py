@@ -52,9 +52,14 @@ def visit(tab: Any, name: str) -> None:
     tab.wait_for_function("name => dl.tab() === name", arg=name)
 
 
+def left(text: str) -> bool:
+    """Whether this is what gradio says of a page that was left while it listened."""
+    return "signal is aborted without reason" in text or "Connection errored out" in text
+
+
 def listen(tab: Any, complaints: list[str]) -> None:
     """Note what the console and failed scripts say."""
-    tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" and not left(m.text) else None)
     tab.on("pageerror", lambda e: complaints.append(str(e)))
 
 

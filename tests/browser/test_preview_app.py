@@ -43,9 +43,10 @@ def address(gate: threading.Event, tiny_lens_folder: Path, tmp_path: Path) -> It
 def test_a_preview_is_marked_and_replaced(gate: threading.Event, address: str) -> None:
     with opened(address, PATIENCE) as page:
         drag(page, 3.0)
-        page.wait_for_selector(f"{AFTER} .dx-draft img[src]")
-        assert "little-one" in page.locator("[data-part=state]").inner_text()
-        assert "not measured" in page.locator("[data-part=state]").inner_text()
+        page.wait_for_function(
+            "() => /little-one: not measured/.test(document.querySelector('[data-part=state]').innerText)"
+        )
+        assert page.locator(f"{AFTER} .dx-draft").count() == 8 and page.locator(f"{AFTER} img:visible").count() == 0
         if SHOTS:
             page.screenshot(path=str(Path(SHOTS) / "preview.png"), full_page=True)
         gate.set()
