@@ -63,27 +63,18 @@ def test_a_sweep_streams_and_can_be_stopped(page: Any) -> None:
     page.wait_for_selector("#dl-run")
 
 
-def test_the_atlas_by_mouse_and_by_keyboard(page: Any) -> None:
-    page.get_by_role("tab", name="Atlas").click()
-    point = page.locator("#dl-atlas-map .scatterlayer .trace:first-child .point").nth(3)
-    point.wait_for()
-    heading = page.locator("#dl-atlas-card h2")
-    first = heading.inner_text()
-    point.click(force=True)
-    page.wait_for_function("t => document.querySelector('#dl-atlas-card h2').innerText !== t", arg=first)
-    clicked = heading.inner_text()
-    cell = page.locator("#dl-atlas-table [role=gridcell]").first
-    cell.focus()
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("Enter")
-    page.wait_for_function("t => document.querySelector('#dl-atlas-card h2').innerText !== t", arg=clicked)
-    number = heading.inner_text().split("#")[1]
-    page.locator("#dl-turn-feature").focus()
-    page.keyboard.press("Enter")
+def test_a_feature_of_the_atlas_is_added_to_what_is_steered(page: Any) -> None:
+    drag(page, 2.0)
+    settled(page)
+    beta = query(page)["b"]
+    visit(page, "atlas")
+    button = page.locator("#dl-turn-feature")
+    button.wait_for()
+    number = button.inner_text().split("#")[1].split()[0]
+    button.press("Enter")
     page.wait_for_selector(f".dx-row.dx-own[data-id='{number}']")
     settled(page)
-    assert f"{number}:" in query(page)["f"]
+    assert query(page)["f"].startswith(f"{number}:") and query(page)["b"] == beta
 
 
 def test_about_shows_the_classifiers_errors(page: Any) -> None:

@@ -65,4 +65,4 @@ def test_a_fitted_lens_shows_images_and_a_turn_redraws_them(page: Any) -> None: 
     drawn = sources(page)
     assert len(drawn) == 8 and drawn != after and drawn != sources(page, BEFORE)
     page.get_by_role("tab", name="Atlas").click()
-    page.locator("#dl-atlas-map .scatterlayer .point").first.wait_for()
+    page.locator("#dl-turn-feature").wait_for()
