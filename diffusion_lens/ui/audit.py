@@ -232,10 +232,12 @@ class AuditTab(Panel):
 
     def begin(self, values: Values, request: gr.Request) -> Iterator[Updates]:
         """Freeze the plan and run it."""
+        said = html("parts.status", "Checking the plan and hashing it …")
+        yield self.show(RunView(said, start=visible(False)))
         try:
             name = audit.begin(self.studio, self.wish(values))
         except Exception as error:
-            yield self.show(RunView(explain(error)))
+            yield self.show(RunView(explain(error), start=visible(True)))
             return
         yield from self._run(name, request)
 
