@@ -154,7 +154,7 @@
       if ("curve" in news) { curve = news.curve; curveOf = curve?.of === "this" ? mixOf(news.curve_of ?? news.view ?? view) : ""; }
       if ("book" in news) { book = news.book; bookOf = book ? setOf(news.view) + mixOf(news.view) : ""; if (book) load(book.src); }
       if ("measuring" in news) { measuring = news.measuring; if (!measuring && goal !== null && curve?.of === "this") seek(); }
-      if ("said" in news) said = news.said;
+      if ("said" in news) said = news.serial !== undefined && (late || onBook()) ? "" : news.said;
       if (news.alone) {
         if (news.alone.says) tried.set(setting(news.alone.of) + news.alone.id, news.alone.says);
         for (const [key, says] of tried) if (says === "…" && !news.alone.says) tried.delete(key);
