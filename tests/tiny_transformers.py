@@ -193,6 +193,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 QWEN: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    "max_window_layers": 2,
+}  # fmt: skip
+
+
+VISION_TOKENS = {
+    "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
+    "vision_token_id": 304,
 }  # fmt: skip
 
 
@@ -218,7 +225,9 @@ def make_qwen_image() -> QwenImagePipeline:
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10_000.0}
     text = {**QWEN, "num_hidden_layers": 2, "rope_scaling": rope}
-    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **VISION_TOKENS)
+    )
     return QwenImagePipeline(
         transformer=shaken(transformer), vae=vae.eval(), text_encoder=encoder.eval(), tokenizer=qwen_tokenizer(),
         scheduler=flow(shift_terminal=0.02),

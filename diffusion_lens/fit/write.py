@@ -22,7 +22,7 @@ from diffusion_lens.results.manifest import MANIFEST, AttributeConfig, BaseModel
 from diffusion_lens.results.records import save_atlas, save_attributions, save_sweep
 
 OWN_FOLDERS = ("sae", "classifier", "examples", "sweeps", "fit", "comparisons", "together", "counted", "flip-books")
-PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model")
+PIPELINE_FILES = (".json", ".txt", ".safetensors", ".model", ".jinja")
 
 
 def write_lens(work: Work, out: Path) -> Manifest:

@@ -138,7 +138,7 @@ def _vocabulary(folder: Path) -> Iterator[bytes]:
             if path.name == "tokenizer_config.json":
                 values = values.get("model_max_length")
             yield path.name.encode() + json.dumps(values, sort_keys=True).encode()
-        elif path.suffix == ".txt":  # merges: a clone may have changed the line ends
+        elif path.suffix in (".txt", ".jinja"):  # merges, chats: a clone may have changed the line ends
             yield "\n".join(path.read_text(encoding="utf-8").splitlines()).encode()
         elif path.suffix == ".model":
             yield path.read_bytes()

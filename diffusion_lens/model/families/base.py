@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_lens.base.types import LensError
 from diffusion_lens.model.hooks import Rows, select_rows
-from diffusion_lens.model.prompts import check_prompt, tokenizers_of
+from diffusion_lens.model.prompts import check_prompt, token_ids, tokenizers_of
 from diffusion_lens.model.sites import Layout, Port, Site
 
 Guidance = Literal["doubled", "apart", "none"]
@@ -86,6 +86,17 @@ USUAL = Settings()
 def call_default(pipe: Any, name: str) -> Any:
     """What a pipeline's own call takes for an argument that it is not given."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
+
+
+def chat_length(tokenizer: Any, **settings: Any) -> int:
+    """Tokens that a chat template puts around a prompt; raises ``LensError`` where the tokenizer has none."""
+    if not tokenizer.chat_template:
+        raise LensError(
+            "The tokenizer has no chat template, which its pipeline needs; fetch chat_template.jinja again."
+        )
+    told = [{"role": "user", "content": ""}]
+    empty = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True, **settings)
+    return len(token_ids(empty, tokenizer))
 
 
 class Told(Protocol):

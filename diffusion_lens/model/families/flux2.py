@@ -9,9 +9,8 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from diffusion_lens.model.families.base import Encoded, Family, Settings, call_default
+from diffusion_lens.model.families.base import Encoded, Family, Settings, call_default, chat_length
 from diffusion_lens.model.families.packing import SIDE, even_sigmas
-from diffusion_lens.model.prompts import token_ids
 from diffusion_lens.model.sites import Layout
 
 
@@ -59,10 +58,7 @@ class Flux2Klein(Family):
 
     def read_lengths(self, pipe: Any, settings: Settings) -> dict[str, int]:
         """What the chat template leaves of the sequence."""
-        empty = pipe.tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        return {"tokenizer": self.length(pipe, settings) - len(token_ids(empty, pipe.tokenizer))}
+        return {"tokenizer": self.length(pipe, settings) - chat_length(pipe.tokenizer, enable_thinking=False)}
 
     def encode(self, model: Any, prompt: str) -> Encoded:
         """Layers of the language model side by side, and the tokens' places."""

@@ -10,10 +10,9 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusion_lens.model.families.base import Encoded, Family, Settings
+from diffusion_lens.model.families.base import Encoded, Family, Settings, chat_length
 from diffusion_lens.model.families.packing import SIDE, token_shift
 from diffusion_lens.model.hooks import PerImage
-from diffusion_lens.model.prompts import token_ids
 from diffusion_lens.model.sites import Layout
 
 FIRST = Layout(("image", "text"), joined=True, updates=True, arguments=(("image", (0, "x")),))
@@ -53,10 +52,7 @@ class ZImage(Family):
 
     def read_lengths(self, pipe: Any, settings: Settings) -> dict[str, int]:
         """What the chat template leaves of the sequence."""
-        empty = pipe.tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return {"tokenizer": self.length(pipe, settings) - len(token_ids(empty, pipe.tokenizer))}
+        return {"tokenizer": self.length(pipe, settings) - chat_length(pipe.tokenizer, enable_thinking=True)}
 
     def encode(self, model: Any, prompt: str) -> Encoded:
         """As many tokens as the prompt has."""
