@@ -1,4 +1,4 @@
-// Draws the figure in props.value with plotly.js from plotly's Python package; a click on a point triggers "point".
+// Draws the figure in props.value with plotly.js from plotly's Python package; a button saves it as PNG.
 const load = () => {
   window.dlPlotly ??= new Promise((done, fail) => {
     const script = document.createElement("script");
@@ -15,11 +15,13 @@ const draw = async () => {
   const value = props.value;
   const Plotly = await load();
   const box = element.querySelector(".dl-figure");
-  if (!box) return;
+  const png = element.querySelector(".dl-png");
+  if (!box || !png) return;
   if (!value || !value.figure) {
     Plotly.purge(box);
     box.replaceChildren();
     box.removeAttribute("aria-label");
+    png.hidden = true;
     drawn = null;
     return;
   }
@@ -28,9 +30,12 @@ const draw = async () => {
   await Plotly.react(box, data, { ...layout, autosize: true }, { displaylogo: false, displayModeBar: false });
   if (drawn === box) return;
   drawn = box;
-  box.on("plotly_click", (event) => {
-    const custom = event.points[0]?.customdata;
-    if (Array.isArray(custom)) trigger("point", { id: Number(custom[0]) });
+  png.hidden = false;
+  png.addEventListener("click", () => {
+    // On its own page a figure needs a ground, and letters that are dark on it.
+    const paper = { paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff" };
+    const figure = { data: box.data, layout: { ...box.layout, ...paper, width: box.offsetWidth, height: box.offsetHeight } };
+    Plotly.downloadImage(figure, { format: "png", scale: 2, filename: element.id || "figure", width: box.offsetWidth, height: box.offsetHeight });
   });
   new ResizeObserver(() => { if (box.isConnected && box.offsetWidth) Plotly.Plots.resize(box); }).observe(box);
 };

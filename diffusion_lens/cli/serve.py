@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import urllib.request
@@ -48,6 +49,9 @@ def serve(
             "decoded in full: marked as a preview and never measured. Off by default.",
         ),
     ] = "",
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also answer as an MCP server, at /gradio_api/mcp/; needs the extra 'mcp'.")
+    ] = False,
     status: Annotated[
         bool, typer.Option("--status", help="Say how the app that runs at this host and port is doing, and end.")
     ] = False,
@@ -61,16 +65,21 @@ def serve(
 
     python -m diffusion_lens serve --lens runs/my-lens --lens runs/another
 
+    python -m diffusion_lens serve --mcp
+
     python -m diffusion_lens serve --status --port 8000
     """
     if status:
         typer.echo("\n".join(running_app(host, port or FIRST_PORT).lines))
         return
+    if mcp and importlib.util.find_spec("mcp") is None:
+        raise LensError("Serving MCP needs one more package; install it with: pip install 'diffusion-lens[mcp]'.")
     from diffusion_lens.ui import launch
 
     names = lenses_to_open(lens or (), os.environ.get("DIFFUSION_LENS", ""), assets_folder())
     running = running.model_copy(update={"preview": preview})
-    launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share)
+    launch(*(open_lens(name, running) for name in names), server_name=host, server_port=port, share=share,
+           mcp_server=mcp)  # fmt: skip
 
 
 def running_app(host: str, port: int) -> Status:

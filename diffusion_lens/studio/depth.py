@@ -50,10 +50,32 @@ def majority(result: DepthResult, attribute: str, prompt: str) -> str:
 
 
 def first_question(result: DepthResult) -> DepthQuestion:
-    """What is shown first: the first attribute, a prompt with words where there is one, the majority."""
-    attribute, known = attributes(result)[0], prompts(result)
-    prompt = known[1] if len(known) > 1 else known[0]
-    return DepthQuestion(attribute, prompt, majority(result, attribute, prompt), bypass=True)
+    """What is shown first: where depth moved a share furthest beyond its intervals; else the first of everything."""
+    found = max(
+        ((name, prompt, label) for name in attributes(result) for prompt in prompts(result)
+         for label in classes(result, name)),
+        key=lambda asked: clear_move(result, *asked),
+    )  # fmt: skip
+    if clear_move(result, *found) <= 0:
+        attribute, known = attributes(result)[0], prompts(result)
+        prompt = known[1] if len(known) > 1 else known[0]
+        return DepthQuestion(attribute, prompt, majority(result, attribute, prompt), bypass=True)
+    return DepthQuestion(*found, bypass=True)
+
+
+def clear_move(result: DepthResult, attribute: str, prompt: str, label: str) -> float:
+    """How far apart the intervals of two depths lie at most, at one guidance scale and without bypass; 0: they meet."""
+    furthest = 0.0
+    column = classes(result, attribute).index(label)
+    for scale in {p.guidance_scale for p in result.points}:
+        ends = [
+            p.shares[column].corrected_interval
+            for p in result.points
+            if (p.attribute, p.prompt, p.guidance_scale, p.bypass) == (attribute, prompt, scale, False)
+        ]
+        if ends:
+            furthest = max(furthest, max(low for low, _ in ends) - min(high for _, high in ends))
+    return furthest
 
 
 def with_majority(result: DepthResult, question: DepthQuestion) -> DepthQuestion:

@@ -16,6 +16,7 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import (
     about,
+    api,
     atlas,
     audit,
     compare_two,
@@ -60,6 +61,7 @@ def _assemble(studios: Sequence[Studio]) -> gr.Blocks:
     with without_collector(), without_servers():
         with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
             _page(demo, studios, 0)
+            api.Endpoints(studios).connect()
         for i, studio in enumerate(studios[1:], start=1):
             with demo.route(studio.lens.manifest.name, studio.path, show_in_navbar=False):
                 _page(demo, studios, i)

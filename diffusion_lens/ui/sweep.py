@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
+from diffusion_lens.base.text import as_csv
 from diffusion_lens.base.types import Control
 from diffusion_lens.plots import describe_spillover, describe_sweep, sweep_figure
 from diffusion_lens.results.sweeps import Balance, SweepResult
@@ -16,6 +16,7 @@ from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.jobs import SweepJob
 from diffusion_lens.studio.studio import Studio, as_json
 from diffusion_lens.ui import texts, together
+from diffusion_lens.ui.downloads import data_address
 from diffusion_lens.ui.errors import explain
 from diffusion_lens.ui.explore import Explore
 from diffusion_lens.ui.figure import figure, figure_value
@@ -23,9 +24,9 @@ from diffusion_lens.ui.html import html
 from diffusion_lens.ui.panel import AT_ONCE, KEEP, LONG, READ, Component, Panel, Updates, Values, visible
 from diffusion_lens.ui.visitor import visitor_of
 
-CONTROLS: dict[str, Control] = {"random features": "random", "poles exchanged": "flip"}
+CONTROLS: dict[str, Control] = {"random features": "random", "swapped directions": "flip"}
 MEASURES = {"log ratio": "log_ratio", "share": "share"}
-GRIDS = {"shipped strengths": jobs.SHIPPED, "5 strengths": 5, "9 strengths": 9}
+GRIDS = {"recommended strengths": jobs.SHIPPED, "5 strengths": 5, "9 strengths": 9}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def sweep_view(results: Sequence[SweepResult], measure: str, balance: Balance | 
         says=html("sweep.says", said, _side_effects(main)),
         strip=html("sweep.strips", main) if main and any(len(p.examples) for p in main.points) else "",
         table=html("sweep.table", results),
-        download=html("sweep.download", f"sweep-{results[0].attribute.name}.json", _json_address(results)),
+        download=html(
+            "sweep.download",
+            f"sweep-{results[0].attribute.name}",
+            _csv_address(results),
+            data_address(as_json(tuple(results)), "application/json"),
+        ),
     )
 
 
@@ -101,9 +107,17 @@ def _side_effects(main: SweepResult | None) -> str:
     return describe_spillover(ends) if ends else ""
 
 
-def _json_address(results: Sequence[SweepResult]) -> str:
-    """The sweeps as JSON, as an address that holds all of it: nothing is kept on the server."""
-    return "data:application/json;base64," + base64.b64encode(as_json(tuple(results)).encode()).decode()
+def _csv_address(results: Sequence[SweepResult]) -> str:
+    """Every class's share at every strength as CSV, in an address."""
+    columns = ("sweep", "beta", "class", "n", "uncertain", "share", "corrected", "low", "high", "log ratio", "FD")
+    rows = [
+        (
+            result.setting, point.beta, share.label, share.n, share.n_uncertain, share.raw, share.corrected,
+            *share.corrected_interval, None if point.log_ratio is None else point.log_ratio.value, point.fd,
+        )
+        for result in results for point in result.points for share in point.shares
+    ]  # fmt: skip
+    return data_address(as_csv(columns, rows), "text/csv")
 
 
 def stored_status(studio: Studio, results: Sequence[SweepResult]) -> str:
@@ -142,11 +156,14 @@ def run(studio: Studio, visitor: str, request: SweepRequest) -> Iterator[tuple[S
     try:
         job = read_job(studio, request)
         events = jobs.sweep_events(studio, visitor, job)
-        said = html("parts.status", "Drawing the unedited images …")
-        yield None, RunView(said, start=visible(False), stop=visible(True), busy=True)
+        said = html("sweep.running", 0.0, "Drawing the unedited images …")
+        yield (
+            SweepView(strip=html("sweep.waiting", job.betas)),
+            RunView(said, start=visible(False), stop=visible(True), busy=True),
+        )
         results: tuple[SweepResult, ...] = ()
         for event in events:
-            said = html("parts.status", f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
+            said = html("sweep.running", event.done, f"{event.done:.0%} done{texts.seconds(event.seconds_left)}.")
             if jobs.n_points(event.results) == jobs.n_points(results):
                 yield None, RunView(said)
             else:
@@ -280,7 +297,7 @@ def _components(studio: Studio, measure_points: Run, explore: Explore, subject: 
         )  # fmt: skip
     with gr.Row(elem_classes="dl-choose"):
         grid = gr.Radio(
-            list(GRIDS), value="shipped strengths", label="Strengths", scale=4, min_width=260, interactive=True
+            list(GRIDS), value="recommended strengths", label="Strengths", scale=4, min_width=260, interactive=True
         )
         n = gr.Radio(
             [16, 32, 64, 128, 256], value=32, label="Images per strength", scale=3, min_width=240, interactive=True

@@ -21,7 +21,7 @@ OTHER_CONTROL = "Stored sweep; its control was drawn in another way than a contr
 NO_STORED = "No sweep of this prompt and attribute is stored. Press “Run sweep” to measure one."
 SWEEP_INTRO = (
     "How the balance of the images moves with β, on the same seeds at every strength. A control turns as many "
-    "features drawn at random, or the two poles exchanged: what moves there is not due to these features."
+    "features drawn at random, or the two directions swapped: what moves there is not due to these features."
 )
 ATLAS_INTRO = (
     "Every point is a feature; near points write similar directions into the model. Click a point; or walk through "

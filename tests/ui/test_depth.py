@@ -10,7 +10,7 @@ import pytest
 from dissected import NURSE, depth_result, keep_depth
 
 from diffusion_lens.base.types import LensError
-from diffusion_lens.studio.depth import DepthQuestion, depth_lines, first_question
+from diffusion_lens.studio.depth import DepthQuestion, clear_move, depth_lines, first_question
 from diffusion_lens.ui import depth
 from diffusion_lens.ui.depth import DepthTab, DepthView
 from diffusion_lens.ui.html import html
@@ -71,3 +71,15 @@ def test_without_a_result_the_tab_says_how_to_make_one(tmp_path: Path) -> None:
     keep_depth(tmp_path / "depth.json")
     shown = texts(tmp_path / "depth.json")
     assert depth.COMMAND not in shown and "cannot show that depth" in shown
+
+
+def test_the_tab_opens_where_depth_shows() -> None:
+    result = depth_result()
+    asked = first_question(result)
+    shown = clear_move(result, asked.attribute, asked.prompt, asked.label)
+    assert shown == max(
+        clear_move(result, "age", asked.prompt, "old"), clear_move(result, "gender", asked.prompt, "male")
+    )
+    # at guidance 3 the share moves by .15 a level: .30 between the ends, whose intervals reach .06 either way
+    assert clear_move(result, "gender", asked.prompt, "female") == pytest.approx(0.30 - 0.12)
+    assert clear_move(result, "age", asked.prompt, "adult") == 0

@@ -26,7 +26,7 @@ from diffusion_lens.ui.sweep import Subject, SweepRequest, SweepTab, sweep_view
 from diffusion_lens.ui.visitor import visitor_of
 
 NURSE = "a portrait of a nurse"
-SHIPPED = "shipped strengths"
+SHIPPED = "recommended strengths"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ class TestStored:
         shown = sweep_view(results, "log ratio")
         assert shown.plot is not None and shown.plot["alt"] in unescape(shown.says) and len(results) == 2
         assert shown.strip.count("<img") == 4 * len(results[0].points) and shown.table.count("<table") == 2
-        assert "base64" in shown.download and "Stored" in sweep.stored_status(studio, results)
+        assert "text/csv;base64" in shown.download and "application/json;base64" in shown.download
+        assert "Stored" in sweep.stored_status(studio, results)
 
     def test_the_tab_opens_with_them(self, page: tuple[SweepTab, Held]) -> None:
         tab, held = page
