@@ -10,5 +10,5 @@ COPY diffusion_lens diffusion_lens
 COPY assets assets
 USER 65534:65534
 EXPOSE 7860
-HEALTHCHECK --start-period=30s CMD python -c "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/', timeout=5)"
+HEALTHCHECK --start-period=30s CMD python -c "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=5)"
 CMD ["sh", "-c", "GRADIO_SERVER_NAME=0.0.0.0 GRADIO_SERVER_PORT=$PORT exec python app.py"]

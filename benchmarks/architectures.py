@@ -9,11 +9,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_lens.interop.convert_p2 import unet_config
 from diffusion_lens.interop.p2_format import P2Config
@@ -41,21 +44,57 @@ def stable_diffusion(full: bool) -> StableDiffusionPipeline:
         up_block_types=("UpDecoderBlock2D",) * len(sides), layers_per_block=2 if full else 1, latent_channels=4,
         scaling_factor=0.18215,
     )  # fmt: skip
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    known = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(known)}, merges=[], model_max_length=TOKENS)
-    text = CLIPTextConfig(
-        vocab_size=len(known), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 if full else 2,
-        num_attention_heads=width // 64 or 2, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1,
-    )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet,
+        vae=vae, text_encoder=CLIPTextModel(_text(width, 12 if full else 2)).eval(), tokenizer=_tokenizer(), unet=unet,
         scheduler=DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=False, steps_offset=1,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+KNOWN = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(KNOWN)}, merges=[], model_max_length=TOKENS)
+
+
+def _text(width: int, layers: int, **changes: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(KNOWN), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64 or 2, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1, **changes,
+    )  # fmt: skip
+
+
+def stable_diffusion_3(full: bool) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5 medium: 2.5 billion parameters in the transformer, 1024² images; else 64² and 3 blocks.
+
+    Without its third text encoder, in whose place zeros stand, as the stock pipeline allows.
+    """
+    torch.manual_seed(0)
+    heads, layers, width, pooled = (24, 24, 4096, (768, 1280)) if full else (2, 3, 64, (32, 32))
+    transformer = SD3Transformer2DModel(
+        sample_size=128 if full else 16, patch_size=2, in_channels=16, out_channels=16, num_layers=layers,
+        attention_head_dim=64 if full else 16, num_attention_heads=heads, joint_attention_dim=width,
+        caption_projection_dim=heads * (64 if full else 16), pooled_projection_dim=sum(pooled),
+        pos_embed_max_size=384 if full else 16, dual_attention_layers=tuple(range(13)) if full else (0,),
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    sides = (128, 256, 512, 512) if full else (32, 32, 32)
+    vae = AutoencoderKL(
+        block_out_channels=sides, down_block_types=("DownEncoderBlock2D",) * len(sides),
+        up_block_types=("UpDecoderBlock2D",) * len(sides), layers_per_block=2 if full else 1, latent_channels=16,
+        scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(_text(own, 12 if full else 2, projection_dim=own)).eval() for own in pooled]
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=encoders[0], text_encoder_2=encoders[1],
+        tokenizer=_tokenizer(), tokenizer_2=_tokenizer(), text_encoder_3=None, tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 

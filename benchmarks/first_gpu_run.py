@@ -27,15 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffusers
 import numpy as np
 import torch
-from architectures import ARCHITECTURES
-from real_models import FULL, TINY, Bench, dictionary, drawing
+from architectures import ARCHITECTURES, stable_diffusion_3
+from real_models import FULL, PROMPT, TINY, Bench, dictionary, drawing
 from timing import interleaved, seconds
 
-from diffusion_lens.base.types import Generation, LensError
+from diffusion_lens.base.types import FeatureSet, Generation, Intervention, LensError
+from diffusion_lens.features.sae import SparseAutoencoder
+from diffusion_lens.features.sae_config import SAEConfig
 from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.model.denoise import Edit
+from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.memory import is_out_of_memory
-from diffusion_lens.model.pipelines import wrap_pipeline
+from diffusion_lens.model.pipelines import DiffusionModel, wrap_pipeline
 from diffusion_lens.model.run_options import Dtype, RunOptions
+from diffusion_lens.steering.intervene import make_edit
 from diffusion_lens.studio.state import View, default_view
 from diffusion_lens.studio.studio import Studio
 
@@ -200,6 +205,68 @@ def full_size(run: Run) -> Iterator[Row]:
             yield "full size", name, "memory ran out", ""
 
 
+def flow(run: Run) -> Iterator[Row]:
+    """Stable Diffusion 3.5 medium by its shape: the stock call, unedited, edited in its middle block, and both runs."""
+    name, steps, batch = ("Stable Diffusion 3.5 medium", 28, 2) if run.gpu else ("Stable Diffusion 3.5, tiny", 3, 2)
+    if run.left < 60 and run.gpu:
+        yield "flow", name, "not run", "no time was left"
+        return
+    _reset_peak(run)
+    options = RunOptions(device=run.device, dtype="bf16" if run.gpu else "fp32")
+    model = wrap_pipeline(stable_diffusion_3(run.gpu), name, options=options)
+    asked = request(model, PROMPT, range(batch), steps, 5.0)
+    edit = _random_edit(model)
+    made: dict[str, np.ndarray] = {}
+
+    def draw(key: str, edit: Edit | None) -> None:
+        made[key] = generate(model, asked, edit=edit, batch_size=batch).images
+        run.synchronise()
+
+    def stock() -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in asked.seeds]
+        found = model.pipeline(
+            [PROMPT] * batch, guidance_scale=5.0, num_inference_steps=steps, generator=generators, output_type="pil",
+            height=made["plain"].shape[1], width=made["plain"].shape[2],
+        ).images  # fmt: skip
+        made["stock"] = np.stack([np.array(image) for image in found])
+
+    works = [lambda: draw("plain", None), stock, lambda: draw("edited", edit)]
+    plain, theirs, edited = interleaved(works, 2).T
+    gap = int(np.abs(made["plain"].astype(int) - made["stock"]).max())
+    same = "bit-identical to the stock call" if not gap else f"at most {gap} of 255 from the stock call"
+    moved = np.abs(made["edited"].astype(int) - made["plain"]).mean()
+    rate = f"{batch / float(np.median(plain)):.3g} images/s"
+    what = f"{name}: batch {batch}, {steps} steps"
+    yield "flow", f"{what}, unedited", rate, f"{np.median(plain / theirs):.2f} × the stock call's time; {same}"
+    yield (
+        "flow",
+        f"{what}, edited at {model.hook_name}",
+        f"{batch / float(np.median(edited)):.3g} images/s",
+        (
+            f"{np.median(edited / plain):.2f} × unedited (two passes a step: {1 + np.median(edited / plain):.2f} ×); "
+            f"moves pixels by {moved:.1f} levels"
+        ),
+    )
+    yield "flow", f"{name}: peak memory", _peak(run), ""
+
+
+def _random_edit(model: DiffusionModel) -> Edit:
+    """Thirty features of an SAE of random weights, four times the width, added at every step."""
+    d_in = model.d_in
+    config = SAEConfig(
+        d_in=d_in, d_sae=4 * d_in, k=min(32, d_in), layout="position", hook_name=model.hook_name,
+        model_id=model.model_id, spatial=model.spatial,
+    )  # fmt: skip
+    sae = SparseAutoencoder(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for weight in sae.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) / d_in**0.5)
+    sae = sae.to(model.device)
+    ids = tuple(range(min(30, config.d_sae)))
+    features = FeatureSet(ids, (1.0,) * len(ids), "gender", "male", sae.sae_id)
+    return make_edit([Intervention.at_beta(features, "scale", 2.0, sampler="symmetric")], sae)
+
+
 def _reset_peak(run: Run) -> None:
     if run.gpu:
         torch.cuda.empty_cache()
@@ -210,7 +277,7 @@ def _peak(run: Run) -> str:
     return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device" if run.gpu else "not told on a CPU"
 
 
-PARTS: tuple[Callable[[Run], Iterator[Row]], ...] = (formats, moves, visitors, full_size, gpu_tests)
+PARTS: tuple[Callable[[Run], Iterator[Row]], ...] = (formats, moves, visitors, full_size, flow, gpu_tests)
 
 
 def measure(run: Run, write: Callable[[list[Row]], None]) -> None:

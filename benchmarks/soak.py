@@ -85,7 +85,7 @@ class Visitor:
         self.components = {c["id"]: c for c in config["components"]}
         self.values = {i: c.get("props", {}).get("value") for i, c in self.components.items()}
         self.functions = {d["id"]: d for d in config["dependencies"]}
-        self.answered = self.failed = 0
+        self.answered = self.failed = self.alerts = 0
         self._gone = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
@@ -131,15 +131,20 @@ class Visitor:
     def _take_up(self, outputs: list[int], data: list[Any]) -> None:
         for component, value in zip(outputs, data, strict=False):
             if isinstance(value, dict) and value.get("__type__") == "update":
+                self.alerts += bool((value.get("scene") or {}).get("alert"))
                 if "value" in value:
                     self.values[component] = value["value"]
             elif value is not None:
                 self.values[component] = value
 
-    def sliders(self) -> list[int]:
-        """Sliders whose release calls something."""
-        found = [i for i, c in self.components.items() if c["type"] == "slider"]
-        return [i for i in found if self.triggered("release", i)]
+    def move(self, rng: random.Random) -> None:
+        """Let the slider of Explore go at another strength, on seeds of one's own."""
+        pane = next(i for i, c in self.components.items() if c["props"].get("elem_id") == "dl-explore")
+        asked = self.values[pane]
+        view = {**asked["view"], "beta": rng.choice((-2.0, -1.0, 0.0, 2.0, 3.0)), "first_seed": rng.randrange(10**6)}
+        self.values[pane] = {"view": view, "serial": asked.get("serial", 0) + 1, "from": "page"}
+        for function in self.triggered("draw", pane):
+            self.call(function)
 
     def leave(self) -> None:
         """Close the page."""
@@ -148,7 +153,7 @@ class Visitor:
 
 
 def visit(address: str, moves: int, seed: int) -> tuple[int, int]:
-    """One visitor: the page, some slider moves, away again; how many calls were answered, and how many of them failed.
+    """One visitor: the page, some slider moves, away again; how many calls were answered, and how many failed.
 
     The heartbeat comes every quarter of a minute, so that closing it is noticed as late as that.
     """
@@ -157,13 +162,9 @@ def visit(address: str, moves: int, seed: int) -> tuple[int, int]:
     try:
         for function in visitor.triggered("load"):
             visitor.call(function)
-        for slider in [rng.choice(visitor.sliders()) for _ in range(moves)]:
-            props = visitor.components[slider]["props"]
-            low, high, step = props["minimum"], props["maximum"], props.get("step") or 1
-            visitor.values[slider] = round(low + step * rng.randint(0, int((high - low) / step)), 6)
-            for function in visitor.triggered("release", slider):
-                visitor.call(function)
-        return visitor.answered, visitor.failed
+        for _ in range(moves):
+            visitor.move(rng)
+        return visitor.answered, visitor.failed + visitor.alerts
     finally:
         visitor.leave()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -140,3 +142,14 @@ def test_status_says_what_is_kept(tiny_lens: DiffusionLens) -> None:
     assert kept.runs == kept.rows == 1 and kept.runs_mb > 0 and kept.model_loaded
     assert any("1 unedited runs" in line for line in told.lines) and told.memory_mb >= 0
     status_module.give_back()
+
+
+def test_app_py_ends_in_a_sentence_where_it_cannot_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["app.py", "--lens", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).parents[2] / "app.py"), run_name="__main__")
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip()
+    assert "There is no folder" in told and "Traceback" not in told and len(told.splitlines()) == 1
