@@ -13,6 +13,7 @@ from diffusion_lens.base.progress import Status
 from diffusion_lens.base.types import Control, LensError
 from diffusion_lens.results.sweeps import Balance, SweepPoint, SweepResult
 from diffusion_lens.steering.settings import describe_setting
+from diffusion_lens.studio.lane import Wait
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View, check_prompt
 from diffusion_lens.studio.studio import Picture, Row, Studio, import_engine
@@ -96,18 +97,20 @@ def stream(job: Callable[[Callable[[T], None]], None], stop: Callable[[], None])
         stop()
 
 
-def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Preview[Row] | Picture]:
+def drawings(studio: Studio, visitor: str, view: View) -> Iterator[Wait | Preview[Row] | Picture]:
     """The picture of a view, after its previews where a tiny autoencoder shows them; closing it ends the drawing.
+
+    Where others are drawn for first, how long that takes is told before.
 
     Raises ``LensError`` for a view that cannot be drawn and ``Cancelled`` when the visitor ended it.
     """
-    if not studio.previews:
+    if not studio.previews and not studio.lane.drawing:
         yield studio.draw(view, visitor)
         return
     flag = studio.stops.start(f"{visitor}:draw")
 
-    def job(emit: Callable[[Preview[Row] | Picture], None]) -> None:
-        emit(studio.draw(view, visitor, on_preview=emit, flag=flag))
+    def job(emit: Callable[[Wait | Preview[Row] | Picture], None]) -> None:
+        emit(studio.draw(view, visitor, on_preview=emit if studio.previews else None, on_wait=emit, flag=flag))
 
     yield from stream(job, flag.set)
 

@@ -13,6 +13,7 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.studio import feature_rows, jobs, mix, state
 from diffusion_lens.studio.atlas import valid_feature
 from diffusion_lens.studio.curves import of_results
+from diffusion_lens.studio.lane import Wait
 from diffusion_lens.studio.opening import opening_view
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.steps import step_strip
@@ -136,6 +137,8 @@ def _full(studio: Studio, visitor: str, ask: Ask) -> Iterator[Scene]:
     for made in jobs.drawings(studio, visitor, view):
         if isinstance(made, Picture):
             yield {**head, "pictures": scene.picture_values(made, known), "pending": False, "said": ""}
+        elif isinstance(made, Wait):
+            yield {**head, "said": f"{made.text[0].upper()}{made.text[1:]}.", "pending": True}
         else:
             yield {**head, "pictures": scene.preview_values(made), "pending": True}
 

@@ -28,10 +28,10 @@ def on_meta(kind: str) -> DiffusionModel:
     """A tiny model whose denoiser lies on the meta device; what its prompts mean was computed before it moved."""
     model = wrap_pipeline(MAKERS[kind](), f"tiny-{kind}")
     if model.is_text:
-        encoded = model._encode("a doctor")
+        encoded = model.encode("a doctor")
         model.prompts["a doctor"] = {name: value.to("meta") for name, value in encoded.items()}
     assert model.hook_shape  # measured while there are numbers
-    model.unet.to("meta")
+    model.denoiser.to("meta")
     object.__setattr__(model, "device", torch.device("meta"))
     return model
 

@@ -11,8 +11,12 @@ import torch
 
 from diffusion_lens.base.progress import Cancelled
 from diffusion_lens.base.types import LensError
+from diffusion_lens.lens.lens import DiffusionLens
+from diffusion_lens.studio.jobs import drawings
 from diffusion_lens.studio.lane import PATIENCE, Lane, Line, Stops, Ticket, Wait
 from diffusion_lens.studio.recent import Recent, bytes_of
+from diffusion_lens.studio.state import default_view
+from diffusion_lens.studio.studio import Picture, Studio
 
 
 class Clock:
@@ -209,3 +213,26 @@ class TestRecent:
     def test_arrays_are_counted_once_wherever_they_stand(self) -> None:
         array = np.zeros(8, np.float32)
         assert bytes_of({"a": [array, (array,)], "b": torch.zeros(2, dtype=torch.float64), "c": "text"}) == 32 + 16
+
+
+def test_a_drawing_that_must_wait_says_so_first_and_is_the_same(tiny_lens: DiffusionLens) -> None:
+    studio = Studio(tiny_lens)
+    view = default_view(tiny_lens)
+    (alone,) = drawings(studio, "me", view)
+    with studio.lane.hold(urgent=True):
+        shown = drawings(studio, "me", view)
+        first = next(shown)
+        assert isinstance(first, Wait) and first.ahead == 1
+    *_, last = shown
+    assert isinstance(last, Picture) and isinstance(alone, Picture)
+    assert np.array_equal(last.after.images, alone.after.images)
+
+
+def test_a_drawing_that_waits_ends_when_nobody_looks_any_more(tiny_lens: DiffusionLens) -> None:
+    studio = Studio(tiny_lens)
+    with studio.lane.hold(urgent=True):
+        shown = drawings(studio, "me", default_view(tiny_lens))
+        next(shown)
+        shown.close()  # type: ignore[attr-defined]
+        while studio.lane.waiting:
+            time.sleep(0.01)
