@@ -212,15 +212,17 @@ def dictionary(bench: Bench) -> Iterator[Row]:
     """SAE tokens a second, trained and encoded."""
     clock: dict[int, float] = {}
 
-    def note(done: int, total: int) -> None:
-        if done in (WARM, WARM + TIMED):
-            if bench.model.device.type == "cuda":
-                torch.cuda.synchronize()
-            clock[done] = time.perf_counter()
+    class Noted(Progress):
+        def step(self, done: int, total: int, note: str = "") -> None:
+            """Note the time after the steps that warm up, and at the end."""
+            if done in (WARM, WARM + TIMED):
+                if bench.model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                clock[done] = time.perf_counter()
 
     spans = []
     for _ in range(bench.repeats):
-        bench.train(WARM + TIMED, note)
+        bench.train(WARM + TIMED, Noted())
         spans.append(clock[WARM + TIMED] - clock[WARM])
     trained = TIMED * bench.size.tokens / float(np.median(spans))
     rows = bench.samples[: bench.size.tokens].to(bench.model.device)

@@ -94,6 +94,11 @@ class DiffusionModel:
         return self.family.port(self, self.site)
 
     @property
+    def unet(self) -> Any:
+        """The denoiser, under the name that it had when all of them were U-Nets."""
+        return self.denoiser
+
+    @property
     def is_text(self) -> bool:
         """Whether the model takes a prompt."""
         return self.family.takes_prompt
