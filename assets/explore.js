@@ -927,6 +927,9 @@
       view = structuredClone(given.view);
       commit(before);
     });
+    // Other tabs read the view off the component's value, of which gradio may hold an older copy by then: told anew.
+    const tell = (event) => { if (!root.contains(event.target)) props.value = { view: structuredClone(view), serial, known: "" }; };
+    for (const kind of ["pointerdown", "keydown"]) document.addEventListener(kind, tell, true);
     document.addEventListener("dl-theme", () => renderCurve());
     if (!compact) {
       document.addEventListener("dl-address", (event) => { wait(true); ask({ query: event.detail }); });
