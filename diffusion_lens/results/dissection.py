@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from diffusion_lens.base.files import load_header, load_tensors, save_tensors
 from diffusion_lens.base.foreign import check_array, reading
 from diffusion_lens.base.plain import from_plain
 from diffusion_lens.base.types import Atlas, LensError
+from diffusion_lens.results import display
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARTS = ("effects", "low", "high", "p_values", "q_values", "flips")
 TEXTS = ("features", "betas", "classes", "sae_id", "source", "alpha", "n")
@@ -47,7 +51,7 @@ class FeatureEffect:
     flips: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dissection:
     """Causal effects of single features.
 
@@ -78,6 +82,18 @@ class Dissection:
     def tested(self) -> np.ndarray:
         """Turns of features that fire on these images and were so put to the test, bool ``[turn]``."""
         return np.isfinite(next(iter(self.p_values.values()))).any(axis=1)
+
+    def __repr__(self) -> str:
+        return f"Dissection({len(self.ids())} features in {len(self.features)} turns, {self.source}; {self.sae_id})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per feature, strength, attribute and class, with its interval, q and whether it counts."""
+        return display.frame([_row(self, e) for feature in self.ids() for e in effects_of(self, feature)])
+
+    def _repr_html_(self) -> str:
+        sure = [own[0] for own in groups(self).values() if own]
+        rows = [_row(self, e) for e in sorted(sure, key=lambda e: -abs(e.difference))]
+        return display.page(repr(self), rows, note=f"The strongest feature of each attribute. {summary(self)}")
 
     def ids(self, *, tested: bool = False) -> tuple[int, ...]:
         """The features, each once; ``tested``: only those put to the test."""
@@ -153,6 +169,15 @@ def effects_of(found: Dissection, feature: int) -> tuple[FeatureEffect, ...]:
 def is_sure(found: Dissection, effect: FeatureEffect) -> bool:
     """Whether an effect counts at the dissection's false discovery rate."""
     return bool(effect.q_value <= found.alpha)
+
+
+def _row(found: Dissection, effect: FeatureEffect) -> dict[str, Any]:
+    low, high = effect.interval
+    return {
+        "feature": effect.feature, "beta": effect.beta, "attribute": effect.attribute, "class": effect.label,
+        "difference": effect.difference, "low": low, "high": high, "q": effect.q_value, "n": found.n,
+        "sure": is_sure(found, effect),
+    }  # fmt: skip
 
 
 def name_of(effect: FeatureEffect) -> str:

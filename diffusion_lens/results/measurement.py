@@ -255,6 +255,12 @@ class Figures:
         """The shares, before and after where there is a reference."""
         return display.plot(self)
 
+    def _repr_html_(self) -> str:
+        known = self.attribute.name in self.measurement.confusion
+        rows = [display.share_row(share) for share in self.shares] if known else []
+        name = describe(self.edit) if self.edit else "unedited"
+        return display.page(repr(self), rows, [(name, self.examples)], say_faults(self.measurement.n_invalid, self.n))
+
     @property
     def predictions(self) -> Predictions:
         """The reading, image by image."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from dissected import dissection
 from measured import counted, measured
 
 import diffusion_lens
@@ -55,6 +56,17 @@ def test_a_notebook_shows_pictures_and_escapes_words() -> None:
     html = run()._repr_html_()
     assert html.count("data:image/webp;base64,") == 1 and "<th>corrected</th>" in html
     assert "&lt;b&gt;" in display.page("<b>") and "<b>bold" not in display.page("<b>bold")
+
+
+def test_one_attribute_and_a_dissection_show_themselves() -> None:
+    shown = run()["gender"]._repr_html_()
+    assert "7 female, 3 male" in shown and "<td>7</td>" in shown and shown.count("<img") == 1
+    found = dissection("an SAE")
+    frame = found.to_frame()
+    assert len(frame) == 5 * 7 and frame["sure"].sum() == 6 and set(frame["feature"]) == {1, 2, 3, 4, 5}
+    assert list(frame[(frame["feature"] == 3) & frame["sure"]]["difference"]) == [-0.75, 0.75]
+    html = found._repr_html_()
+    assert "<td>gender</td>" in html and "<td>glasses</td>" in html and "5 features in 5 turns" in repr(found)
 
 
 def test_figures_are_drawn_of_what_has_one() -> None:
