@@ -1,6 +1,7 @@
 """Notebooks from their sources: an exercise and a solution of each, the solution executed with its outputs.
 
-``python notebooks/build.py`` builds all, ``python notebooks/build.py 3`` one, ``--no-run`` without executing.
+``python notebooks/build.py`` builds all, ``python notebooks/build.py 3`` one, ``--small`` on few images (as the ones
+kept here are), ``--no-run`` without executing.
 A source is a percent script (jupytext). In a cell tagged ``exercise``, what stands between ``# <solution>`` and
 ``# </solution>`` is left out of the exercise; the cell tagged ``check`` after it says what is wrong.
 """
@@ -120,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("numbers", nargs="*", help="first digits of the sources; all by default")
     parser.add_argument("--no-run", action="store_true", help="write the exercises alone")
+    parser.add_argument("--small", action="store_true", help="on the few images of a test, in a minute each")
     asked = parser.parse_args()
     for source in SOURCES:
         if asked.numbers and source.name[0] not in asked.numbers:
@@ -127,7 +129,7 @@ def main() -> None:
         notebook = read(source)
         write(form(notebook, solution=False), HERE / "exercises" / f"{source.stem}.ipynb")
         if not asked.no_run:
-            write(run(form(notebook, solution=True)), HERE / "solutions" / f"{source.stem}.ipynb")
+            write(run(form(notebook, solution=True), small=asked.small), HERE / "solutions" / f"{source.stem}.ipynb")
         print(source.stem)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from diffusion_lens.studio.room import LEAST, LONGEST, SENTENCES, VISITORS, Room
 from diffusion_lens.studio.studio import Studio
 from diffusion_lens.ui import handouts
 from diffusion_lens.ui import learn as tab
-from diffusion_lens.ui.html import html
+from diffusion_lens.ui.html import terms
 
 NURSE = "a portrait of a nurse"
 
@@ -336,8 +337,9 @@ def test_handouts_of_a_lens_that_lacks_stations_say_so(small: Classroom) -> None
 
 def test_the_glossary_has_twelve_words_and_a_tooltip_each() -> None:
     assert len(GLOSSARY) == 12 and len(set(GLOSSARY)) == 12
-    shown = html("learn.term", "probe", GLOSSARY["probe"])
-    assert 'tabindex="0"' in shown and "linear classifier" in shown
+    shown = terms("<b>Probes</b> and a probe; no probed thing. A control")
+    assert shown.count('class="dl-term" tabindex="0"') == 2 and "&lt;b&gt;" in shown and "linear classifier" in shown
+    assert re.sub("<[^>]*>", "", shown) == "&lt;b&gt;Probes&lt;/b&gt; and a probe; no probed thing. A control"
 
 
 def test_the_third_of_the_first_views_goes_past_balance_not_away_from_it(room: Classroom) -> None:
