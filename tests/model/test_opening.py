@@ -294,7 +294,7 @@ def test_a_network_that_fails_on_its_own_images_says_so_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["IFPipeline", "StableDiffusionXLImg2ImgPipeline", "FluxPipeline", "NoSuch", None, ["a", "b"]]
+    "kind", ["IFPipeline", "StableDiffusionXLImg2ImgPipeline", "FluxImg2ImgPipeline", "NoSuch", None, ["a", "b"]]
 )
 def test_other_kinds_on_disk_are_refused_before_their_weights_are_read(kind: Any, folder: Path) -> None:
     edit_json(folder / "model_index.json", _class_name=kind)
