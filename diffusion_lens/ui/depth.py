@@ -120,7 +120,7 @@ def _components(result: DepthResult) -> DepthTab:
             list(depth.classes(result, first.attribute)), value=first.label, label="Class", scale=3, min_width=200,
             elem_id="dl-depth-class", interactive=True,
         )  # fmt: skip
-        bypass = gr.Checkbox(first.bypass, label="Show mid-block bypass", scale=2, min_width=230, interactive=True)
+    bypass = gr.Checkbox(first.bypass, label="Show mid-block bypass", container=False, interactive=True)
     plot = figure(shown.plot, elem_id="dl-depth-plot")
     sentence = gr.HTML(shown.sentence)
     amplification = gr.HTML(shown.amplification, elem_id="dl-depth-table")
