@@ -177,19 +177,22 @@ def write_json(path: Path, values: Any, *, indent: int | None = None) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; raises ``LensError`` that names the file."""
+def read_json(path: Path, *, infinite: bool = False) -> Any:
+    """Read JSON; raises ``LensError`` that names the file.
+
+    ``infinite``: take ``Infinity`` and ``NaN`` too, which diffusers writes into configurations of samplers.
+    """
     if not path.exists():
         raise LensError(f"{path.name} is missing from {path.parent}.")
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path), path, infinite=infinite)
 
 
-def parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str, path: Path, *, infinite: bool = False) -> Any:
     """The values of a JSON text that stands in ``path``; ``LensError`` for none, too many, or nested too deep."""
     if sum(map(text.count, ",:[{")) > MAX_JSON_PARTS:
         raise LensError(f"{path} holds more than {MAX_JSON_PARTS:,} values; restore it from the original.")
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=None if infinite else _refuse)
     except (ValueError, RecursionError):
         # Not JSON; also a number of too many digits or none at all, or brackets nested too deep.
         raise LensError(f"{path} is not readable JSON; restore it from the original.") from None

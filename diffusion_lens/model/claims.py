@@ -34,7 +34,7 @@ def check_claims(part: str, folder: Path, files: Sequence[Path]) -> None:
     for name in ("config.json", "scheduler_config.json"):
         if not (folder / name).is_file():
             continue
-        values = read_json(folder / name)
+        values = read_json(folder / name, infinite=True)
         if not isinstance(values, dict):
             raise LensError(f"The {part} has a {name} that lists no settings; fetch it again.")
         shapes = _shapes(files)

@@ -125,7 +125,7 @@ def check_shards(part: str, files: Sequence[Path]) -> None:
 
 
 def _plain_settings(path: Path) -> str:
-    values = read_json(path)
+    values = read_json(path, infinite=True)
     kept = {k: v for k, v in values.items() if not k.startswith("_") and k not in BOOKKEEPING}
     return json.dumps(kept, sort_keys=True)
 

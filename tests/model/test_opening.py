@@ -24,6 +24,7 @@ from conftest import (
 )
 from diffusers import (
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -34,9 +35,11 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from diffusion_lens.base.types import LensError
+from diffusion_lens.model.claims import check_claims
 from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import load_model, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
+from diffusion_lens.model.stored import open_stored
 
 NURSE = "a portrait of a nurse"
 State = dict[str, Tensor]
@@ -431,3 +434,12 @@ def test_parts_loaded_one_by_one_draw_what_the_stock_pipeline_draws(folder: Path
     ).images
     np.testing.assert_array_equal(drawn[0], np.asarray(theirs[0]))
     assert type(make_pixel_pipeline().scheduler) is DDPMScheduler
+
+
+def test_a_sampler_whose_configuration_holds_infinity_is_read(tmp_path: Path) -> None:
+    make_text_pipeline().save_pretrained(tmp_path)
+    DPMSolverMultistepScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
+    assert "Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    stored = open_stored(tmp_path)
+    check_claims("scheduler", tmp_path / "scheduler", ())
+    assert stored.digests()["scheduler"]
