@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,12 +25,11 @@ from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.model.generate import generate, record_trajectory
 from diffusion_lens.model.pipelines import load_model, wrap_pipeline
 from diffusion_lens.model.run_options import RunOptions
-from diffusion_lens.studio import cards, jobs, state
+from diffusion_lens.studio import jobs, state
 from diffusion_lens.studio.previews import Preview
 from diffusion_lens.studio.state import View
 from diffusion_lens.studio.studio import Picture, Studio
 from diffusion_lens.ui import explore_handlers
-from diffusion_lens.ui.explore_handlers import Page
 
 
 def tiny_autoencoder(**changes: Any) -> AutoencoderTiny:
@@ -71,10 +69,9 @@ def view(lens: DiffusionLens) -> View:
     return replace(state.default_view(lens), beta=3.0)
 
 
-def page_of(studio: Studio, view: View) -> tuple[Page, list[Any]]:
-    """A page that shows ``view``, and its controls' values."""
-    slots = cards.slots(studio.lens, view)
-    return Page("me", slots), explore_handlers.control_values(studio, view, slots)
+def asks(view: View) -> dict[str, Any]:
+    """What the page sends to have ``view`` drawn."""
+    return {"view": state.to_values(view), "serial": 1}
 
 
 # --- the decoder
@@ -297,79 +294,29 @@ def test_only_what_is_not_known_yet_is_previewed(studio: Studio, view: View) -> 
 
 
 def test_the_page_marks_previews_and_shows_no_figures_of_them(studio: Studio, view: View) -> None:
-    page, values = page_of(studio, view)
-    first, second, last = explore_handlers.draw(studio, page, *values)
-    for outputs in (first, second):
-        before, after, curve, measures, status, link, _ = outputs
-        assert "Preview: decoded by little-one; the figures follow with the full images." in status
-        assert "dl-bar" not in measures and "preview" in measures and not re.search(r"\d[ %<]", measures)
-        assert link == "" and ("stored sweep" in curve or curve == "")
-    assert first[0].count("a preview, not measured") == 8 and "read as" not in first[0]
-    assert "preview by little-one" in first[0] and first[1].count("<img") == 0 and first[1].count("dl-blank") == 8
-    assert second[0].count("read as") == 8 and second[1].count("a preview, not measured") == 8
-    assert "read as" not in second[1] and "% sure" not in second[1]
-    before, after, _, measures, status, link, shown = last
-    assert before.count("read as") == after.count("read as") == 8 and "preview" not in before + after
-    assert "dl-bar" in measures and "b=3" in link and shown.before is not None
-    assert re.search(r"drawn in .*The preview was off by \d+\.\d of 255 levels on average\.", status)
-    (again,) = explore_handlers.draw(studio, shown, *values)
-    assert not isinstance(again[0], str) and "preview" not in again[4]
+    said, first, second, last = (scene for scene in explore_handlers.draw(studio, "me", asks(view)))
+    assert "pictures" not in said and said["pending"]
+    for shown in (first["pictures"], second["pictures"]):
+        assert shown["draft"] == "preview by little-one" and shown["ratio"] is None
+    assert first["pictures"]["after"] is None and len(first["pictures"]["before"]["images"]) == 8
+    assert first["pictures"]["before"]["labels"] == {} and second["pictures"]["after"]["labels"] == {}
+    assert second["pictures"]["before"]["labels"]["gender"] and second["pending"]
+    whole = last["pictures"]
+    assert whole["draft"] == "" and not last["pending"] and len(whole["after"]["labels"]["gender"]) == 8
+    assert whole["after"]["images"] != second["pictures"]["after"]["images"]
+    *_, again = explore_handlers.draw(studio, "me", asks(view))
+    assert again["pictures"]["after"] == whole["after"]
 
 
 def test_ended_between_preview_and_full_images(studio: Studio, view: View) -> None:
-    page, values = page_of(studio, view)
     stopped = threading.Event()
     vae = studio.lens.model.pipeline.vae
     hook = vae.decoder.register_forward_pre_hook(lambda module, args: stopped.wait(60) and None)
-    events = explore_handlers.draw(studio, page, *values)
-    assert "Preview" in next(events)[4]
+    events = explore_handlers.draw(studio, "me", asks(view))
+    next(events)
+    assert next(events)["pictures"]["draft"] == "preview by little-one"
     studio.stops.stop("me:draw")
     stopped.set()
-    (last,) = events
+    rest = list(events)
     hook.remove()
-    assert "Stopped" in last[4] and last[6].before is None, "a preview stands where the unedited row was"
-    *_, whole = explore_handlers.draw(studio, last[6], *values)
-    assert "drawn in" in whole[4] and whole[0].count("read as") == whole[1].count("read as") == 8
-
-
-def test_stopped_at_the_preview_nothing_is_decoded_in_full_or_kept(studio: Studio, view: View) -> None:
-    decoded: list[int] = []
-    vae = studio.lens.model.pipeline.vae
-    hook = vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
-    with pytest.raises(Cancelled):
-        studio.draw(view, "me", on_preview=lambda preview: studio.stops.stop("me:draw"))
-    assert decoded == []
-    picture = studio.draw(view, "me")
-    hook.remove()
-    assert decoded == [8, 8] and picture.preview_error is None, "the lane is free, and nothing was cached"
-
-
-def test_a_newer_drawing_outlives_the_end_of_an_older_one(studio: Studio, view: View) -> None:
-    older = jobs.drawings(studio, "me", view)
-    next(older)
-    newer = jobs.drawings(studio, "me", replace(view, beta=2.0))
-    next(newer)
-    older.close()
-    *_, last = newer
-    assert isinstance(last, Picture) and last.beta == 2.0
-
-
-def test_a_batch_that_is_halved_is_previewed_once(studio: Studio, view: View) -> None:
-    before = studio.lens.model.room.limit
-    studio.lens.model.room.limit = 4
-    try:
-        *previews, last = jobs.drawings(studio, "me", replace(view, beta=1.0))
-    finally:
-        studio.lens.model.room.limit = before
-    (preview,) = previews
-    assert isinstance(preview, Preview) and isinstance(last, Picture)
-    assert isinstance(preview.before, np.ndarray) and preview.before.shape == last.before.images.shape
-
-
-def test_a_preview_that_does_not_fit_is_said_on_the_page(tiny_lens_folder: Path, tmp_path: Path) -> None:
-    tiny_autoencoder(latent_channels=16).save_pretrained(tmp_path)
-    wrong = DiffusionLens.from_pretrained(tiny_lens_folder, options=RunOptions(device="cpu", preview=str(tmp_path)))
-    studio = Studio(wrong)
-    page, values = page_of(studio, state.default_view(wrong))
-    *_, last = explore_handlers.draw(studio, page, *values)
-    assert "latents of 16 channels" in last[4] and 'role="alert"' in last[4]
+    assert all(scene["pictures"]["draft"] for scene in rest if "pictures" in scene)

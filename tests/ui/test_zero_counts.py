@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from diffusion_lens.base.types import ADJUSTED, Attribute, GenerationRequest, Lo
 from diffusion_lens.cli.measure import show_sweep
 from diffusion_lens.results.measurement import Measurement
 from diffusion_lens.results.sweeps import SweepPoint, collect
-from diffusion_lens.ui import curve
+from diffusion_lens.studio import curves
+from diffusion_lens.ui import scene
 from diffusion_lens.ui.html import html
 
 GENDER = Attribute("gender", ("female", "male"))
@@ -48,9 +50,10 @@ def test_strips_table_and_terminal_keep_the_mark(capsys: pytest.CaptureFixture[s
 
 
 def test_the_curve_keeps_points_with_an_open_interval() -> None:
-    drawn = curve.series(SWEEP)
-    assert list(drawn.beta) == [0, 1, 2] and list(drawn.adjusted) == [True, False, False]
-    assert drawn.low[0] == -np.inf and np.isfinite(drawn.value).all()
-    frame = curve._Frame.around(drawn, 0.0, True, (720.0, 200.0))
-    assert "nan" not in frame.band(drawn) and "inf" not in frame.band(drawn)
-    assert frame.line(drawn, "dl-main").count("dl-adjusted") == 1
+    points = curves._points(SWEEP, SWEEP.betas, "male")
+    assert [p.beta for p in points] == [0, 1, 2] and [p.adjusted for p in points] == [True, False, False]
+    assert points[0].ratio_low == -np.inf and np.isfinite([p.ratio for p in points]).all()
+    sent = [scene._point_values(p) for p in points]
+    assert sent[0]["ratio_low"] is None and sent[0]["adjusted"] and sent[0]["ratio"] is not None
+    assert all(p["ratio_high"] is not None for p in sent)
+    json.dumps(sent, allow_nan=False)
