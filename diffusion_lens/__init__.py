@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusion_lens.fit.run import fit
     from diffusion_lens.measuring.observe import observe
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 LATE = {
     "FitConfig": "diffusion_lens.fit.config",
