@@ -115,7 +115,7 @@ def test_depth_is_shown_with_its_caveat(page: Any) -> None:
     assert "cannot show that depth as such" in page.locator(".dl-caveat").inner_text()
     page.get_by_label("Show mid-block bypass").uncheck()
     page.wait_for_function("() => document.querySelectorAll('#dl-depth-plot .scatterlayer .trace').length === 2")
-    page.locator("[role=tabpanel]:visible").get_by_label("age").check()
+    page.locator("input[type=radio][value=age]:visible").check()
     page.wait_for_function("() => /share young/.test(document.querySelector('#dl-depth-table').innerText)")
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400

@@ -111,8 +111,7 @@ class TestSubject:
     def test_the_tab_follows_explore(self, page: tuple[SweepTab, Held]) -> None:
         tab, held = page
         assert untouched(tab.follow_explore(held.values)), "it stands on Explore's subject already"
-        here, attribute = tab.explore.controls[:2]
-        moved = held.set({here: NURSE, attribute: "age"})
+        moved = held.take(tab.explore.take_subject(held.values, NURSE, "age"))
         assert untouched(tab.follow_explore({**moved, tab.busy: True})), "a sweep is running"
         shown = tab.follow_explore(moved)
         assert (shown[tab.prompt]["value"], shown[tab.attribute]["value"]) == (NURSE, "age")
@@ -121,7 +120,7 @@ class TestSubject:
     def test_explore_follows_the_tab(self, page: tuple[SweepTab, Held]) -> None:
         tab, held = page
         taken = tab.tell_explore(held.set({tab.prompt: NURSE}))
-        assert taken[tab.explore.controls[0]]["value"] == NURSE and taken[tab.explore.page].pending
+        assert taken[tab.explore.pane]["value"]["view"]["prompt"] == NURSE
 
 
 class TestRuns:
