@@ -63,6 +63,8 @@ LIMITS = """
   [arXiv 1703.01365](https://arxiv.org/abs/1703.01365) · DDIM: [arXiv 2010.02502](https://arxiv.org/abs/2010.02502) ·
   null-space projection: [arXiv 2004.07667](https://arxiv.org/abs/2004.07667)
 - Correction for the classifier's error: Rogan and Gladen (1978); Lang and Reiczigel (2014)
+- Another work of this name: Toker et al. (2024), [Diffusion Lens](https://arxiv.org/abs/2403.05846), reads text
+  encoders layer by layer.
 """
 
 
