@@ -25,7 +25,8 @@ from diffusion_lens.base.types import LensError
 from diffusion_lens.lens.lens import DiffusionLens
 from diffusion_lens.results import dissection
 from diffusion_lens.results.manifest import MANIFEST
-from diffusion_lens.studio import about, atlas, cards
+from diffusion_lens.studio import about, atlas, atlas_map, cards, feature_rows
+from diffusion_lens.studio.curves import curve_for
 from diffusion_lens.studio.opening import first_steps, opening_view
 from diffusion_lens.studio.state import default_view, from_query, to_query
 from diffusion_lens.studio.studio import Studio
@@ -318,8 +319,9 @@ def _page(lens: DiffusionLens) -> Iterator[Callable[[], Any]]:
         shown = replace(default_view(lens, name), beta=lens.settings[name].betas[-1])
         assert from_query(lens, dict(parse_qsl(to_query(shown)[1:], keep_blank_values=True))) == shown
         studio.stored(shown)
-        for feature in cards.slots(lens, shown):
-            cards.effects(lens, cards.role_card(lens, shown, feature).card)
+        for feature in feature_rows.shown(lens, shown):
+            cards.effects(lens, feature_rows.feature_row(lens, shown, feature).card)
+        curve_for(studio, shown)
 
     for name in lens.settings:
         yield lambda name=name: view(name)
@@ -328,9 +330,10 @@ def _page(lens: DiffusionLens) -> Iterator[Callable[[], Any]]:
     yield lambda: [about.known_shares(lens, name) for name in about.attributes_known(lens)]
     yield lambda: (about.lens_facts(lens), about.counted_shares(lens), about.prompts_known(lens))
     for colour in atlas.colourings(lens):
-        yield lambda colour=colour: atlas.table(lens, colour)
-    for _, show in atlas.filters(lens):
-        yield lambda show=show: (atlas.groups_shown(lens, show), atlas.evidence_for(lens, show))
+        yield lambda colour=colour: atlas.scores(lens, colour)
+    yield lambda: atlas_map.atlas_map(lens)
+    yield lambda: (atlas.strongest(lens), atlas.search(lens, "glasses", lambda effect: effect.label))
+    yield lambda: atlas.evidence_for(lens, "glasses")
 
 
 def _judge(lens: DiffusionLens) -> Iterator[Callable[[], Any]]:

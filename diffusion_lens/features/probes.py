@@ -110,7 +110,8 @@ def load_probes(path: Path, device: str = "cpu") -> dict[str, Probe]:
             attribute = from_plain(Attribute, load_header(path, name))
             parts = {
                 key.removeprefix(f"{name}."): torch.from_numpy(
-                    check_array(key, value, (None,) * value.ndim, finite=True)
+                    # an accuracy may be unknown: probes that others published come without
+                    check_array(key, value, (None,) * value.ndim, finite=not key.endswith(".accuracy"))
                 )
                 for key, value in arrays.items()
                 if key.startswith(f"{name}.")

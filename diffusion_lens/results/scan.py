@@ -15,7 +15,6 @@ from pydantic import TypeAdapter
 from diffusion_lens.base.files import read_json, write_json
 from diffusion_lens.base.plain import to_plain
 from diffusion_lens.base.types import LensError
-from diffusion_lens.results.stats import share_interval
 
 Interval = tuple[float, float]
 WORTH_A_PAIR = 0.1
@@ -212,6 +211,8 @@ def balanced_accuracy(labels: np.ndarray, read: np.ndarray, n_classes: int) -> t
     The interval joins the classes' own by squares of their margins (Newcombe's MOVER, as for differences of shares).
     ``labels, read int64 [n]``.
     """
+    from diffusion_lens.results.stats import share_interval  # takes scipy, which reading a stored scan does not need
+
     rows = [(int((read[labels == c] == c).sum()), int((labels == c).sum())) for c in range(n_classes)]
     rows = [(right, n) for right, n in rows if n]
     if not rows:

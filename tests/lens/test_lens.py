@@ -391,7 +391,7 @@ def test_a_change_that_was_sealed_afterwards_is_refused_too(copied_lens: Callabl
 def test_lenses_that_never_noted_their_model_still_open(unbundled: Path, tmp_path: Path) -> None:
     manifest = read_manifest(unbundled)
     values = manifest.model_dump(mode="json")
-    for key in ("digests", "variant"):
+    for key in ("digests", "variant", "size", "max_sequence_length"):
         del values["base_model"][key]
     (unbundled / "lens.json").write_text(json.dumps(values))
     fine_tune(tmp_path / "model")
