@@ -50,7 +50,8 @@ function map() {
     return { x: (data.width - w) / 2, y: (data.height - w / ratio) / 2, w };
   };
   const show = () => {
-    const ratio = svg.clientWidth / Math.max(1, svg.clientHeight);
+    if (!svg.clientWidth || !svg.clientHeight) return; // another tab is shown
+    const ratio = svg.clientWidth / svg.clientHeight;
     svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.w} ${view.w / ratio}`);
     const px = unit(), letter = svg.clientWidth < 500 ? 9.5 : 11.5, size = letter * px;
     const taken = []; // labels, the largest islands first, where there is room

@@ -43,10 +43,9 @@ def address(gate: threading.Event, tiny_lens_folder: Path, tmp_path: Path) -> It
 def test_a_preview_is_marked_and_replaced(gate: threading.Event, address: str) -> None:
     with opened(address, PATIENCE) as page:
         drag(page, 3.0)
-        page.wait_for_function(
-            "() => /little-one: not measured/.test(document.querySelector('[data-part=state]').innerText)"
-        )
-        assert page.locator(f"{AFTER} .dx-draft").count() == 8 and page.locator(f"{AFTER} img:visible").count() == 0
+        # the draft is decoded by the tiny autoencoder, and so stands while the full decode is held back
+        page.wait_for_function("() => /: not measured/.test(document.querySelector('[data-part=state]').innerText)")
+        assert page.locator(f"{AFTER} .dx-draft").count() == 8
         if SHOTS:
             page.screenshot(path=str(Path(SHOTS) / "preview.png"), full_page=True)
         gate.set()

@@ -186,7 +186,7 @@ def test_serve_hands_the_lens_to_the_app(run: Run, monkeypatch: pytest.MonkeyPat
     assert run("serve", "--port", 8123).exit_code == 0
     lens, options = calls[0]
     assert lens.manifest.name == "tiny"
-    assert options == {"server_name": "127.0.0.1", "server_port": 8123, "share": False}
+    assert options == {"server_name": "127.0.0.1", "server_port": 8123, "share": False, "mcp_server": False}
 
 
 def test_serve_status_says_how_a_running_app_is_doing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,18 +344,19 @@ def test_training_runs_the_stages_in_order(run: Run, monkeypatch: pytest.MonkeyP
         matches.append(match)
 
     monkeypatch.setattr(recipe, "autoencoder_stage", lambda *_: seen.append(("autoencoder", False)))
-    monkeypatch.setattr(recipe, "classifier_stage", lambda *_: seen.append(("classifier", False)))
+    monkeypatch.setattr(recipe, "classifier_stage", lambda *_, **__: seen.append(("classifier", False)))
+    monkeypatch.setattr(recipe, "labeller_stage", lambda *_, **__: seen.append(("labeller", False)))
     monkeypatch.setattr(recipe, "denoiser_stage", denoiser)
     monkeypatch.setattr(recipe, "transformer_stage", transformer)
     assert run("portraits", "train", "--resume").exit_code == 0
-    assert [name for name, _ in seen] == ["autoencoder", "pipeline", "unconditional", "mmdit", "classifier"]
-    assert [resumed for _, resumed in seen] == [False, True, True, True, False]
+    assert [name for name, _ in seen] == ["autoencoder", "pipeline", "unconditional", "mmdit", "classifier", "labeller"]
+    assert [resumed for _, resumed in seen] == [False, True, True, True, False, False]
     finished = tmp_path / "runs" / "portraits" / "pipeline"
     finished.mkdir(parents=True)
     (finished / "model_index.json").write_text("{}")
     seen.clear()
     assert "already in" in run("portraits", "train").stderr
-    assert [name for name, _ in seen] == ["autoencoder", "unconditional", "mmdit", "classifier"]
+    assert [name for name, _ in seen] == ["autoencoder", "unconditional", "mmdit", "classifier", "labeller"]
     seen.clear()
     run("portraits", "train", "--stage", "pipeline")
     assert [name for name, _ in seen] == ["pipeline"]

@@ -179,7 +179,7 @@ def test_slicing_changes_last_bits_alone() -> None:
     before = generate(plain, asked, edit=Turn(bend, "asymmetric")).images
     rows: list[int] = []
     hook = pipe.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
-    slice_work(pipe)
+    slice_work(pipe, pipe.unet)
     after = generate(plain, asked, edit=Turn(bend, "asymmetric")).images
     hook.remove()
     assert rows == [1, 1, 1]
@@ -303,10 +303,10 @@ def test_trajectories_and_collections_shrink_too(monkeypatch: pytest.MonkeyPatch
     samples = collect_to(tmp_path / "few", opened(), [asked], SampleSpec(layout="map"), batch_size=3).load()
     real = DiffusionModel.predict
 
-    def full(self: DiffusionModel, latents: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+    def full(self: DiffusionModel, latents: Tensor, t: Tensor, *others: Any) -> Tensor:
         if len(latents) > 3 and int(t) < 600:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, latents, t, conditioning)
+        return real(self, latents, t, *others)
 
     monkeypatch.setattr(DiffusionModel, "predict", full)
     small = record_trajectory(opened(), asked, batch_size=6)
@@ -351,9 +351,9 @@ def test_every_handler_that_draws_is_lent_one(lending: list[Any], tiny_lens: Dif
     from diffusion_lens.ui import build
 
     build(tiny_lens)
-    assert sorted({seconds for seconds, _ in lending}) == [30, 120]
+    assert sorted({seconds for seconds, _ in lending}) == [30, 60, 120]
     named = [getattr(handler, "func", handler).__name__ for _, handler in lending]
-    assert {"draw", "balance", "run", "draw_pending", "first_view"} <= set(named)
+    assert {"draw", "measure", "alone", "strip", "run"} <= set(named)
 
 
 def test_models_are_placed_before_the_launch_where_a_gpu_is_lent(lending: list[Any], tiny_lens_folder: Path) -> None:

@@ -196,7 +196,7 @@ class TestChoosing:
 class TestCards:
     def test_a_card_says_what_its_name_rests_on(self, studio: Studio, plain: Studio) -> None:
         sure = tab.feature_view(studio.lens, 1, AtlasQuestion("", "", None))
-        assert "confirmed, n = 32, q &lt; .001" in sure.head and "Turned up, more glasses (50 in 100)" in sure.head
+        assert "confirmed, n = 32, q &lt; .001" in sure.head and "At 5: more glasses (50 in 100)" in sure.head
         labels = plain.lens.atlas.labels
         guess = next(i for i, label in enumerate(labels) if label and not plain.lens.atlas.dead[i])
         bare = next(i for i, label in enumerate(labels) if not label and not plain.lens.atlas.dead[i])
