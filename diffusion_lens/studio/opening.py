@@ -23,10 +23,13 @@ class FirstStep:
 
 
 def opening_view(studio: Studio) -> View:
-    """The stored prompt that is furthest from balance, at the stored strength nearest to it."""
+    """The stored prompt that is furthest from balance, at the stored strength nearest to it.
+
+    Prompts that show the class steered towards too seldom go first: there is something to steer towards.
+    """
     view = state.default_view(studio.lens)
     identity = state.scale(studio.lens.setting(view.attribute)).identity
-    candidates: list[tuple[float, View]] = []
+    candidates: list[tuple[bool, float, View]] = []
     for result in studio.lens.sweeps:
         if result.is_control or (result.attribute.name, result.target) != (view.attribute, view.target):
             continue
@@ -36,8 +39,9 @@ def opening_view(studio: Studio) -> View:
         close = [beta for beta in off if off[beta] <= min(off.values()) + NEAR]
         shown = replace(here, beta=min(close, key=lambda beta: abs(beta - identity)))
         if identity in off and studio.stored(shown) is not None:
-            candidates.append((off[identity], shown))
-    return max(candidates, key=lambda pair: pair[0])[1] if candidates else view
+            seldom = next(p.shares[column].corrected for p in result.points if p.beta == identity) < even
+            candidates.append((seldom, off[identity], shown))
+    return max(candidates, key=lambda found: found[:2])[2] if candidates else view
 
 
 def first_steps(studio: Studio) -> tuple[FirstStep, ...]:
