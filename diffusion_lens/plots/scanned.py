@@ -7,57 +7,70 @@ import math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, colour_bar, percent, points, span
+from diffusion_lens.plots.theme import DIVERGING, SEQUENTIAL, TEXT, blank, percent, points, span
 from diffusion_lens.results.scan import Cell, Scan
 
-ROW = 34
-"""Pixels a site."""
-LIGHT, DARK = "#FFFFFF", "#1A1A1A"
+ROW, GAP = 30, 56
+"""Pixels a site, and between both maps."""
+DARK = "#1A1A1A"
 
 
 def scan_figure(scan: Scan, attribute: str) -> go.Figure:
     """Two maps of sites by steps: a probe's accuracy, and points that the target class moved; * where it is sure."""
     about = next(a for a in scan.attributes if a.name == attribute)
-    sites, steps = [s.name for s in scan.sites], [s.label for s in scan.steps]
-    rows = [scan.column(attribute, site) for site in sites]
+    sites, steps = [_short(s.name) for s in scan.sites], [s.label for s in scan.steps]
+    rows = [scan.column(attribute, s.name) for s in scan.sites]
     figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.16,
-        subplot_titles=("A probe reads it (share right)", f"Steered: points more {about.target}"),
+        rows=2, cols=1, vertical_spacing=GAP / _height(scan),
+        subplot_titles=("A probe reads it: % right", f"Steered there: points more {about.target}"),
     )  # fmt: skip
     chance = 1 / len(about.classes)
     read = [[c for c in row if c.reading is not None] for row in rows]
     figure.add_trace(
         go.Heatmap(
             x=[steps[c.steps] for c in read[0]], y=sites, z=[[_share(c) for c in row] for row in read],
-            zmin=chance, zmax=1, colorscale=SEQUENTIAL,
+            zmin=chance, zmax=1, colorscale=SEQUENTIAL, showscale=False,
             text=[[_accuracy(c) for c in row] for row in read], texttemplate="%{text}",
             customdata=[[_read_text(c) for c in row] for row in read], hovertemplate="%{customdata}<extra></extra>",
-            colorbar={**colour_bar("", tickformat=".0%"), "x": 0.44},
         ),
         row=1, col=1,
     )  # fmt: skip
     figure.add_trace(
         go.Heatmap(
             x=steps, y=sites, z=[[100 * c.steering.direction.change for c in row] for row in rows],
-            zmin=-100, zmax=100, colorscale=[list(stop) for stop in DIVERGING],
+            zmin=-100, zmax=100, colorscale=[list(stop) for stop in DIVERGING], showscale=False,
             text=[[_change(c) for c in row] for row in rows], texttemplate="%{text}", textfont={"color": DARK},
             customdata=[[_moved_text(c, about.target) for c in row] for row in rows],
-            hovertemplate="%{customdata}<extra></extra>", colorbar=colour_bar(""),
+            hovertemplate="%{customdata}<extra></extra>",
         ),
-        row=1, col=2,
+        row=2, col=1,
     )  # fmt: skip
-    look = blank(height=130 + ROW * len(sites)).layout
+    look = blank().layout
     figure.update_layout(
-        height=look.height, template="none", paper_bgcolor=look.paper_bgcolor, plot_bgcolor=look.plot_bgcolor,
-        font=look.font, hoverlabel=look.hoverlabel, margin={"l": 8, "r": 12, "t": 34, "b": 56},
+        height=_height(scan), template="none", paper_bgcolor=look.paper_bgcolor, plot_bgcolor=look.plot_bgcolor,
+        font=look.font, hoverlabel=look.hoverlabel, margin={"l": 8, "r": 12, "t": 30, "b": 52},
     )  # fmt: skip
     figure.update_annotations(font={"size": 13, "color": TEXT})
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False, ticks="")
+    figure.update_xaxes(type="category", showgrid=False, automargin=True, ticks="")
     figure.update_xaxes(
-        type="category", showgrid=False, automargin=True, ticks="",
-        title={"text": "denoising steps, from noise", "font": {"size": 13}, "standoff": 8},
-    )  # fmt: skip
+        title={"text": "denoising steps, from noise", "font": {"size": 13}, "standoff": 8}, row=2, col=1
+    )
     return figure
+
+
+def _height(scan: Scan) -> int:
+    return 82 + GAP + 2 * ROW * max(2, len(scan.sites))
+
+
+def _short(site: str) -> str:
+    """A site's name where there is little room; the table has it whole."""
+    for long, short in (
+        ("transformer_blocks.", "block "), ("down_blocks.", "down "), ("up_blocks.", "up "), ("mid_block", "middle"),
+        (":output:across", " + skip"), (".attentions.", ", attention "),
+    ):  # fmt: skip
+        site = site.replace(long, short)
+    return site
 
 
 def describe_scan(scan: Scan, attribute: str) -> str:

@@ -340,9 +340,14 @@ def _contrast(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _random_halves(mine: np.ndarray, certain: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """As many images as are ``mine``, drawn at random among the certain ones, and the rest."""
+    """The certain images in two halves drawn at random, with as many that are ``mine`` in one as in the other.
+
+    Halves that differ in the attribute by chance would, drawn out to the direction's length, steer it.
+    """
     drawn = np.zeros_like(mine)
-    drawn[rng.permutation(np.flatnonzero(certain))[: int(mine.sum())]] = True
+    for group in (mine, certain & ~mine):
+        rows = rng.permutation(np.flatnonzero(group))
+        drawn[rows[: len(rows) // 2]] = True
     return drawn, certain & ~drawn
 
 

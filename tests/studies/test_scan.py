@@ -134,6 +134,16 @@ def test_large_maps_are_averaged_for_the_probe() -> None:
     assert torch.equal(pool(h[..., :4, :4]), h[..., :4, :4])
 
 
+def test_the_controls_halves_differ_in_nothing_but_chance() -> None:
+    rng = np.random.default_rng(0)
+    certain = rng.random(200) < 0.9
+    mine = certain & (rng.random(200) < 0.2)
+    one, other = module._random_halves(mine, certain, rng)
+    assert not (one & other).any() and np.array_equal(one | other, certain)
+    assert abs(int((one & mine).sum()) - int((other & mine).sum())) <= 1
+    assert abs(int(one.sum()) - int(other.sum())) <= 2
+
+
 def test_ranges_cover_the_run_once() -> None:
     assert ranges(10, 3) == (Steps(0, 3), Steps(3, 7), Steps(7, 10), Steps(0, 10))
     assert ranges(4, 1) == (Steps(0, 4),)
