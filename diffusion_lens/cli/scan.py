@@ -15,8 +15,10 @@ from diffusion_lens.cli.fit import DetectorOption, LabelsOption, open_judge
 from diffusion_lens.cli.options import (
     DEFAULT_RUN,
     BatchOption,
+    FirstSeedOption,
     HtmlOption,
     JsonOption,
+    LensOption,
     batch_of,
     checked_prompt,
     hide_loading_bars,
@@ -46,9 +48,7 @@ def scan(
     prompt: Annotated[
         str | None, typer.Argument(help="Of all images; the first of the lens by default. None for models without.")
     ] = None,
-    lens: Annotated[
-        str, typer.Option("--lens", "-l", envvar="DIFFUSION_LENS", help="Lens folder or hub id; the bundled one.")
-    ] = "",
+    lens: LensOption = "",
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Instead of a lens: hub id or folder of a diffusers model.")
     ] = None,
@@ -73,7 +73,7 @@ def scan(
     strength: Annotated[float, typer.Option(min=0.01, help="Times the class-mean difference.")] = 2.0,
     steps: Annotated[int | None, typer.Option(min=1, help=f"Denoising steps; the lens's, or {STEPS}.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; the lens's, or 1: none.")] = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="Seeds count up from here.")] = 20_000_000,
+    first_seed: FirstSeedOption = 20_000_000,
     batch_size: BatchOption = None,
     work: Annotated[Path, typer.Option(help="Folder of finished pieces: a stopped scan goes on.")] = Path("runs/scan"),
     store: Annotated[bool, typer.Option("--store", help="Keep the result in the lens, for the app.")] = False,

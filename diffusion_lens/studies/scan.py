@@ -149,7 +149,7 @@ def scan(
 ) -> Scan:
     """Look for attributes in a model. Finished pieces stay in ``work``: a stopped scan goes on where it was.
 
-    ``on_plan`` hears what it will cost before the long part begins.
+    ``on_plan`` hears what it will cost before a scan begins.
     Raises ``LensError`` for an attribute that the classifier does not read, a site that cannot be read, and where too
     few images show a class.
     """
@@ -161,11 +161,10 @@ def scan(
     pieces = Workspace(work).part("scan", [config.model_dump(), model.model_id, classifier.classifier_id])
     steps = ranges(config.n_steps, config.n_ranges)
     drawing, learning, steering = (progress or Progress()).parts((1, len(names), 2 * len(names) * len(steps)))
-    pace = _pace(model, config) if on_plan is not None else 0.0
     n_edits = 2 * len(names) * len(steps) * len(attributes)
-    if on_plan is not None:
+    if on_plan is not None and not pieces.has("labels.safetensors"):  # a scan taken up again tells its pace itself
         images = config.n_drawn * (1 + len(names)) + config.n_steered * (1 + n_edits)
-        on_plan(ScanPlan(len(names), images, images * pace))
+        on_plan(ScanPlan(len(names), images, images * _pace(model, config)))
     looked = _look(model, classifier, config, pieces, drawing)
     chosen = [_described(a, looked.readings[a.name], config.targets.get(a.name)) for a in attributes]
     learned = [

@@ -17,7 +17,7 @@ from diffusion_lens.model.generate import generate, request
 from diffusion_lens.model.pipelines import at_site
 from diffusion_lens.results.scan import Scan, Steps
 from diffusion_lens.studies import scan as module
-from diffusion_lens.studies.scan import PROBE_GRID, ScanConfig, pool, ranges, scan
+from diffusion_lens.studies.scan import PROBE_GRID, ScanConfig, ScanPlan, pool, ranges, scan
 
 SITES = ("mid_block", "up_blocks.0")
 GENDER = Attribute("gender", ("female", "male"))
@@ -107,11 +107,17 @@ def test_a_scan_is_kept_in_a_lens(found: Scan, copied_lens: Any) -> None:
     assert kept.cells == found.cells
 
 
-def test_its_cost_is_told_first(tiny_lens: DiffusionLens, work: Path) -> None:
+def test_its_cost_is_told_first_and_not_again(tiny_lens: DiffusionLens, tmp_path: Path) -> None:
     told: list[str] = []
-    scan(tiny_lens.model, tiny_lens.classifier, config_of(tiny_lens), work, on_plan=lambda p: told.append(p.describe()))
-    edits = 2 * len(SITES) * 3
-    assert f"{48 * 3 + 16 * (1 + edits):,} images" in told[0]
+
+    def listen(plan: ScanPlan) -> None:
+        told.append(plan.describe())
+
+    config = config_of(tiny_lens, sites=SITES[:1], n_ranges=1, n_drawn=32, n_steered=8)
+    for _ in range(2):
+        scan(tiny_lens.model, tiny_lens.classifier, config, tmp_path, on_plan=listen)
+    (only,) = told
+    assert only.startswith("1 sites") and f"{32 * 2 + 8 * (1 + 2):,} images" in only
 
 
 def test_a_probe_reads_what_is_planted_and_not_what_is_not() -> None:

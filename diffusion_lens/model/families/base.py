@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -142,7 +143,7 @@ class Told(Protocol):
         ...
 
 
-class Family:
+class Family(ABC):
     """One kind of pipeline. Subclasses say what differs; the defaults are those of most."""
 
     kind: ClassVar[str]
@@ -174,7 +175,7 @@ class Family:
         """The network that is hooked."""
         return getattr(pipe, self.part)
 
-    def check(self, pipe: Any) -> None:
+    def check(self, pipe: Any) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ``LensError`` that names the part, where the pipeline's parts do not fit each other."""
 
     def latent_shape(self, pipe: Any, settings: Settings) -> tuple[int, int, int]:
@@ -219,9 +220,9 @@ class Family:
         """Raise ``LensError`` for words this model cannot read, and for those it would cut off."""
         check_prompt(prompt, model.vocabulary, model.pipeline, self.read_lengths(model.pipeline, model.settings))
 
+    @abstractmethod
     def encode(self, model: Told, prompt: str) -> Encoded:
         """Embeddings of one prompt, and of the empty one, as the stock call makes them."""
-        raise NotImplementedError
 
     def guided(self, model: Told, scale: float) -> bool:
         """Whether the stock call makes a prediction without the prompt, too."""
@@ -275,9 +276,9 @@ class Family:
         """Classifier-free guidance, in the stock pipeline's own order of operations."""
         return unconditional + scale * (conditional - unconditional)
 
+    @abstractmethod
     def to_image(self, pipe: Any, latents: Tensor) -> Tensor:
         """Images ``[n, 3, H, W]`` in -1..1 of final latents ``[n, c, y, x]``."""
-        raise NotImplementedError
 
     # Sites
 

@@ -16,6 +16,7 @@ from diffusion_lens.model.sites import Layout, Port, Site
 
 MAIN = Layout(("image",), updates=True, arguments=(("image", (0, "hidden_states")),))
 DOWN = Layout(("image",), updates=True, arguments=(("image", (0, "hidden_states")),), across=True)
+NO_PROMPT = "This model takes no prompt; leave the prompt out."
 
 
 class UNet(Family):
@@ -158,10 +159,14 @@ class PlainUNet(UNet):
         check_plain_unet(pipe.unet)
         check_latents(pipe, self.decoder, conditional=False)
 
+    def encode(self, model: Any, prompt: str) -> Encoded:
+        """Refuses: these models read no words."""
+        raise LensError(NO_PROMPT)
+
     def condition(self, model: Any, prompt: str | None, n: int, scale: float) -> Conditioning:
         """Nothing is told."""
         if prompt is not None:
-            raise LensError("This model takes no prompt; leave the prompt out.")
+            raise LensError(NO_PROMPT)
         return Conditioning({}, guided=False, n=n)
 
 

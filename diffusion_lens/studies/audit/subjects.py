@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -95,7 +96,7 @@ class Noting:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Subject(ABC):
     """Something to audit, opened.
 
     Attributes:
@@ -137,17 +138,18 @@ class Subject:
         known = {name: np.asarray(table) for name, table in self.judge.confusion.items()}
         return {a.name: known.get(a.name, ASSUMED * np.eye(len(a.classes), dtype=np.int64)) for a in self.attributes}
 
-    def check_prompt(self, prompt: str | None) -> None:
+    def check_prompt(self, prompt: str | None) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise ``LensError`` for a prompt that it has no images for."""
 
     def seeds(self, prompt: str | None, wanted: Sequence[int]) -> tuple[int, ...]:
         """Which of the ``wanted`` seeds it has images of."""
         return tuple(wanted)
 
+    @abstractmethod
     def request(self, prompt: str | None, seeds: Sequence[int]) -> GenerationRequest:
         """What is read under a prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(
         self,
         prompt: str | None,
@@ -159,7 +161,6 @@ class Subject:
         on_batch: OnBatch,
     ) -> tuple[Measurement, np.ndarray, tuple[str, ...]]:
         """What is read in these images, faces ``int [n]`` (-1: not looked for), and notes on files."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, str]:
         """What it is and how it is read, in the order shown."""
