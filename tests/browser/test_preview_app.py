@@ -44,10 +44,12 @@ def test_a_preview_is_marked_and_replaced(gate: threading.Event, address: str) -
     with opened(address, PATIENCE) as page:
         drag(page, 3.0)
         # the draft is decoded by the tiny autoencoder, and so stands while the full decode is held back
-        page.wait_for_function("() => /: not measured/.test(document.querySelector('[data-part=state]').innerText)")
+        page.wait_for_function(
+            "() => /^draft in [0-9]+ steps: not measured$/.test(document.querySelector('[data-part=state]').innerText)"
+        )
         assert page.locator(f"{AFTER} .dx-draft").count() == 8
         if SHOTS:
             page.screenshot(path=str(Path(SHOTS) / "preview.png"), full_page=True)
         gate.set()
         settled(page)
-        assert page.locator(f"{AFTER} img").count() == 8
+        assert page.locator(f"{AFTER} img").count() == 8 and page.locator(f"{AFTER} .dx-draft").count() == 0
